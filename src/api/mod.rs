@@ -1,0 +1,1 @@
+//! Wire types and their validation; no axum. Every 400 is born here.

@@ -1,0 +1,1 @@
+//! Bytes on disk: safetensors, shards, the hub, made-up weights.

@@ -1,0 +1,1 @@
+//! Composition root: from a device description to a rank's operations and communicator.

@@ -1,0 +1,1 @@
+//! Requests in, text deltas out; one thread steps the scheduler and the runner.

@@ -1,0 +1,3 @@
+//! The program: flags in, server out.
+
+fn main() {}

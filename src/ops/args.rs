@@ -1,0 +1,295 @@
+//! Arguments of the operations: every tensor named, every shape checked once.
+//!
+//! `check` panics on a mismatch: by then a wrong shape is our mistake, never a user's.
+//! Backends call it first and trust it afterwards.
+
+use crate::formats::PackedMatrix;
+use crate::request::SamplingParams;
+use crate::tensor::{DType, View, ViewMut};
+
+/// See [`super::Ops::embed`].
+pub struct EmbedArgs<'a> {
+    /// `[num_tokens, hidden_size]`, activation dtype.
+    pub out: ViewMut<'a>,
+    /// `[vocab_size, hidden_size]`, any float dtype.
+    pub table: View<'a>,
+    /// `[num_tokens]`, u32; each below `vocab_size`.
+    pub token_ids: View<'a>,
+}
+
+impl EmbedArgs<'_> {
+    /// Panics unless the shapes agree.
+    pub fn check(&self) {
+        assert_eq!(self.out.size(0), self.token_ids.size(0), "embed: rows of out and token_ids");
+        assert_eq!(self.out.size(1), self.table.size(1), "embed: hidden size");
+        assert_eq!(self.token_ids.dtype(), DType::U32, "embed: token_ids");
+    }
+}
+
+/// See [`super::Ops::norm`].
+pub struct NormArgs<'a> {
+    /// `[num_rows, width]`.
+    pub out: ViewMut<'a>,
+    /// `[num_rows, width]`.
+    pub x: View<'a>,
+    /// `[width]`, any float dtype.
+    pub weight: View<'a>,
+    /// Added to the mean square before the root.
+    pub eps: f32,
+}
+
+impl NormArgs<'_> {
+    /// Panics unless the shapes agree.
+    pub fn check(&self) {
+        assert_eq!(self.out.shape(), self.x.shape(), "norm: out and x");
+        assert_eq!(self.weight.shape().sizes(), &[self.x.size(1)], "norm: weight");
+    }
+}
+
+/// See [`super::Ops::add_norm`].
+pub struct AddNormArgs<'a> {
+    /// `[num_rows, width]`.
+    pub out: ViewMut<'a>,
+    /// `[num_rows, width]`, updated in place.
+    pub residual: ViewMut<'a>,
+    /// `[num_rows, width]`.
+    pub x: View<'a>,
+    /// `[width]`, any float dtype.
+    pub weight: View<'a>,
+    /// Added to the mean square before the root.
+    pub eps: f32,
+}
+
+impl AddNormArgs<'_> {
+    /// Panics unless the shapes agree.
+    pub fn check(&self) {
+        assert_eq!(self.out.shape(), self.x.shape(), "add_norm: out and x");
+        assert_eq!(self.residual.shape(), self.x.shape(), "add_norm: residual and x");
+        assert_eq!(self.weight.shape().sizes(), &[self.x.size(1)], "add_norm: weight");
+    }
+}
+
+/// Which elements of a head form a rotated pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeStyle {
+    /// Element `i` pairs with `i + rotary_dim / 2` (Llama as published on the hub, Qwen, Mistral).
+    Halves,
+    /// Element `2 i` pairs with `2 i + 1` (GPT-J).
+    Interleaved,
+}
+
+/// See [`super::Ops::rope`]. Elements of a head beyond `rotary_dim` stay as they are.
+pub struct RopeArgs<'a> {
+    /// `[num_tokens, num_heads, head_dim]`, rotated in place.
+    pub q: ViewMut<'a>,
+    /// `[num_tokens, num_kv_heads, head_dim]`, rotated in place.
+    pub k: ViewMut<'a>,
+    /// `[num_tokens]`, u32.
+    pub positions: View<'a>,
+    /// `[max_position, rotary_dim / 2]`, f32.
+    pub cos: View<'a>,
+    /// `[max_position, rotary_dim / 2]`, f32.
+    pub sin: View<'a>,
+    /// Pairing.
+    pub style: RopeStyle,
+}
+
+impl RopeArgs<'_> {
+    /// Panics unless the shapes agree.
+    pub fn check(&self) {
+        let num_tokens = self.positions.size(0);
+        assert_eq!(self.q.size(0), num_tokens, "rope: tokens of q");
+        assert_eq!(self.k.size(0), num_tokens, "rope: tokens of k");
+        assert_eq!(self.q.size(2), self.k.size(2), "rope: head_dim");
+        assert_eq!(self.cos.shape(), self.sin.shape(), "rope: tables");
+        assert!(2 * self.cos.size(1) <= self.q.size(2), "rope: rotary_dim exceeds head_dim");
+    }
+}
+
+/// See [`super::Ops::matmul`].
+pub struct MatmulArgs<'a> {
+    /// `[num_rows, weight.num_rows]`.
+    pub out: ViewMut<'a>,
+    /// `[num_rows, weight.num_cols]`.
+    pub x: View<'a>,
+    /// `[out_features, in_features]` in any format.
+    pub weight: &'a PackedMatrix,
+    /// `[out_features]`, any float dtype.
+    pub bias: Option<View<'a>>,
+}
+
+impl MatmulArgs<'_> {
+    /// Panics unless the shapes agree.
+    pub fn check(&self) {
+        assert_eq!(self.out.size(0), self.x.size(0), "matmul: rows");
+        assert_eq!(self.out.size(1), self.weight.num_rows, "matmul: out features");
+        assert_eq!(self.x.size(1), self.weight.num_cols, "matmul: in features");
+        if let Some(bias) = &self.bias {
+            assert_eq!(bias.shape().sizes(), &[self.weight.num_rows], "matmul: bias");
+        }
+    }
+}
+
+/// The non-linearity of a gated MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// GELU with the tanh approximation.
+    GeluTanh,
+    /// Exact GELU.
+    Gelu,
+}
+
+/// See [`super::Ops::gated_activation`].
+pub struct GatedActivationArgs<'a> {
+    /// `[num_rows, width]`.
+    pub out: ViewMut<'a>,
+    /// `[num_rows, width]`.
+    pub gate: View<'a>,
+    /// `[num_rows, width]`.
+    pub up: View<'a>,
+    /// Applied to `gate`.
+    pub activation: Activation,
+}
+
+impl GatedActivationArgs<'_> {
+    /// Panics unless the shapes agree.
+    pub fn check(&self) {
+        assert_eq!(self.out.shape(), self.gate.shape(), "gated_activation: out and gate");
+        assert_eq!(self.out.shape(), self.up.shape(), "gated_activation: out and up");
+    }
+}
+
+/// See [`super::Ops::write_kv`]. Slot `s` is row `s % block_size` of block `s / block_size`.
+pub struct WriteKvArgs<'a> {
+    /// `[num_blocks, num_kv_heads, block_size, head_dim]`, f32, bf16 or f16.
+    pub k_cache: ViewMut<'a>,
+    /// As `k_cache`.
+    pub v_cache: ViewMut<'a>,
+    /// `[num_tokens, num_kv_heads, head_dim]`.
+    pub k: View<'a>,
+    /// As `k`.
+    pub v: View<'a>,
+    /// `[num_tokens]`, u32; all different.
+    pub slot_mapping: View<'a>,
+}
+
+impl WriteKvArgs<'_> {
+    /// Panics unless the shapes agree.
+    pub fn check(&self) {
+        assert_eq!(self.k.shape(), self.v.shape(), "write_kv: k and v");
+        assert_eq!(self.k_cache.shape(), self.v_cache.shape(), "write_kv: caches");
+        assert_eq!(self.k.size(0), self.slot_mapping.size(0), "write_kv: slots");
+        assert_eq!(self.k.size(1), self.k_cache.size(1), "write_kv: kv heads");
+        assert_eq!(self.k.size(2), self.k_cache.size(3), "write_kv: head_dim");
+    }
+}
+
+/// See [`super::Ops::attention`].
+///
+/// Sequence `s` owns query rows `cu_seqlens_q[s]..cu_seqlens_q[s + 1]`, which are the last
+/// tokens of its `context_lens[s]` tokens; all of them are already in the cache.
+pub struct AttentionArgs<'a> {
+    /// `[num_tokens, num_heads, head_dim]`.
+    pub out: ViewMut<'a>,
+    /// `[num_tokens, num_heads, head_dim]`.
+    pub q: View<'a>,
+    /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
+    pub k_cache: View<'a>,
+    /// As `k_cache`.
+    pub v_cache: View<'a>,
+    /// `[num_seqs, max_blocks_per_seq]`, u32; entries beyond a sequence's blocks are unread.
+    pub block_tables: View<'a>,
+    /// `[num_seqs + 1]`, u32.
+    pub cu_seqlens_q: View<'a>,
+    /// `[num_seqs]`, u32.
+    pub context_lens: View<'a>,
+    /// Multiplies q·k.
+    pub scale: f32,
+    /// A query at position p sees keys at positions `p - window + 1 ..= p`.
+    pub sliding_window: Option<usize>,
+}
+
+impl AttentionArgs<'_> {
+    /// Panics unless the shapes agree.
+    pub fn check(&self) {
+        assert_eq!(self.out.shape(), self.q.shape(), "attention: out and q");
+        assert_eq!(self.k_cache.shape(), self.v_cache.shape(), "attention: caches");
+        assert_eq!(self.q.size(2), self.k_cache.size(3), "attention: head_dim");
+        assert_eq!(self.q.size(1) % self.k_cache.size(1), 0, "attention: heads per kv head");
+        let num_seqs = self.context_lens.size(0);
+        assert_eq!(self.cu_seqlens_q.size(0), num_seqs + 1, "attention: cu_seqlens_q");
+        assert_eq!(self.block_tables.size(0), num_seqs, "attention: block_tables");
+    }
+}
+
+/// See [`super::Ops::gather_rows`].
+pub struct GatherRowsArgs<'a> {
+    /// `[num_out, width]`.
+    pub out: ViewMut<'a>,
+    /// `[num_rows, width]`.
+    pub x: View<'a>,
+    /// `[num_out]`, u32; each below `num_rows`.
+    pub rows: View<'a>,
+}
+
+impl GatherRowsArgs<'_> {
+    /// Panics unless the shapes agree.
+    pub fn check(&self) {
+        assert_eq!(self.out.size(0), self.rows.size(0), "gather_rows: rows");
+        assert_eq!(self.out.size(1), self.x.size(1), "gather_rows: width");
+    }
+}
+
+/// See [`super::Ops::copy_blocks`].
+pub struct CopyBlocksArgs<'a> {
+    /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
+    pub k_cache: ViewMut<'a>,
+    /// As `k_cache`.
+    pub v_cache: ViewMut<'a>,
+    /// `(source, destination)` block ids; no destination is also a source.
+    pub pairs: &'a [(u32, u32)],
+}
+
+/// What to do with one row of logits.
+pub enum RowTask {
+    /// Choose a token.
+    Sample,
+    /// Report the log-probability of this token without choosing (prompt log-probabilities).
+    Score { token_id: u32 },
+}
+
+/// One row of a [`SampleArgs`].
+pub struct SampleRow<'a> {
+    /// Choose or score.
+    pub task: RowTask,
+    /// How to choose. For `Score` rows `prompt_logprobs` says how many alternatives to report.
+    pub params: &'a SamplingParams,
+    /// Seed of this continuation.
+    pub seed: u64,
+    /// Position of the token to choose; with the seed it determines the random number.
+    pub position: u32,
+    /// Prompt tokens, when a penalty needs them; else empty.
+    pub prompt_token_ids: &'a [u32],
+    /// Tokens generated so far, when a penalty needs them; else empty.
+    pub output_token_ids: &'a [u32],
+    /// Tokens that must not be chosen here (end tokens before `min_tokens`).
+    pub banned_token_ids: &'a [u32],
+}
+
+/// See [`super::Ops::sample`]. Logits are scratch: a backend may overwrite them.
+pub struct SampleArgs<'a> {
+    /// `[num_rows, vocab_size]`, f32.
+    pub logits: ViewMut<'a>,
+    /// One per row of `logits`.
+    pub rows: &'a [SampleRow<'a>],
+}
+
+impl SampleArgs<'_> {
+    /// Panics unless the shapes agree.
+    pub fn check(&self) {
+        assert_eq!(self.logits.size(0), self.rows.len(), "sample: rows");
+        assert_eq!(self.logits.dtype(), DType::F32, "sample: logits");
+    }
+}

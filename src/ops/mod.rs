@@ -1,0 +1,57 @@
+//! The compute seam: every operation a decoder needs, as one object-safe trait.
+//!
+//! Outputs come first, inputs next, scalars last; every argument struct checks its shapes
+//! once, in `args`. Operations write into the caller's tensors and allocate nothing that
+//! grows with the step. `reference` is the referee that every backend is tested against.
+//! Knows nothing of models, sequences or files.
+
+pub mod args;
+pub mod cpu;
+pub mod random;
+pub mod reference;
+
+use crate::output::SampledToken;
+use crate::tensor::DType;
+use args::*;
+
+/// One device's implementation of the operations.
+pub trait Ops: Send + Sync {
+    /// Name for logs, for example `cpu (avx512, 2 threads)`.
+    fn name(&self) -> String;
+
+    /// The dtype of activations on this device.
+    fn activation_dtype(&self) -> DType;
+
+    /// `out[t, :] = table[token_ids[t], :]`.
+    fn embed(&self, args: EmbedArgs<'_>);
+
+    /// `out = x / rms(x) * weight`, over the last axis.
+    fn norm(&self, args: NormArgs<'_>);
+
+    /// `residual += x; out = residual / rms(residual) * weight`.
+    fn add_norm(&self, args: AddNormArgs<'_>);
+
+    /// Rotates query and key heads in place by the angles of their positions.
+    fn rope(&self, args: RopeArgs<'_>);
+
+    /// `out = x · weightᵀ (+ bias)`.
+    fn matmul(&self, args: MatmulArgs<'_>);
+
+    /// `out = activation(gate) * up`.
+    fn gated_activation(&self, args: GatedActivationArgs<'_>);
+
+    /// Stores keys and values of new tokens at their slots.
+    fn write_kv(&self, args: WriteKvArgs<'_>);
+
+    /// Causal attention of new tokens over the paged KV cache.
+    fn attention(&self, args: AttentionArgs<'_>);
+
+    /// `out[i, :] = x[rows[i], :]`.
+    fn gather_rows(&self, args: GatherRowsArgs<'_>);
+
+    /// Copies whole KV blocks (copy-on-write).
+    fn copy_blocks(&self, args: CopyBlocksArgs<'_>);
+
+    /// Chooses (or scores) one token per row of logits.
+    fn sample(&self, args: SampleArgs<'_>) -> Vec<SampledToken>;
+}

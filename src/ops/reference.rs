@@ -1,0 +1,1 @@
+//! The referee: every operation as plain f32 loops.

@@ -1,0 +1,29 @@
+//! Executes planned steps: the seam between bookkeeping and compute.
+//!
+//! [`StepRunner`] is the whole contract. [`ScriptedRunner`] keeps it with no model at all, so
+//! that engine and server tests need none. Knows nothing of requests, text or HTTP.
+
+pub mod scripted;
+
+use crate::scheduler::batch::{ScheduledBatch, StepTokens};
+
+pub use scripted::ScriptedRunner;
+
+/// A step could not be computed.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum RunnerError {
+    /// The device or a kernel failed; the engine cannot go on.
+    #[error("step {step} failed: {reason}")]
+    StepFailed {
+        /// Which step.
+        step: u64,
+        /// The device's own words.
+        reason: String,
+    },
+}
+
+/// Computes one step at a time.
+pub trait StepRunner: Send {
+    /// Computes the batch and returns one entry per scheduled sequence, in order.
+    fn execute(&mut self, batch: &ScheduledBatch) -> Result<Vec<StepTokens>, RunnerError>;
+}

@@ -1,0 +1,3 @@
+//! Continuous batching at token granularity: pure, synchronous, no clock, no device.
+
+pub mod batch;

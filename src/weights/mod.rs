@@ -1,0 +1,1 @@
+//! How checkpoints store a matrix: one file per scheme.
