@@ -220,3 +220,20 @@ pub struct TokenizedRequest {
     /// Part of every block hash of this request.
     pub cache_salt: Option<String>,
 }
+
+/// A model's own sampling defaults (`generation_config.json`); `None` leaves the API's default.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SamplingDefaults {
+    /// See [`SamplingParams::temperature`].
+    pub temperature: Option<f32>,
+    /// See [`SamplingParams::top_p`].
+    pub top_p: Option<f32>,
+    /// See [`SamplingParams::top_k`].
+    pub top_k: Option<u32>,
+    /// See [`SamplingParams::min_p`].
+    pub min_p: Option<f32>,
+    /// See [`SamplingParams::repetition_penalty`].
+    pub repetition_penalty: Option<f32>,
+    /// Default output length when a request gives none.
+    pub max_new_tokens: Option<u32>,
+}
