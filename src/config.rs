@@ -291,6 +291,8 @@ pub struct ServerConfig {
     pub shutdown_timeout: Duration,
     /// Seed for requests that bring none.
     pub seed: Option<u64>,
+    /// Requests may carry a `priority`, because the scheduler looks at it.
+    pub accepts_priority: bool,
 }
 
 /// Everything, resolved.
@@ -371,6 +373,7 @@ impl EngineConfig {
                 max_logprobs: server.max_logprobs,
                 shutdown_timeout: Duration::from_secs(server.shutdown_timeout),
                 seed: model.seed,
+                accepts_priority: scheduler.scheduling_policy == SchedulingPolicy::Priority,
             },
             scheduler: SchedulerConfig {
                 max_num_seqs: scheduler.max_num_seqs,
