@@ -257,7 +257,10 @@ pub enum RowTask {
     /// Choose a token.
     Sample,
     /// Report the log-probability of this token without choosing (prompt log-probabilities).
-    Score { token_id: u32 },
+    Score {
+        /// The token to report.
+        token_id: u32,
+    },
 }
 
 /// One row of a [`SampleArgs`].

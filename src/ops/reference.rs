@@ -1,1 +1,0 @@
-//! The referee: every operation as plain f32 loops.

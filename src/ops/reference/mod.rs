@@ -1,0 +1,301 @@
+//! The referee: every operation as plain loops over f32, one thread, no unsafe.
+//!
+//! It is meant to be obviously right, not fast: sums run in f64, tensors of any float dtype
+//! are widened row by row, nothing is blocked or fused. Every backend is tested against it,
+//! and it is itself tested against candle (`tests/conformance/candle.rs`).
+
+mod sample;
+
+use half::{bf16, f16};
+
+use super::Ops;
+use super::args::*;
+use crate::output::SampledToken;
+use crate::tensor::{DType, View, ViewMut};
+
+/// Implements [`Ops`] for f32 activations with weights, tables and KV caches of any float dtype.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ReferenceOps;
+
+impl Ops for ReferenceOps {
+    fn name(&self) -> String {
+        "reference".into()
+    }
+
+    fn activation_dtype(&self) -> DType {
+        DType::F32
+    }
+
+    fn embed(&self, args: EmbedArgs<'_>) {
+        args.check();
+        let width = args.table.size(1);
+        let out = args.out.into_mut_slice::<f32>();
+        for (row, &id) in out.chunks_exact_mut(width).zip(args.token_ids.as_slice::<u32>()) {
+            row.copy_from_slice(&read_row(args.table, id as usize));
+        }
+    }
+
+    fn norm(&self, args: NormArgs<'_>) {
+        args.check();
+        let weight = read(args.weight);
+        let x = args.x.as_slice::<f32>();
+        let out = args.out.into_mut_slice::<f32>();
+        for (out, x) in out.chunks_exact_mut(weight.len()).zip(x.chunks_exact(weight.len())) {
+            norm_row(out, x, &weight, args.eps);
+        }
+    }
+
+    fn add_norm(&self, args: AddNormArgs<'_>) {
+        args.check();
+        let weight = read(args.weight);
+        let x = args.x.as_slice::<f32>();
+        let residual = args.residual.into_mut_slice::<f32>();
+        for (sum, x) in residual.iter_mut().zip(x) {
+            *sum += x;
+        }
+        let out = args.out.into_mut_slice::<f32>();
+        let rows = residual.chunks_exact(weight.len());
+        for (out, row) in out.chunks_exact_mut(weight.len()).zip(rows) {
+            norm_row(out, row, &weight, args.eps);
+        }
+    }
+
+    fn rope(&self, args: RopeArgs<'_>) {
+        args.check();
+        let half = args.cos.size(1);
+        let (cos, sin) = (args.cos.as_slice::<f32>(), args.sin.as_slice::<f32>());
+        for heads in [args.q, args.k] {
+            let (num_heads, head_dim) = (heads.size(1), heads.size(2));
+            let tokens = heads.into_mut_slice::<f32>().chunks_exact_mut(num_heads * head_dim);
+            for (token, &position) in tokens.zip(args.positions.as_slice::<u32>()) {
+                let angles = position as usize * half..(position as usize + 1) * half;
+                for head in token.chunks_exact_mut(head_dim) {
+                    rotate(head, &cos[angles.clone()], &sin[angles.clone()], args.style);
+                }
+            }
+        }
+    }
+
+    fn matmul(&self, args: MatmulArgs<'_>) {
+        args.check();
+        let (num_cols, num_out) = (args.weight.num_cols, args.weight.num_rows);
+        let bias = args.bias.map(read);
+        let x = args.x.as_slice::<f32>();
+        let out = args.out.into_mut_slice::<f32>();
+        for n in 0..num_out {
+            let weight = read_row(args.weight.data.view(), n);
+            for (m, x) in x.chunks_exact(num_cols.max(1)).enumerate() {
+                let bias = bias.as_ref().map_or(0.0, |bias| bias[n]);
+                out[m * num_out + n] = dot(x, &weight) as f32 + bias;
+            }
+        }
+    }
+
+    fn gated_activation(&self, args: GatedActivationArgs<'_>) {
+        args.check();
+        let (gate, up) = (args.gate.as_slice::<f32>(), args.up.as_slice::<f32>());
+        let out = args.out.into_mut_slice::<f32>();
+        for (out, (&gate, &up)) in out.iter_mut().zip(gate.iter().zip(up)) {
+            *out = (activate(f64::from(gate), args.activation) * f64::from(up)) as f32;
+        }
+    }
+
+    fn write_kv(&self, args: WriteKvArgs<'_>) {
+        args.check();
+        let (num_kv_heads, head_dim) = (args.k.size(1), args.k.size(2));
+        let block_size = args.k_cache.size(2);
+        for (mut cache, new) in [(args.k_cache, args.k), (args.v_cache, args.v)] {
+            let new = new.as_slice::<f32>();
+            for (token, &slot) in args.slot_mapping.as_slice::<u32>().iter().enumerate() {
+                let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
+                for head in 0..num_kv_heads {
+                    let from = (token * num_kv_heads + head) * head_dim;
+                    let to = ((block * num_kv_heads + head) * block_size + offset) * head_dim;
+                    write(cache.reborrow(), to, &new[from..from + head_dim]);
+                }
+            }
+        }
+    }
+
+    fn attention(&self, args: AttentionArgs<'_>) {
+        args.check();
+        let cu_seqlens = args.cu_seqlens_q.as_slice::<u32>();
+        let contexts = args.context_lens.as_slice::<u32>();
+        let q = args.q.as_slice::<f32>();
+        let (num_heads, head_dim) = (args.q.size(1), args.q.size(2));
+        let cache = PagedCache::new(&args);
+        let (scale, window) = (f64::from(args.scale), args.sliding_window);
+        let out = args.out.into_mut_slice::<f32>();
+        for (seq, &context) in contexts.iter().enumerate() {
+            let rows = cu_seqlens[seq] as usize..cu_seqlens[seq + 1] as usize;
+            let num_rows = rows.len();
+            for (i, row) in rows.enumerate() {
+                let position = context as usize - num_rows + i;
+                let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
+                for head in 0..num_heads {
+                    let at = (row * num_heads + head) * head_dim;
+                    let at = at..at + head_dim;
+                    let (keys, values) =
+                        cache.gather(seq, head * cache.num_kv_heads / num_heads, first..=position);
+                    attend(&mut out[at.clone()], &q[at], (&keys, &values), scale);
+                }
+            }
+        }
+    }
+
+    fn gather_rows(&self, args: GatherRowsArgs<'_>) {
+        args.check();
+        let width = args.x.size(1);
+        let out = args.out.into_mut_slice::<f32>();
+        for (out, &row) in out.chunks_exact_mut(width).zip(args.rows.as_slice::<u32>()) {
+            out.copy_from_slice(&read_row(args.x, row as usize));
+        }
+    }
+
+    fn copy_blocks(&self, args: CopyBlocksArgs<'_>) {
+        for mut cache in [args.k_cache, args.v_cache] {
+            let block_len = cache.shape().len() / cache.size(0).max(1);
+            for &(source, destination) in args.pairs {
+                let block = read_row(cache.as_view(), source as usize);
+                write(cache.reborrow(), destination as usize * block_len, &block);
+            }
+        }
+    }
+
+    fn sample(&self, args: SampleArgs<'_>) -> Vec<SampledToken> {
+        args.check();
+        let vocab_size = args.logits.size(1);
+        let logits = args.logits.into_mut_slice::<f32>();
+        let rows = logits.chunks_exact(vocab_size).zip(args.rows);
+        rows.map(|(logits, row)| sample::sample_row(logits, row)).collect()
+    }
+}
+
+/// The keys and values of sequences, found through their block tables.
+struct PagedCache<'a> {
+    k: View<'a>,
+    v: View<'a>,
+    tables: View<'a>,
+    num_kv_heads: usize,
+}
+
+impl<'a> PagedCache<'a> {
+    fn new(args: &AttentionArgs<'a>) -> PagedCache<'a> {
+        let num_kv_heads = args.k_cache.size(1);
+        PagedCache { k: args.k_cache, v: args.v_cache, tables: args.block_tables, num_kv_heads }
+    }
+
+    /// Keys and values of one head at `positions`, one vector per position.
+    fn gather(
+        &self,
+        seq: usize,
+        kv_head: usize,
+        positions: std::ops::RangeInclusive<usize>,
+    ) -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
+        let (block_size, head_dim) = (self.k.size(2), self.k.size(3));
+        let table = self.tables.rows(seq..seq + 1).as_slice::<u32>();
+        let slots = self.k.shape().len() / head_dim;
+        let (k, v) = (self.k.reshape([slots, head_dim]), self.v.reshape([slots, head_dim]));
+        let rows = positions.map(|position| {
+            let block = table[position / block_size] as usize;
+            let slot = (block * self.num_kv_heads + kv_head) * block_size + position % block_size;
+            (read_row(k, slot), read_row(v, slot))
+        });
+        rows.unzip()
+    }
+}
+
+/// `out = softmax(q · keysᵀ * scale) · values` for one query head.
+fn attend(out: &mut [f32], q: &[f32], (keys, values): (&[Vec<f32>], &[Vec<f32>]), scale: f64) {
+    let scores: Vec<f64> = keys.iter().map(|key| dot(q, key) * scale).collect();
+    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+    let total: f64 = weights.iter().sum();
+    for (d, out) in out.iter_mut().enumerate() {
+        let sum: f64 = weights.iter().zip(values).map(|(w, v)| w * f64::from(v[d])).sum();
+        *out = (sum / total) as f32;
+    }
+}
+
+fn norm_row(out: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
+    let mean_square = dot(x, x) / x.len() as f64;
+    let scale = 1.0 / (mean_square + f64::from(eps)).sqrt();
+    for (out, (&x, &weight)) in out.iter_mut().zip(x.iter().zip(weight)) {
+        *out = (f64::from(x) * scale * f64::from(weight)) as f32;
+    }
+}
+
+fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32], style: RopeStyle) {
+    let half = cos.len();
+    for i in 0..half {
+        let (a, b) = match style {
+            RopeStyle::Halves => (i, i + half),
+            RopeStyle::Interleaved => (2 * i, 2 * i + 1),
+        };
+        let (x, y) = (head[a], head[b]);
+        head[a] = x * cos[i] - y * sin[i];
+        head[b] = y * cos[i] + x * sin[i];
+    }
+}
+
+fn activate(x: f64, activation: Activation) -> f64 {
+    match activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::GeluTanh => {
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
+            0.5 * x * (1.0 + inner.tanh())
+        }
+        Activation::Gelu => 0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2)),
+    }
+}
+
+/// The error function by its Taylor series, which converges to f64 precision where it matters;
+/// beyond 5 it is 1 within 2e-12.
+fn erf(x: f64) -> f64 {
+    if x.abs() > 5.0 {
+        return x.signum();
+    }
+    let (mut term, mut sum, mut n) = (x, x, 0.0);
+    while term.abs() > 1e-17 * sum.abs() {
+        n += 1.0;
+        term *= -x * x / n;
+        sum += term / (2.0 * n + 1.0);
+    }
+    sum * 2.0 / std::f64::consts::PI.sqrt()
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+}
+
+/// All elements of a float tensor, widened.
+fn read(view: View<'_>) -> Vec<f32> {
+    match view.dtype() {
+        DType::F32 => view.as_slice::<f32>().to_vec(),
+        DType::BF16 => view.as_slice::<bf16>().iter().map(|x| x.to_f32()).collect(),
+        DType::F16 => view.as_slice::<f16>().iter().map(|x| x.to_f32()).collect(),
+        DType::U32 => panic!("an integer tensor where floats are needed"),
+    }
+}
+
+/// One row of a float tensor, widened.
+fn read_row(view: View<'_>, row: usize) -> Vec<f32> {
+    read(view.rows(row..row + 1))
+}
+
+/// Stores `values` from element `start` on, rounded to nearest even.
+fn write(view: ViewMut<'_>, start: usize, values: &[f32]) {
+    let range = start..start + values.len();
+    match view.dtype() {
+        DType::F32 => view.into_mut_slice::<f32>()[range].copy_from_slice(values),
+        DType::BF16 => {
+            let out = &mut view.into_mut_slice::<bf16>()[range];
+            out.iter_mut().zip(values).for_each(|(out, &x)| *out = bf16::from_f32(x));
+        }
+        DType::F16 => {
+            let out = &mut view.into_mut_slice::<f16>()[range];
+            out.iter_mut().zip(values).for_each(|(out, &x)| *out = f16::from_f32(x));
+        }
+        DType::U32 => panic!("an integer tensor where floats are needed"),
+    }
+}
