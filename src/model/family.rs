@@ -1,0 +1,248 @@
+//! What kind of model: the schema of `models/families/*.toml`.
+//!
+//! A family says how blocks are wired and how tensors are named; `hparams` says how big
+//! they are. The enums are closed: a description that asks for an unknown block does not
+//! parse. A new family of known blocks is one TOML file and one line in [`SOURCES`] (the
+//! compiler embeds only files it is told of; a test compares the list with the folder).
+
+use std::sync::LazyLock;
+
+use serde::Deserialize;
+
+use crate::ops::args::RopeStyle;
+
+/// The descriptions: name of the family, text of its file.
+const SOURCES: [(&str, &str); 4] = [
+    ("llama", include_str!("../../models/families/llama.toml")),
+    ("mistral", include_str!("../../models/families/mistral.toml")),
+    ("qwen2", include_str!("../../models/families/qwen2.toml")),
+    ("qwen3", include_str!("../../models/families/qwen3.toml")),
+];
+
+static FAMILIES: LazyLock<Vec<Family>> = LazyLock::new(|| {
+    let parse = |(name, text): &(&str, &str)| {
+        let family = toml::from_str(text);
+        Family {
+            name: (*name).to_owned(),
+            ..family.expect("a test parses every embedded family description")
+        }
+    };
+    SOURCES.iter().map(parse).collect()
+});
+
+/// One family of models.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Family {
+    /// Name of the file, without its ending.
+    #[serde(skip)]
+    pub name: String,
+    /// Values of `architectures` in config.json that mean this family.
+    pub architectures: Vec<String>,
+    /// Which elements of a head rotate together.
+    pub rope_style: RopeStyleName,
+    /// Bias of the query, key and value projections.
+    pub qkv_bias: BiasRule,
+    /// Bias of the output projection.
+    pub o_bias: BiasRule,
+    /// Bias of the three MLP projections.
+    pub mlp_bias: BiasRule,
+    /// Normalisation of queries and keys before they rotate.
+    pub qk_norm: QkNorm,
+    /// Which layers have a sliding window.
+    pub sliding_window: WindowRule,
+    /// Fields that config.json may leave out.
+    pub defaults: Defaults,
+    /// Names in the checkpoint.
+    pub tensors: TensorNames,
+}
+
+/// Spelling of [`RopeStyle`] in a description.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RopeStyleName {
+    /// [`RopeStyle::Halves`].
+    Halves,
+    /// [`RopeStyle::Interleaved`].
+    Interleaved,
+}
+
+impl From<RopeStyleName> for RopeStyle {
+    fn from(name: RopeStyleName) -> RopeStyle {
+        match name {
+            RopeStyleName::Halves => RopeStyle::Halves,
+            RopeStyleName::Interleaved => RopeStyle::Interleaved,
+        }
+    }
+}
+
+/// Whether a linear layer has a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BiasRule {
+    /// Every model of the family has it.
+    Always,
+    /// No model of the family has it.
+    Never,
+    /// `attention_bias` or `mlp_bias` in config.json decides; absent means no.
+    Config,
+}
+
+impl BiasRule {
+    /// The answer, given the field of config.json.
+    pub fn holds(self, configured: bool) -> bool {
+        match self {
+            BiasRule::Always => true,
+            BiasRule::Never => false,
+            BiasRule::Config => configured,
+        }
+    }
+}
+
+/// Normalisation of queries and keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QkNorm {
+    /// None.
+    None,
+    /// RMS norm over each head, one weight of `head_dim` for all heads.
+    PerHead,
+}
+
+/// Which layers have a sliding window.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WindowRule {
+    /// None; `sliding_window` in config.json is ignored.
+    Never,
+    /// All of them, unless `sliding_window` is null.
+    AllLayers,
+    /// Only with `use_sliding_window`: those that `layer_types` names, or else the layers
+    /// from `max_window_layers` on.
+    UpperLayers,
+}
+
+/// What a family means by fields that config.json leaves out.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Defaults {
+    /// Non-linearity of the MLP.
+    pub hidden_act: String,
+    /// Added to the mean square before the root.
+    pub rms_norm_eps: f64,
+    /// Base wavelength of the rotary embedding.
+    pub rope_theta: f64,
+    /// Whether the output projection is the embedding table.
+    pub tie_word_embeddings: bool,
+    /// Longest context.
+    pub max_position_embeddings: usize,
+    /// Key and value heads; without it as many as query heads.
+    pub num_key_value_heads: Option<usize>,
+    /// Width of a head; without it `hidden_size / num_attention_heads`.
+    pub head_dim: Option<usize>,
+    /// Window in tokens.
+    pub sliding_window: Option<usize>,
+    /// First layer with a window.
+    pub max_window_layers: Option<usize>,
+}
+
+/// Names of tensors; `{layer}` stands for a layer's number.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TensorNames {
+    /// Embedding table.
+    pub embedding: String,
+    /// Norm after the last layer.
+    pub final_norm: String,
+    /// Output projection, as a linear layer.
+    pub lm_head: String,
+    /// Norm before attention.
+    pub input_norm: String,
+    /// Norm before the MLP.
+    pub post_attention_norm: String,
+    /// Query projection.
+    pub q: String,
+    /// Key projection.
+    pub k: String,
+    /// Value projection.
+    pub v: String,
+    /// Output projection of attention.
+    pub o: String,
+    /// Gate projection.
+    pub gate: String,
+    /// Up projection.
+    pub up: String,
+    /// Down projection.
+    pub down: String,
+    /// Norm of query heads; needed with [`QkNorm::PerHead`].
+    #[serde(default)]
+    pub q_norm: String,
+    /// Norm of key heads; needed with [`QkNorm::PerHead`].
+    #[serde(default)]
+    pub k_norm: String,
+}
+
+impl Family {
+    /// All families, in the order of their names.
+    pub fn all() -> &'static [Family] {
+        &FAMILIES
+    }
+
+    /// The family that one of these architectures belongs to.
+    pub fn of_architectures(architectures: &[String]) -> Option<&'static Family> {
+        Family::all().iter().find(|f| f.architectures.iter().any(|a| architectures.contains(a)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_description_parses_and_is_complete() {
+        assert_eq!(Family::all().len(), SOURCES.len());
+        for family in Family::all() {
+            assert!(!family.architectures.is_empty(), "{}", family.name);
+            let per_head = family.qk_norm == QkNorm::PerHead;
+            assert_eq!(per_head, !family.tensors.q_norm.is_empty(), "{}: q_norm", family.name);
+            assert_eq!(per_head, !family.tensors.k_norm.is_empty(), "{}: k_norm", family.name);
+            let windowed = family.sliding_window != WindowRule::Never;
+            assert_eq!(windowed, family.defaults.sliding_window.is_some(), "{}", family.name);
+        }
+    }
+
+    #[test]
+    fn every_file_of_the_folder_is_embedded() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/models/families");
+        let mut files: Vec<String> = std::fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        files.sort();
+        let embedded: Vec<String> =
+            SOURCES.iter().map(|(name, _)| format!("{name}.toml")).collect();
+        assert_eq!(files, embedded);
+    }
+
+    #[test]
+    fn an_architecture_belongs_to_one_family() {
+        let mut all: Vec<&String> = Family::all().iter().flat_map(|f| &f.architectures).collect();
+        let count = all.len();
+        all.sort();
+        all.dedup();
+        assert_eq!(all.len(), count);
+        let qwen = ["Qwen2ForCausalLM".to_owned()];
+        assert_eq!(Family::of_architectures(&qwen).unwrap().name, "qwen2");
+        assert!(Family::of_architectures(&["GPT2LMHeadModel".to_owned()]).is_none());
+    }
+
+    #[test]
+    fn an_unknown_block_or_field_does_not_parse() {
+        let text = SOURCES[0].1;
+        assert!(toml::from_str::<Family>(text).is_ok());
+        let unknown_value = text.replace("qk_norm = \"none\"", "qk_norm = \"layer\"");
+        assert!(toml::from_str::<Family>(&unknown_value).is_err());
+        let unknown_field = format!("colour = \"blue\"\n{text}");
+        assert!(toml::from_str::<Family>(&unknown_field).is_err());
+    }
+}

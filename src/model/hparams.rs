@@ -1,0 +1,315 @@
+//! How big a model is: config.json read once, every default filled in.
+//!
+//! Both spellings that are in use are understood: the older `rope_theta`, `rope_scaling`
+//! and `torch_dtype`, and the newer `rope_parameters` and `dtype`. What cannot be served is
+//! refused here with one sentence, before a byte of the weights is read.
+
+use serde_json::Value;
+
+use super::error::ModelError;
+use super::family::{Family, WindowRule};
+use super::fields::Fields;
+use super::rope::{RopeScaling, RopeSpec, yarn_attention_factor};
+use crate::ops::args::Activation;
+use crate::tensor::DType;
+
+/// More layers than any model has; above it the file is nonsense.
+const MAX_LAYERS: usize = 4096;
+
+/// Positions above this do not fit the u32 in which they are computed.
+const MAX_POSITION: f64 = (1u32 << 31) as f64;
+
+/// The sizes and numbers of one model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HyperParams {
+    /// Tokens in the vocabulary, padding included.
+    pub vocab_size: usize,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the MLP.
+    pub intermediate_size: usize,
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads; divides `num_heads`.
+    pub num_kv_heads: usize,
+    /// Width of a head; even.
+    pub head_dim: usize,
+    /// Longest context the model supports, in tokens.
+    pub max_position: usize,
+    /// Added to the mean square before the root.
+    pub norm_eps: f32,
+    /// Rotary embedding.
+    pub rope: RopeSpec,
+    /// Sliding window of each layer, in tokens.
+    pub windows: Vec<Option<usize>>,
+    /// Value of `attention_bias`.
+    pub attention_bias: bool,
+    /// Value of `mlp_bias`.
+    pub mlp_bias: bool,
+    /// Non-linearity of the MLP.
+    pub activation: Activation,
+    /// The output projection is the embedding table.
+    pub tied: bool,
+    /// Tokens that end a text, if config.json names any.
+    pub eos_token_ids: Vec<u32>,
+    /// Token that begins a text, if config.json names one.
+    pub bos_token_id: Option<u32>,
+    /// Element type in which the weights were published.
+    pub dtype: DType,
+}
+
+/// Reads config.json: the family it belongs to and its sizes.
+pub fn read_config(config_json: &str) -> Result<(&'static Family, HyperParams), ModelError> {
+    let malformed = |reason: String| ModelError::MalformedConfig { reason };
+    let value: Value =
+        serde_json::from_str(config_json).map_err(|error| malformed(error.to_string()))?;
+    let map = value.as_object().ok_or_else(|| malformed("it is not a JSON object".to_owned()))?;
+    let config = Fields::new(map, "");
+    let family = family_of(config)?;
+    Ok((family, HyperParams::read(config, family)?))
+}
+
+fn family_of(config: Fields<'_>) -> Result<&'static Family, ModelError> {
+    let architectures =
+        config.texts("architectures")?.ok_or_else(|| config.missing("architectures"))?;
+    Family::of_architectures(&architectures).ok_or_else(|| {
+        let known = Family::all().iter().flat_map(|family| &family.architectures);
+        let known: Vec<&str> = known.map(String::as_str).collect();
+        config.unsupported("architectures", &format!("are {}", known.join(", ")))
+    })
+}
+
+impl HyperParams {
+    fn read(config: Fields<'_>, family: &Family) -> Result<HyperParams, ModelError> {
+        refuse_quantization(config)?;
+        let defaults = &family.defaults;
+        let (num_heads, num_kv_heads, head_dim) = read_heads(config, family)?;
+        let max_position =
+            config.size("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
+        let rope = read_rope(config, family, head_dim, max_position)?;
+        Ok(HyperParams {
+            vocab_size: config.required_size("vocab_size")?,
+            hidden_size: config.required_size("hidden_size")?,
+            intermediate_size: config.required_size("intermediate_size")?,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            max_position: reach(&rope.scaling, max_position),
+            norm_eps: config.positive("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps) as f32,
+            rope,
+            windows: read_windows(config, family)?,
+            attention_bias: config.flag("attention_bias")?.unwrap_or(false),
+            mlp_bias: config.flag("mlp_bias")?.unwrap_or(false),
+            activation: read_activation(config, family)?,
+            tied: config.flag("tie_word_embeddings")?.unwrap_or(defaults.tie_word_embeddings),
+            eos_token_ids: config.token_ids("eos_token_id")?,
+            bos_token_id: config.token_ids("bos_token_id")?.first().copied(),
+            dtype: read_dtype(config)?,
+        })
+    }
+}
+
+fn refuse_quantization(config: Fields<'_>) -> Result<(), ModelError> {
+    match config.object("quantization_config", "quantization_config.")? {
+        None => Ok(()),
+        Some(quantization) => Err(quantization.unsupported(
+            "quant_method",
+            "are checkpoints without quantization_config (bf16, f16 or f32 weights)",
+        )),
+    }
+}
+
+/// Query heads, key and value heads, width of a head.
+fn read_heads(config: Fields<'_>, family: &Family) -> Result<(usize, usize, usize), ModelError> {
+    let hidden_size = config.required_size("hidden_size")?;
+    let num_heads = config.required_size("num_attention_heads")?;
+    let num_kv_heads = config
+        .size("num_key_value_heads")?
+        .or(family
+            .defaults
+            .num_key_value_heads
+            .filter(|_| !config.is_written("num_key_value_heads")))
+        .unwrap_or(num_heads);
+    if num_heads % num_kv_heads != 0 {
+        let supported = format!("are divisors of num_attention_heads, which is {num_heads}");
+        return Err(config.unsupported("num_key_value_heads", &supported));
+    }
+    let head_dim = match config.size("head_dim")?.or(family.defaults.head_dim) {
+        Some(head_dim) => head_dim,
+        None if hidden_size.is_multiple_of(num_heads) => hidden_size / num_heads,
+        None => {
+            let supported = format!("are multiples of num_attention_heads, which is {num_heads}");
+            return Err(config.unsupported("hidden_size", &supported));
+        }
+    };
+    if head_dim % 2 != 0 {
+        return Err(config.unsupported("head_dim", "are even widths of a head"));
+    }
+    Ok((num_heads, num_kv_heads, head_dim))
+}
+
+fn read_activation(config: Fields<'_>, family: &Family) -> Result<Activation, ModelError> {
+    match config.text("hidden_act")?.unwrap_or(&family.defaults.hidden_act) {
+        "silu" | "swish" => Ok(Activation::Silu),
+        "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
+        "gelu" => Ok(Activation::Gelu),
+        _ => Err(config.unsupported("hidden_act", "are silu, gelu and gelu_pytorch_tanh")),
+    }
+}
+
+fn read_dtype(config: Fields<'_>) -> Result<DType, ModelError> {
+    let field = if config.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
+    match config.text(field)? {
+        None | Some("bfloat16" | "auto") => Ok(DType::BF16),
+        Some("float16" | "half") => Ok(DType::F16),
+        Some("float32" | "float") => Ok(DType::F32),
+        Some(_) => Err(config.unsupported(field, "are bfloat16, float16 and float32")),
+    }
+}
+
+/// The window of each layer.
+fn read_windows(config: Fields<'_>, family: &Family) -> Result<Vec<Option<usize>>, ModelError> {
+    let num_layers = config.required_size("num_hidden_layers")?;
+    if num_layers > MAX_LAYERS {
+        return Err(config.unsupported("num_hidden_layers", "is a whole number from 1 to 4096"));
+    }
+    let defaults = &family.defaults;
+    let default = defaults.sliding_window.filter(|_| !config.is_written("sliding_window"));
+    let window = config.size("sliding_window")?.or(default);
+    match family.sliding_window {
+        WindowRule::Never => Ok(vec![None; num_layers]),
+        WindowRule::AllLayers => Ok(vec![window; num_layers]),
+        WindowRule::UpperLayers => {
+            let used = config.flag("use_sliding_window")?.unwrap_or(false);
+            let window = window.filter(|_| used);
+            let windowed = windowed_layers(config, family, num_layers)?;
+            Ok(windowed.into_iter().map(|has_window| window.filter(|_| has_window)).collect())
+        }
+    }
+}
+
+/// Which layers slide: as `layer_types` says, else those from `max_window_layers` on.
+fn windowed_layers(
+    config: Fields<'_>,
+    family: &Family,
+    num_layers: usize,
+) -> Result<Vec<bool>, ModelError> {
+    let Some(types) = config.texts("layer_types")? else {
+        // Zero is a valid first layer, so this is no `size`.
+        let written = config.get("max_window_layers").map(|value| {
+            let first = value.as_u64().and_then(|n| usize::try_from(n).ok());
+            first.ok_or_else(|| config.unsupported("max_window_layers", "is a number of layers"))
+        });
+        let first =
+            written.transpose()?.or(family.defaults.max_window_layers).unwrap_or(num_layers);
+        return Ok((0..num_layers).map(|layer| layer >= first).collect());
+    };
+    let known = |name: &String| name == "full_attention" || name == "sliding_attention";
+    if types.len() != num_layers || !types.iter().all(known) {
+        let supported =
+            format!("are {num_layers} times full_attention or sliding_attention, one per layer");
+        return Err(config.unsupported("layer_types", &supported));
+    }
+    Ok(types.iter().map(|name| name == "sliding_attention").collect())
+}
+
+fn read_rope(
+    config: Fields<'_>,
+    family: &Family,
+    head_dim: usize,
+    max_position: usize,
+) -> Result<RopeSpec, ModelError> {
+    let old = config.object("rope_scaling", "rope_scaling.")?;
+    let rope = match old {
+        Some(rope) => Some(rope),
+        None => config.object("rope_parameters", "rope_parameters.")?,
+    };
+    let own_theta = rope.map(|rope| rope.positive("rope_theta")).transpose()?.flatten();
+    let theta = match own_theta {
+        Some(theta) => theta,
+        None => config.positive("rope_theta")?.unwrap_or(family.defaults.rope_theta),
+    };
+    for fields in rope.iter().chain(std::iter::once(&config)) {
+        if fields.positive("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
+            return Err(fields.unsupported("partial_rotary_factor", "is 1"));
+        }
+    }
+    let scaling = match rope {
+        None => RopeScaling::Default,
+        Some(rope) => read_scaling(config, rope, max_position)?,
+    };
+    Ok(RopeSpec { theta, rotary_dim: head_dim, style: family.rope_style.into(), scaling })
+}
+
+fn read_scaling(
+    config: Fields<'_>,
+    rope: Fields<'_>,
+    max_position: usize,
+) -> Result<RopeScaling, ModelError> {
+    if let Some(name) = rope.first_nested() {
+        return Err(rope.unsupported(name, "is one set of rotary parameters for all layers"));
+    }
+    let field = if rope.get("rope_type").is_some() { "rope_type" } else { "type" };
+    let trained = || -> Result<f64, ModelError> {
+        let outer = config.positive("original_max_position_embeddings")?;
+        let own = rope.positive("original_max_position_embeddings")?;
+        Ok(outer.or(own).unwrap_or(max_position as f64))
+    };
+    match rope.text(field)? {
+        None | Some("default") => Ok(RopeScaling::Default),
+        Some("linear") => Ok(RopeScaling::Linear { factor: rope.required_positive("factor")? }),
+        Some("llama3") => read_llama3(rope, trained()?),
+        Some("yarn") => read_yarn(rope, trained()?, max_position),
+        Some(_) => Err(rope.unsupported(field, "are default, linear, llama3, yarn")),
+    }
+}
+
+fn read_llama3(rope: Fields<'_>, original_max_position: f64) -> Result<RopeScaling, ModelError> {
+    let low_freq_factor = rope.required_positive("low_freq_factor")?;
+    let high_freq_factor = rope.required_positive("high_freq_factor")?;
+    if high_freq_factor <= low_freq_factor {
+        let supported = format!("are values above low_freq_factor, which is {low_freq_factor}");
+        return Err(rope.unsupported("high_freq_factor", &supported));
+    }
+    Ok(RopeScaling::Llama3 {
+        factor: rope.required_positive("factor")?,
+        low_freq_factor,
+        high_freq_factor,
+        original_max_position,
+    })
+}
+
+fn read_yarn(
+    rope: Fields<'_>,
+    original_max_position: f64,
+    max_position: usize,
+) -> Result<RopeScaling, ModelError> {
+    let factor = rope.positive("factor")?.unwrap_or(max_position as f64 / original_max_position);
+    let inferred = match (rope.positive("mscale")?, rope.positive("mscale_all_dim")?) {
+        (Some(own), Some(all)) => {
+            yarn_attention_factor(factor, own) / yarn_attention_factor(factor, all)
+        }
+        _ => yarn_attention_factor(factor, 1.0),
+    };
+    Ok(RopeScaling::Yarn {
+        factor,
+        attention_factor: rope.positive("attention_factor")?.unwrap_or(inferred),
+        beta_fast: rope.positive("beta_fast")?.unwrap_or(32.0),
+        beta_slow: rope.positive("beta_slow")?.unwrap_or(1.0),
+        original_max_position,
+        truncate: rope.flag("truncate")?.unwrap_or(true),
+    })
+}
+
+/// The longest context, as vLLM derives it: Llama 3 checkpoints already state the stretched
+/// length, linear ones the trained length, and YaRN ones sometimes either.
+fn reach(scaling: &RopeScaling, max_position: usize) -> usize {
+    let stretched = match *scaling {
+        RopeScaling::Default | RopeScaling::Llama3 { .. } => max_position as f64,
+        RopeScaling::Linear { factor } => max_position as f64 * factor,
+        RopeScaling::Yarn { factor, original_max_position, .. } => {
+            (original_max_position * factor).max(max_position as f64)
+        }
+    };
+    stretched.clamp(1.0, MAX_POSITION) as usize
+}
