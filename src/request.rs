@@ -237,3 +237,16 @@ pub struct SamplingDefaults {
     /// Default output length when a request gives none.
     pub max_new_tokens: Option<u32>,
 }
+
+/// The seed of continuation `index` of a request with `seed`: the first keeps it, so that
+/// `n` never changes what the first continuation says.
+pub fn continuation_seed(seed: u64, index: u32) -> u64 {
+    if index == 0 { seed } else { mix(seed.wrapping_add(u64::from(index))) }
+}
+
+/// The SplitMix64 finaliser (Steele, Lea, Flood 2014).
+pub(crate) fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}

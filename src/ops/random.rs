@@ -3,6 +3,8 @@
 //! Stateless, so a result never depends on batching, preemption or the device; every
 //! backend must compute exactly this.
 
+use crate::request::mix;
+
 /// A number in `[0, 1)` with 24 random bits, from the SplitMix64 finaliser
 /// (Steele, Lea, Flood 2014) over seed and position.
 pub fn uniform(seed: u64, position: u32) -> f32 {
@@ -10,20 +12,10 @@ pub fn uniform(seed: u64, position: u32) -> f32 {
     (mixed >> 40) as f32 / (1u64 << 24) as f32
 }
 
-/// The seed of continuation `index` of a request with `seed`.
-pub fn continuation_seed(seed: u64, index: u32) -> u64 {
-    if index == 0 { seed } else { mix(seed.wrapping_add(u64::from(index))) }
-}
-
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::request::continuation_seed;
 
     #[test]
     fn numbers_are_in_range_and_even() {

@@ -1,0 +1,127 @@
+//! Takes the results of a step: tokens are appended, full blocks published, ends recognised.
+//!
+//! A sequence that ends gives its blocks back at once; full ones stay findable in the prefix
+//! cache.
+
+use super::Scheduler;
+use super::batch::{ScheduledBatch, ScheduledSequence, SequenceId, StepTokens};
+use super::sequence::{Sequence, State};
+use crate::kv::BlockPool;
+use crate::output::{FinishReason, TokenEvent};
+
+impl Scheduler {
+    /// Takes the results of the latest plan, one entry per scheduled sequence, and tells what
+    /// happened to whom. Sequences aborted since the plan are skipped.
+    pub fn commit(&mut self, batch: &ScheduledBatch, results: &[StepTokens]) -> Vec<TokenEvent> {
+        assert_eq!(batch.sequences.len(), results.len(), "one result per scheduled sequence");
+        let mut events = Vec::with_capacity(results.len());
+        let mut num_finished = 0;
+        for (scheduled, result) in batch.sequences.iter().zip(results) {
+            let Some(sequence) = self.sequences.get_mut(scheduled.id) else { continue };
+            sequence.advance(scheduled, result);
+            if self.params.enable_prefix_caching {
+                sequence.publish_full_blocks(&mut self.kv);
+            }
+            let event = sequence.accept(scheduled, result);
+            let computed_prompt = sequence.leads && sequence.has_computed_prompt();
+            if computed_prompt {
+                sequence.leads = false;
+            }
+            let finished = event.as_ref().is_some_and(|event| event.finish.is_some());
+            if let Some(event) = event {
+                self.step.num_generated_tokens += event.tokens.len();
+                events.push(event);
+            }
+            if computed_prompt {
+                self.release_held(scheduled.id, &mut events);
+            }
+            if finished {
+                self.remove(scheduled.id);
+                num_finished += 1;
+            }
+        }
+        if num_finished > 0 {
+            let sequences = &self.sequences;
+            self.running.retain(|&(_, id)| sequences.get(id).is_some());
+        }
+        events
+    }
+
+    /// The prompt is computed: its other continuations may start, or, when nothing is to be
+    /// generated, are done.
+    fn release_held(&mut self, leader: SequenceId, events: &mut Vec<TokenEvent>) {
+        let request = &self.sequences[leader].request;
+        let is_empty = request.max_output_len == 0;
+        let Some(group) = self.groups.get(&request.id) else { return };
+        for id in group.members.clone() {
+            if self.sequences[id].state != State::Held {
+                continue;
+            }
+            if is_empty {
+                events.push(self.sequences[id].event(Vec::new(), Some(FinishReason::Length)));
+                self.remove(id);
+            } else {
+                self.wait(id);
+            }
+        }
+    }
+}
+
+impl Sequence {
+    fn advance(&mut self, scheduled: &ScheduledSequence, result: &StepTokens) {
+        let start = scheduled.start_position as usize;
+        self.num_computed = start + scheduled.tokens.len();
+        if let Some(progress) = &mut self.prompt_progress
+            && !result.scores.is_empty()
+        {
+            // After a preemption the first ones are known already.
+            let known = progress.scores.len() - start;
+            progress.scores.extend(result.scores.iter().skip(known).cloned());
+        }
+    }
+
+    fn publish_full_blocks(&mut self, kv: &mut BlockPool) {
+        let num_full = self.num_computed / kv.block_size();
+        if !self.publishes {
+            return;
+        }
+        for block in self.num_published..num_full {
+            let hash = self.block_hash(block, kv.block_size());
+            kv.publish(self.table[block], hash);
+        }
+        self.num_published = self.num_published.max(num_full);
+    }
+
+    /// Appends what was sampled, up to the end of the sequence.
+    fn accept(&mut self, scheduled: &ScheduledSequence, result: &StepTokens) -> Option<TokenEvent> {
+        if !scheduled.samples {
+            let done = self.num_computed == self.len() && self.request.max_output_len == 0;
+            return done.then(|| self.event(Vec::new(), Some(FinishReason::Length)));
+        }
+        let mut tokens = Vec::with_capacity(result.sampled.len());
+        let mut finish = None;
+        for token in &result.sampled {
+            self.output.push(token.token_id);
+            tokens.push(token.clone());
+            finish = self.finish_reason();
+            if finish.is_some() {
+                break;
+            }
+        }
+        Some(self.event(tokens, finish))
+    }
+
+    fn event(
+        &mut self,
+        tokens: Vec<crate::output::SampledToken>,
+        finish: Option<FinishReason>,
+    ) -> TokenEvent {
+        TokenEvent {
+            request_id: self.request.id.clone(),
+            index: self.index,
+            tokens,
+            finish,
+            prompt: self.take_prompt_report(),
+        }
+    }
+}
