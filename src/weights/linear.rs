@@ -1,0 +1,181 @@
+//! A linear layer: a packed matrix, an optional bias, and how it is split over ranks.
+
+use super::{load_matrix, plain};
+use crate::checkpoint::{CheckpointError, TensorSource};
+use crate::formats::{PackedMatrix, dense};
+use crate::ops::Ops;
+use crate::ops::args::MatmulArgs;
+use crate::parallel::Communicator;
+use crate::tensor::{Tensor, View, ViewMut};
+
+/// How the ranks of a replica share a linear layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Partition {
+    /// Each rank computes a part of the output.
+    Column,
+    /// Each rank sums over a part of the input; the sums are added up over all ranks.
+    Row,
+    /// Each rank computes everything.
+    Replicated,
+}
+
+/// `out = x · weightᵀ (+ bias)`.
+#[derive(Debug)]
+pub struct Linear {
+    /// `[out_features, in_features]` of this rank.
+    pub weight: PackedMatrix,
+    /// `[out_features]`.
+    pub bias: Option<Tensor>,
+    /// How the ranks share it.
+    pub partition: Partition,
+}
+
+impl Linear {
+    /// Reads the layer `name` (without `.weight`) of `[out_features, in_features]`, with a
+    /// bias when `bias` is set.
+    pub fn load(
+        source: &dyn TensorSource,
+        name: &str,
+        shape: [usize; 2],
+        bias: bool,
+        partition: Partition,
+    ) -> Result<Linear, CheckpointError> {
+        let weight = load_matrix(source, name, shape)?;
+        let bias = bias
+            .then(|| plain::load_float(source, &format!("{name}.bias"), &shape[..1]))
+            .transpose()?;
+        Ok(Linear { weight, bias, partition })
+    }
+
+    /// Reads a table, such as tied embeddings, as the matrix of a layer without a bias. The
+    /// table itself stays readable as `weight.data`.
+    pub fn of_table(
+        source: &dyn TensorSource,
+        name: &str,
+        shape: [usize; 2],
+    ) -> Result<Linear, CheckpointError> {
+        let weight = dense::pack(plain::load_float(source, name, &shape)?);
+        Ok(Linear { weight, bias: None, partition: Partition::Replicated })
+    }
+
+    /// Multiplies `x` `[num_rows, in_features]` into `out` `[num_rows, out_features]`.
+    pub fn forward(
+        &self,
+        ops: &dyn Ops,
+        comm: &dyn Communicator,
+        x: View<'_>,
+        mut out: ViewMut<'_>,
+    ) {
+        // Rank 0 alone adds the bias of a row partition, because the sum would repeat it.
+        let is_summed = self.partition == Partition::Row;
+        let bias = self.bias.as_ref().filter(|_| !is_summed || comm.rank() == 0);
+        ops.matmul(MatmulArgs {
+            out: out.reborrow(),
+            x,
+            weight: &self.weight,
+            bias: bias.map(Tensor::view),
+        });
+        if is_summed {
+            comm.all_reduce(out);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::checkpoint::dummy::DummySource;
+    use crate::checkpoint::{ExpectedTensor, TensorInfo, TensorRole};
+    use crate::ops::reference::ReferenceOps;
+    use crate::tensor::DType;
+
+    /// A rank that counts how often it is asked for a sum.
+    struct CountingRank {
+        rank: usize,
+        num_sums: AtomicUsize,
+    }
+
+    impl Communicator for CountingRank {
+        fn rank(&self) -> usize {
+            self.rank
+        }
+
+        fn world(&self) -> usize {
+            2
+        }
+
+        fn all_reduce(&self, _data: ViewMut<'_>) {
+            self.num_sums.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Output for zero input, hence the bias if it was added, and the number of sums.
+    fn output_of_zeros(partition: Partition, rank: usize) -> (Vec<f32>, usize) {
+        let linear = Linear {
+            weight: dense::pack(Tensor::from_slice(&[1.0f32; 6], [2, 3])),
+            bias: Some(Tensor::from_slice(&[5.0f32, 7.0], [2])),
+            partition,
+        };
+        let comm = CountingRank { rank, num_sums: AtomicUsize::new(0) };
+        let mut out = Tensor::zeros(DType::F32, [1, 2]);
+        let x = Tensor::zeros(DType::F32, [1, 3]);
+        linear.forward(&ReferenceOps, &comm, x.view(), out.view_mut());
+        (out.as_slice::<f32>().to_vec(), comm.num_sums.into_inner())
+    }
+
+    #[test]
+    fn only_a_row_partition_is_summed_over_ranks() {
+        assert_eq!(output_of_zeros(Partition::Column, 1), (vec![5.0, 7.0], 0));
+        assert_eq!(output_of_zeros(Partition::Replicated, 1), (vec![5.0, 7.0], 0));
+        assert_eq!(output_of_zeros(Partition::Row, 0).1, 1);
+    }
+
+    #[test]
+    fn the_bias_of_a_row_partition_is_added_by_one_rank() {
+        assert_eq!(output_of_zeros(Partition::Row, 0).0, [5.0, 7.0]);
+        assert_eq!(output_of_zeros(Partition::Row, 1).0, [0.0, 0.0]);
+    }
+
+    /// A source whose only tensor holds integers.
+    struct Integers;
+
+    impl TensorSource for Integers {
+        fn names(&self) -> Vec<String> {
+            vec!["a.weight".to_owned()]
+        }
+
+        fn info(&self, name: &str) -> Option<TensorInfo> {
+            let dtype = crate::checkpoint::StoredDType::U32;
+            let info = TensorInfo { dtype, shape: vec![2, 3], file: "x.safetensors".to_owned() };
+            (name == "a.weight").then_some(info)
+        }
+
+        fn tensor(&self, _name: &str) -> Result<Tensor, CheckpointError> {
+            Ok(Tensor::zeros(DType::U32, [2, 3]))
+        }
+    }
+
+    #[test]
+    fn a_layer_says_which_of_its_tensors_is_wrong() {
+        let expected = ["a.weight", "a.bias"].map(|name| ExpectedTensor {
+            name: name.to_owned(),
+            shape: if name == "a.bias" { vec![4] } else { vec![4, 3] },
+            role: TensorRole::Matrix,
+        });
+        let source = DummySource::new(expected.to_vec(), DType::BF16);
+        let load = |name: &str, shape| Linear::load(&source, name, shape, true, Partition::Column);
+        assert!(load("a", [4, 3]).is_ok());
+        assert_eq!(
+            load("a", [3, 4]).unwrap_err().to_string(),
+            "a.weight in random weights has shape [4, 3], but the model needs [3, 4]"
+        );
+        assert_eq!(
+            load("b", [4, 3]).unwrap_err().to_string(),
+            "the checkpoint has no tensor b.weight"
+        );
+        let integers = Linear::load(&Integers, "a", [2, 3], false, Partition::Column);
+        assert!(integers.unwrap_err().to_string().contains("has dtype u32"));
+    }
+}
