@@ -1,0 +1,195 @@
+"""Records what Hugging Face transformers computes for small random models of every family.
+
+    python tests/parity/record_logits.py [CASE ...]
+
+writes tests/parity/recorded/CASE/ with
+
+    config.json             as the library saves it, or in the older spelling (`legacy`)
+    model.safetensors       random weights, seeded by the name of the case
+    expected.safetensors    token_ids [48] u32, logits [48, 131] f32,
+                            positions [n] u32, cos and sin [n, head_dim / 2] f32
+
+Weights are rounded to the case's dtype and everything is computed in f32 on the CPU with
+eager attention, so that a difference is ours and not a kernel's. The sizes are chosen to
+catch mistakes: the vocabulary is no multiple of 16, three query heads share a key head, the
+sliding windows are shorter than the prompt, Qwen3's heads are wider than hidden / heads.
+
+Recorded with torch 2.11.0, transformers 5.17.0, safetensors 0.8.0.
+"""
+
+import json
+import pathlib
+import sys
+import zlib
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+FOLDER = pathlib.Path(__file__).parent / "recorded"
+PROMPT_LEN = 48
+POSITIONS = [0, 1, 2, 3, 7, 15, 16, 31, 47, 63, 100, 127, 200, 255, 511, 1023]
+SIZES = dict(
+    vocab_size=131,
+    hidden_size=96,
+    intermediate_size=104,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+def rope(kind, **parameters):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **parameters}}
+
+
+LLAMA3 = rope(
+    "llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=64)
+YARN_MSCALE = rope(
+    "yarn",
+    factor=4.0,
+    original_max_position_embeddings=64,
+    beta_fast=16.0,
+    beta_slow=2.0,
+    mscale=0.9,
+    mscale_all_dim=0.5,
+    truncate=False,
+)
+LLAMA, MISTRAL = (LlamaConfig, LlamaForCausalLM), (MistralConfig, MistralForCausalLM)
+QWEN2, QWEN3 = (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)
+
+# name: (classes, changed configuration, dtype of the weights, older spelling of config.json)
+CASES = {
+    "llama": (LLAMA, dict(rms_norm_eps=1e-5), torch.bfloat16, True),
+    "llama_tied_f32": (
+        LLAMA,
+        dict(tie_word_embeddings=True, num_hidden_layers=1, eos_token_id=[2, 3]),
+        torch.float32,
+        False,
+    ),
+    "llama_biases": (
+        LLAMA,
+        dict(attention_bias=True, mlp_bias=True, num_hidden_layers=1),
+        torch.float16,
+        False,
+    ),
+    "llama_linear": (
+        LLAMA,
+        dict(rope("linear", factor=4.0), num_hidden_layers=1),
+        torch.bfloat16,
+        False,
+    ),
+    "llama_llama3": (LLAMA, LLAMA3, torch.bfloat16, True),
+    "llama_yarn": (LLAMA, dict(YARN, num_hidden_layers=1), torch.bfloat16, False),
+    "llama_yarn_mscale": (LLAMA, dict(YARN_MSCALE, num_hidden_layers=1), torch.bfloat16, True),
+    "mistral_window": (MISTRAL, dict(sliding_window=16, head_dim=16), torch.bfloat16, True),
+    "qwen2_tied": (
+        QWEN2,
+        dict(tie_word_embeddings=True, use_sliding_window=False),
+        torch.bfloat16,
+        True,
+    ),
+    "qwen2_upper_window": (
+        QWEN2,
+        dict(use_sliding_window=True, sliding_window=12, max_window_layers=1),
+        torch.bfloat16,
+        False,
+    ),
+    "qwen3": (
+        QWEN3,
+        dict(hidden_size=64, head_dim=24, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+        torch.bfloat16,
+        False,
+    ),
+    "qwen3_tied": (
+        QWEN3,
+        dict(hidden_size=64, head_dim=32, num_hidden_layers=1, tie_word_embeddings=True),
+        torch.bfloat16,
+        True,
+    ),
+}
+
+
+def randomize(model):
+    """Weights large enough that attention is far from uniform and no norm is trivial."""
+    for name, parameter in sorted(model.named_parameters()):
+        if name.endswith("norm.weight"):
+            parameter.normal_(1.0, 0.2)
+        elif name.endswith("bias"):
+            parameter.normal_(0.0, 0.3)
+        else:
+            parameter.normal_(0.0, 1.5 / parameter.shape[-1] ** 0.5)
+
+
+def in_older_spelling(config):
+    """Undoes the renaming of transformers 5, since most published models predate it."""
+    parameters = config.pop("rope_parameters")
+    config["rope_theta"] = parameters.pop("rope_theta")
+    if parameters.get("rope_type") != "default":
+        config["rope_scaling"] = parameters
+    config["torch_dtype"] = config.pop("dtype")
+    return config
+
+
+@torch.no_grad()
+def record(name):
+    (config_class, model_class), changes, dtype, legacy = CASES[name]
+    torch.manual_seed(zlib.crc32(name.encode()))
+    config = config_class(**{**SIZES, **changes})
+    config._attn_implementation = "eager"
+    model = model_class(config).eval()
+    randomize(model)
+    model.to(dtype)
+    folder = FOLDER / name
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    saved = json.loads((folder / "config.json").read_text())
+    if legacy:
+        saved = in_older_spelling(saved)
+    (folder / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
+
+    model.float()
+    # Built anew, because casting the model to its dtype has rounded the frequencies.
+    rotary = model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    token_ids = torch.randint(3, config.vocab_size, (1, PROMPT_LEN))
+    logits = model(token_ids, use_cache=False).logits[0]
+    positions = torch.tensor([POSITIONS])
+    cos, sin = rotary(torch.zeros(1, 1, 1), positions)
+    half = cos.shape[-1] // 2
+    save_file(
+        {
+            "token_ids": token_ids[0].to(torch.uint32),
+            "logits": logits.contiguous(),
+            "positions": positions[0].to(torch.uint32),
+            "cos": cos[0, :, :half].contiguous(),
+            "sin": sin[0, :, :half].contiguous(),
+        },
+        folder / "expected.safetensors",
+    )
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    print(f"{name}: logits of deviation {logits.std():.2f}")
+
+
+if __name__ == "__main__":
+    for case in sys.argv[1:] or CASES:
+        record(case)
