@@ -1,0 +1,10 @@
+//! Reading a model from wherever it is: files, the hub, config.json.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::needless_pass_by_value,
+    reason = "a test fails by panicking, with the place"
+)]
+
+mod config;
+mod safetensors;
