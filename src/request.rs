@@ -29,8 +29,13 @@ impl fmt::Display for RequestId {
 /// What the model is to continue.
 #[derive(Clone, Debug)]
 pub enum Prompt {
-    /// Raw text; `add_special_tokens` asks the tokenizer for BOS and the like.
-    Text { text: String, add_special_tokens: bool },
+    /// Raw text.
+    Text {
+        /// The text.
+        text: String,
+        /// Ask the tokenizer for BOS and the like.
+        add_special_tokens: bool,
+    },
     /// Token ids, used as they are.
     Tokens(Vec<u32>),
     /// A conversation for the chat template.

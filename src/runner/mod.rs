@@ -1,12 +1,16 @@
 //! Executes planned steps: the seam between bookkeeping and compute.
 //!
-//! [`StepRunner`] is the whole contract. [`ScriptedRunner`] keeps it with no model at all, so
+//! [`StepRunner`] is the whole contract. [`ModelRunner`] computes; [`ScriptedRunner`] keeps it with no model at all, so
 //! that engine and server tests need none. Knows nothing of requests, text or HTTP.
 
+pub mod memory_plan;
+pub mod model_runner;
 pub mod scripted;
 
 use crate::scheduler::batch::{ScheduledBatch, StepTokens};
 
+pub use memory_plan::{MemoryPlan, MemoryPlanError};
+pub use model_runner::ModelRunner;
 pub use scripted::ScriptedRunner;
 
 /// A step could not be computed.

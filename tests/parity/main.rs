@@ -7,5 +7,6 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
 
 mod candle_referee;
+mod decoding;
 mod loading;
 mod recorded;

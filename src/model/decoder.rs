@@ -1,0 +1,128 @@
+//! The decoder-only transformer: the one forward pass of this program.
+//!
+//! Serves every family, device and rank. Input is a flat [`ForwardBatch`]; sequences exist
+//! here only as ranges of rows and block tables. Output is the residual stream, from which
+//! [`Decoder::logits`] computes logits for the rows that are wanted.
+
+use super::attention::Attention;
+use super::batch::ForwardBatch;
+use super::embedding::Embedding;
+use super::error::ModelError;
+use super::kv_cache::KvCache;
+use super::mlp::Mlp;
+use super::rope::RopeTable;
+use super::spec::{LayerSpec, ModelSpec};
+use super::workspace::Workspace;
+use crate::checkpoint::TensorSource;
+use crate::device::RankContext;
+use crate::ops::args::{AddNormArgs, GatherRowsArgs, NormArgs};
+use crate::tensor::Tensor;
+
+/// One layer.
+struct Layer {
+    input_norm: Tensor,
+    attention: Attention,
+    post_attention_norm: Tensor,
+    mlp: Mlp,
+}
+
+/// A loaded model.
+pub struct Decoder {
+    embedding: Embedding,
+    layers: Vec<Layer>,
+    final_norm: Tensor,
+    rope: RopeTable,
+    norm_eps: f32,
+}
+
+impl Decoder {
+    /// Loads every tensor that `spec` names. `max_position` bounds the positions that will be
+    /// computed.
+    pub fn load(
+        spec: &ModelSpec,
+        source: &dyn TensorSource,
+        max_position: usize,
+    ) -> Result<Decoder, ModelError> {
+        let layer = |layer: &LayerSpec| -> Result<Layer, ModelError> {
+            Ok(Layer {
+                input_norm: source.tensor(&layer.input_norm)?,
+                attention: Attention::load(
+                    &layer.attention,
+                    spec.norm_eps,
+                    spec.rope.style,
+                    source,
+                )?,
+                post_attention_norm: source.tensor(&layer.post_attention_norm)?,
+                mlp: Mlp::load(&layer.mlp, source)?,
+            })
+        };
+        Ok(Decoder {
+            embedding: Embedding::load(spec, source)?,
+            layers: spec.layers.iter().map(layer).collect::<Result<_, _>>()?,
+            final_norm: source.tensor(&spec.final_norm)?,
+            rope: RopeTable::new(&spec.rope, max_position),
+            norm_eps: spec.norm_eps,
+        })
+    }
+
+    /// Computes the step: fills the cache and leaves in `workspace.hidden` the final, normalised
+    /// hidden state of every token.
+    pub fn forward(
+        &self,
+        rank: &RankContext,
+        batch: &ForwardBatch,
+        cache: &mut KvCache,
+        workspace: &mut Workspace,
+    ) {
+        let num_tokens = batch.num_tokens();
+        self.embedding.embed(rank, batch.token_ids(), workspace.residual.rows_mut(num_tokens));
+        rank.ops.norm(NormArgs {
+            out: workspace.hidden.rows_mut(num_tokens),
+            x: workspace.residual.rows(num_tokens),
+            weight: self.layers[0].input_norm.view(),
+            eps: self.norm_eps,
+        });
+        for (i, layer) in self.layers.iter().enumerate() {
+            let kv = &mut cache.layers[i];
+            layer.attention.forward(rank, &self.rope, batch, kv, workspace);
+            self.add_norm(rank, num_tokens, &layer.post_attention_norm, workspace);
+            layer.mlp.forward(rank, num_tokens, workspace);
+            let next_norm = self.layers.get(i + 1).map_or(&self.final_norm, |l| &l.input_norm);
+            self.add_norm(rank, num_tokens, next_norm, workspace);
+        }
+    }
+
+    /// `residual += hidden; hidden = norm(residual)`.
+    fn add_norm(
+        &self,
+        rank: &RankContext,
+        num_tokens: usize,
+        weight: &Tensor,
+        workspace: &mut Workspace,
+    ) {
+        // `normed` receives the result so that input and output stay distinct tensors; the two
+        // then change places.
+        rank.ops.add_norm(AddNormArgs {
+            out: workspace.normed.rows_mut(num_tokens),
+            residual: workspace.residual.rows_mut(num_tokens),
+            x: workspace.hidden.rows(num_tokens),
+            weight: weight.view(),
+            eps: self.norm_eps,
+        });
+        std::mem::swap(&mut workspace.hidden, &mut workspace.normed);
+    }
+
+    /// Logits of the given tokens of the last [`Decoder::forward`], in `workspace.logits`.
+    /// At most as many rows as the workspace was made for.
+    pub fn logits(&self, rank: &RankContext, token_rows: &[u32], workspace: &mut Workspace) {
+        let num_rows = token_rows.len();
+        workspace.logit_rows.as_mut_slice::<u32>()[..num_rows].copy_from_slice(token_rows);
+        rank.ops.gather_rows(GatherRowsArgs {
+            out: workspace.selected.rows_mut(num_rows),
+            x: workspace.hidden.view(),
+            rows: workspace.logit_rows.rows(num_rows),
+        });
+        let selected = workspace.selected.rows(num_rows);
+        self.embedding.logits(rank, selected, workspace.logits.rows_mut(num_rows));
+    }
+}

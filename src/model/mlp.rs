@@ -1,0 +1,54 @@
+//! The gated feed-forward block: `down(activation(gate(x)) * up(x))`.
+
+use super::attention::load_linear;
+use super::error::ModelError;
+use super::spec::MlpSpec;
+use super::workspace::Workspace;
+use crate::checkpoint::TensorSource;
+use crate::device::RankContext;
+use crate::ops::args::{Activation, GatedActivationArgs};
+use crate::weights::linear::{Linear, Partition};
+
+/// One layer's feed-forward weights.
+pub struct Mlp {
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    activation: Activation,
+}
+
+impl Mlp {
+    /// Loads the weights that `spec` names.
+    pub fn load(spec: &MlpSpec, source: &dyn TensorSource) -> Result<Mlp, ModelError> {
+        Ok(Mlp {
+            gate: load_linear(&spec.gate, Partition::Column, source)?,
+            up: load_linear(&spec.up, Partition::Column, source)?,
+            down: load_linear(&spec.down, Partition::Row, source)?,
+            activation: spec.activation,
+        })
+    }
+
+    /// Replaces `workspace.hidden` (normalised input) by the block's output.
+    pub fn forward(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
+        let Workspace { hidden, gate, up, activated, .. } = workspace;
+        self.gate.forward(
+            &*rank.ops,
+            &*rank.comm,
+            hidden.rows(num_tokens),
+            gate.rows_mut(num_tokens),
+        );
+        self.up.forward(&*rank.ops, &*rank.comm, hidden.rows(num_tokens), up.rows_mut(num_tokens));
+        rank.ops.gated_activation(GatedActivationArgs {
+            out: activated.rows_mut(num_tokens),
+            gate: gate.rows(num_tokens),
+            up: up.rows(num_tokens),
+            activation: self.activation,
+        });
+        self.down.forward(
+            &*rank.ops,
+            &*rank.comm,
+            activated.rows(num_tokens),
+            hidden.rows_mut(num_tokens),
+        );
+    }
+}

@@ -1,0 +1,104 @@
+//! Scratch memory of the forward pass, allocated once for the largest step.
+
+use super::spec::ModelSpec;
+use crate::tensor::{DType, Tensor};
+
+/// Activations of one step. Every tensor has room for the largest step; a step uses its first
+/// rows.
+pub struct Workspace {
+    /// `[max_num_tokens, hidden_size]`: the residual stream.
+    pub residual: Tensor,
+    /// `[max_num_tokens, hidden_size]`: a block's normalised input, then its output.
+    pub hidden: Tensor,
+    /// As `hidden`: the next block's normalised input.
+    pub normed: Tensor,
+    /// `[max_num_tokens, num_heads * head_dim]`.
+    pub q: Tensor,
+    /// `[max_num_tokens, num_kv_heads * head_dim]`.
+    pub k: Tensor,
+    /// As `k`.
+    pub v: Tensor,
+    /// As `q`: queries before their norm, then attention's output.
+    pub attended: Tensor,
+    /// As `k`: keys before their norm.
+    pub raw_k: Tensor,
+    /// `[max_num_tokens, intermediate_size]`.
+    pub gate: Tensor,
+    /// As `gate`.
+    pub up: Tensor,
+    /// As `gate`: the product of both.
+    pub activated: Tensor,
+    /// `[max_logit_rows, hidden_size]`: rows whose logits are wanted.
+    pub selected: Tensor,
+    /// `[max_logit_rows, vocab_size]`.
+    pub logits: Tensor,
+    /// `[max_logit_rows]`: which rows those are.
+    pub logit_rows: Tensor,
+}
+
+/// Shapes of the workspace tensors: `[rows, width]`.
+struct Shapes {
+    token_rows: usize,
+    logit_rows: usize,
+    hidden: usize,
+    q: usize,
+    kv: usize,
+    intermediate: usize,
+    vocab: usize,
+}
+
+impl Shapes {
+    fn new(spec: &ModelSpec, token_rows: usize, logit_rows: usize) -> Shapes {
+        let widest = |width: fn(&super::spec::LayerSpec) -> usize| {
+            spec.layers.iter().map(width).max().unwrap_or(0)
+        };
+        Shapes {
+            token_rows,
+            logit_rows,
+            hidden: spec.hidden_size,
+            q: widest(|l| l.attention.num_heads * l.attention.head_dim),
+            kv: widest(|l| l.attention.num_kv_heads * l.attention.head_dim),
+            intermediate: widest(|l| l.mlp.intermediate_size),
+            vocab: spec.vocab_size,
+        }
+    }
+
+    fn len(&self) -> usize {
+        let per_token = 3 * self.hidden + 2 * self.q + 3 * self.kv + 3 * self.intermediate;
+        self.token_rows * per_token + self.logit_rows * (self.hidden + self.vocab + 1)
+    }
+}
+
+impl Workspace {
+    /// Allocates for steps of `max_num_tokens` tokens and `max_logit_rows` rows of logits.
+    pub fn new(
+        spec: &ModelSpec,
+        dtype: DType,
+        max_num_tokens: usize,
+        max_logit_rows: usize,
+    ) -> Workspace {
+        let s = Shapes::new(spec, max_num_tokens, max_logit_rows);
+        let tokens = |width: usize| Tensor::zeros(dtype, [s.token_rows, width]);
+        Workspace {
+            residual: tokens(s.hidden),
+            hidden: tokens(s.hidden),
+            normed: tokens(s.hidden),
+            q: tokens(s.q),
+            k: tokens(s.kv),
+            v: tokens(s.kv),
+            attended: tokens(s.q),
+            raw_k: tokens(s.kv),
+            gate: tokens(s.intermediate),
+            up: tokens(s.intermediate),
+            activated: tokens(s.intermediate),
+            selected: Tensor::zeros(dtype, [s.logit_rows, s.hidden]),
+            logits: Tensor::zeros(DType::F32, [s.logit_rows, s.vocab]),
+            logit_rows: Tensor::zeros(DType::U32, [s.logit_rows]),
+        }
+    }
+
+    /// Bytes that [`Workspace::new`] allocates, counting every element as four bytes.
+    pub fn size_bytes(spec: &ModelSpec, max_num_tokens: usize, max_logit_rows: usize) -> usize {
+        4 * Shapes::new(spec, max_num_tokens, max_logit_rows).len()
+    }
+}

@@ -1,0 +1,238 @@
+//! The memory plan: how many bytes go where, decided once before anything is allocated.
+//!
+//! Weights, workspace and KV blocks are all that the engine ever allocates in proportion to a
+//! model or a step, so a plan that fits at start fits for good.
+
+use std::fmt;
+
+use crate::config::{CacheConfig, KvCacheDtype, SchedulerConfig};
+use crate::model::batch::{BatchLimits, ForwardBatch};
+use crate::model::kv_cache::KvCache;
+use crate::model::spec::ModelSpec;
+use crate::model::workspace::Workspace;
+use crate::tensor::DType;
+
+/// Most bytes that one round of logits may take.
+const LOGITS_BYTES: usize = 128 << 20;
+
+/// The decided sizes.
+#[derive(Clone, Debug)]
+pub struct MemoryPlan {
+    /// Bytes of weights.
+    pub weights_bytes: usize,
+    /// Bytes of activations, logits and step inputs.
+    pub workspace_bytes: usize,
+    /// KV blocks in the pool.
+    pub num_blocks: usize,
+    /// Bytes of one block over all layers.
+    pub block_bytes: usize,
+    /// Tokens per block.
+    pub block_size: usize,
+    /// Element type of the KV cache.
+    pub kv_dtype: DType,
+    /// Longest prompt plus output.
+    pub max_model_len: usize,
+    /// The largest step.
+    pub limits: BatchLimits,
+    /// Rows of logits computed at once.
+    pub max_logit_rows: usize,
+}
+
+/// The model cannot be served within the given memory.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum MemoryPlanError {
+    /// Not even one sequence of the wanted length fits.
+    #[error(
+        "--max-model-len {max_model_len} needs {} of KV cache, but only {} is available; lower \
+         --max-model-len to at most {fits} or raise --kv-cache-memory",
+        Bytes(*needed), Bytes(*available)
+    )]
+    ContextTooLong {
+        /// What was asked for.
+        max_model_len: usize,
+        /// Bytes for one such sequence.
+        needed: usize,
+        /// Bytes for the pool.
+        available: usize,
+        /// The longest context that fits.
+        fits: usize,
+    },
+    /// Not even one block fits.
+    #[error("the KV cache has {} but one block needs {}; raise --kv-cache-memory", Bytes(*available), Bytes(*block_bytes))]
+    NoBlock {
+        /// Bytes for the pool.
+        available: usize,
+        /// Bytes of one block.
+        block_bytes: usize,
+    },
+    /// A context longer than the model's positions.
+    #[error(
+        "--max-model-len {max_model_len} is longer than the model's {max_position} positions \
+         (max_position_embeddings in config.json); lower it"
+    )]
+    BeyondPositions {
+        /// What was asked for.
+        max_model_len: usize,
+        /// What the model has.
+        max_position: usize,
+    },
+}
+
+impl MemoryPlan {
+    /// Decides. `wanted_len` is `--max-model-len`; `free_bytes` what this machine can still give
+    /// when the weights are in memory.
+    pub fn new(
+        spec: &ModelSpec,
+        weights_bytes: usize,
+        wanted_len: Option<usize>,
+        cache: &CacheConfig,
+        scheduler: &SchedulerConfig,
+        free_bytes: u64,
+    ) -> Result<MemoryPlan, MemoryPlanError> {
+        let max_position = spec.max_position;
+        if let Some(max_model_len) = wanted_len.filter(|&len| len > max_position) {
+            return Err(MemoryPlanError::BeyondPositions { max_model_len, max_position });
+        }
+        let kv_dtype = kv_dtype(cache.dtype, spec.dtype);
+        let block_size = cache.block_size;
+        let block_bytes = KvCache::block_bytes(spec, block_size, kv_dtype);
+        let longest = wanted_len.unwrap_or(max_position);
+        let available = cache.memory_bytes.unwrap_or_else(|| {
+            let most_used = scheduler.max_num_seqs * longest.div_ceil(block_size) * block_bytes;
+            ((free_bytes as f64 * cache.fraction) as u64).min(most_used as u64)
+        }) as usize;
+        let num_blocks = available / block_bytes;
+        let max_model_len = context_that_fits(wanted_len, longest, num_blocks, block_size)
+            .ok_or_else(|| refuse(longest, available, num_blocks, block_size, block_bytes))?;
+        let max_num_tokens = scheduler.max_num_batched_tokens;
+        let limits = BatchLimits {
+            max_num_tokens,
+            max_num_seqs: scheduler.max_num_seqs,
+            max_blocks_per_seq: max_model_len.div_ceil(block_size),
+        };
+        let max_logit_rows =
+            (LOGITS_BYTES / (4 * spec.vocab_size)).clamp(1, max_num_tokens.min(1024));
+        let workspace_bytes = Workspace::size_bytes(spec, max_num_tokens, max_logit_rows)
+            + ForwardBatch::size_bytes(limits);
+        Ok(MemoryPlan {
+            weights_bytes,
+            workspace_bytes,
+            num_blocks,
+            block_bytes,
+            block_size,
+            kv_dtype,
+            max_model_len,
+            limits,
+            max_logit_rows,
+        })
+    }
+}
+
+/// A typed length must fit as it is; the model's own limit may be lowered to what fits.
+fn context_that_fits(
+    wanted: Option<usize>,
+    longest: usize,
+    num_blocks: usize,
+    block_size: usize,
+) -> Option<usize> {
+    let capacity = num_blocks * block_size;
+    match wanted {
+        Some(len) => (len <= capacity).then_some(len),
+        None => (capacity >= 2).then_some(longest.min(capacity)),
+    }
+}
+
+fn refuse(
+    max_model_len: usize,
+    available: usize,
+    num_blocks: usize,
+    block_size: usize,
+    block_bytes: usize,
+) -> MemoryPlanError {
+    if num_blocks == 0 {
+        return MemoryPlanError::NoBlock { available, block_bytes };
+    }
+    let needed = max_model_len.div_ceil(block_size) * block_bytes;
+    let fits = num_blocks * block_size;
+    MemoryPlanError::ContextTooLong { max_model_len, needed, available, fits }
+}
+
+fn kv_dtype(wanted: KvCacheDtype, weights: DType) -> DType {
+    match wanted {
+        KvCacheDtype::Auto if weights == DType::F32 => DType::F32,
+        KvCacheDtype::Auto | KvCacheDtype::Bf16 => DType::BF16,
+        KvCacheDtype::F16 => DType::F16,
+        KvCacheDtype::F32 => DType::F32,
+    }
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "weights {}, KV cache {} ({} blocks × {} tokens, {}), workspace {}",
+            Bytes(self.weights_bytes),
+            Bytes(self.num_blocks * self.block_bytes),
+            self.num_blocks,
+            self.block_size,
+            self.kv_dtype,
+            Bytes(self.workspace_bytes),
+        )
+    }
+}
+
+/// Bytes for people: three digits and a binary unit.
+pub struct Bytes(pub usize);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut value = self.0 as f64;
+        let mut unit = "B";
+        for next in ["KiB", "MiB", "GiB", "TiB"] {
+            if value < 1024.0 {
+                break;
+            }
+            value /= 1024.0;
+            unit = next;
+        }
+        let decimals = if unit == "B" || value >= 100.0 { 0 } else { 1 };
+        write!(f, "{value:.decimals$} {unit}")
+    }
+}
+
+/// Bytes that this process may still take: what the system has available, or less when the
+/// process lives in a memory-limited control group.
+pub fn free_memory_bytes() -> u64 {
+    let system = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+        let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+        Some(kib * 1024)
+    });
+    let read = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let group = read("/sys/fs/cgroup/memory.max")
+        .zip(read("/sys/fs/cgroup/memory.current"))
+        .map(|(max, current)| max.saturating_sub(current));
+    // Where neither can be read (not Linux), plan for a small machine.
+    let system = system.unwrap_or(4 << 30);
+    group.map_or(system, |group| group.min(system))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_short_to_read() {
+        assert_eq!(Bytes(512).to_string(), "512 B");
+        assert_eq!(Bytes(18 << 20).to_string(), "18.0 MiB");
+        assert_eq!(Bytes(3 << 29).to_string(), "1.5 GiB");
+    }
+
+    #[test]
+    fn a_typed_context_must_fit_but_the_models_own_may_shrink() {
+        assert_eq!(context_that_fits(Some(64), 64, 4, 16), Some(64));
+        assert_eq!(context_that_fits(Some(65), 65, 4, 16), None);
+        assert_eq!(context_that_fits(None, 4096, 4, 16), Some(64));
+        assert_eq!(context_that_fits(None, 4096, 0, 16), None);
+    }
+}
