@@ -2,11 +2,15 @@
 //!
 //! Every default lives here. Nothing else reads flags or the environment.
 
+mod hub;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+
+pub use hub::HubSettings;
 
 /// How weights reach memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -220,8 +224,8 @@ pub enum ModelSource {
         id: String,
         /// Branch, tag or commit.
         revision: String,
-        /// Cache folder instead of the hub's own.
-        download_dir: Option<PathBuf>,
+        /// How to reach it and where to keep it.
+        hub: HubSettings,
     },
 }
 
@@ -412,7 +416,7 @@ impl ModelSource {
             None => ModelSource::Bundled,
             Some(name) if name == "tiny" => ModelSource::Bundled,
             Some(name) if looks_like_path(&name) => ModelSource::Folder(PathBuf::from(name)),
-            Some(id) => ModelSource::Hub { id, revision, download_dir },
+            Some(id) => ModelSource::Hub { id, revision, hub: HubSettings::from_env(download_dir) },
         }
     }
 }

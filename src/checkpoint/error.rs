@@ -109,4 +109,7 @@ pub enum CheckpointError {
         /// The file.
         file: String,
     },
+    /// The hub did not give it.
+    #[error(transparent)]
+    Hub(#[from] super::hub::HubError),
 }

@@ -7,6 +7,8 @@
 
 pub mod dummy;
 mod error;
+pub mod files;
+pub mod hub;
 pub mod safetensors;
 
 pub use error::CheckpointError;

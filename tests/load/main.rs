@@ -7,4 +7,7 @@
 )]
 
 mod config;
+mod files;
+mod hub;
+mod hub_server;
 mod safetensors;
