@@ -10,53 +10,34 @@ use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
 /// How `json.dumps` was asked to write.
-#[derive(Clone, Debug)]
-pub struct JsonStyle {
+struct JsonStyle {
     /// Spaces per level; `None` writes one line.
-    pub indent: Option<usize>,
-    /// Between members.
-    pub item_separator: String,
-    /// Between key and value.
-    pub key_separator: String,
-    /// Order keys alphabetically.
-    pub sort_keys: bool,
-    /// Write only ASCII.
-    pub ensure_ascii: bool,
-}
-
-impl Default for JsonStyle {
-    fn default() -> Self {
-        JsonStyle {
-            indent: None,
-            item_separator: ", ".to_owned(),
-            key_separator: ": ".to_owned(),
-            sort_keys: false,
-            ensure_ascii: false,
-        }
-    }
+    indent: Option<usize>,
+    item_separator: String,
+    key_separator: String,
+    sort_keys: bool,
+    ensure_ascii: bool,
 }
 
 impl JsonStyle {
     fn from_kwargs(kwargs: &Kwargs) -> Result<JsonStyle, Error> {
-        let mut style = JsonStyle::default();
-        style.indent = kwargs.get::<Option<usize>>("indent")?;
-        if style.indent.is_some() {
-            style.item_separator = ",".to_owned();
-        }
-        if let Some(separators) = kwargs.get::<Option<Vec<String>>>("separators")? {
-            let [item, key] = <[String; 2]>::try_from(separators).map_err(|_| {
-                Error::new(ErrorKind::InvalidOperation, "separators are a pair of strings")
-            })?;
-            (style.item_separator, style.key_separator) = (item, key);
-        }
-        style.sort_keys = kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
-        style.ensure_ascii = kwargs.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
+        let indent = kwargs.get::<Option<usize>>("indent")?;
+        let line_end = if indent.is_some() { "," } else { ", " };
+        let separators = kwargs.get::<Option<Vec<String>>>("separators")?;
+        let separators = separators.unwrap_or_else(|| vec![line_end.to_owned(), ": ".to_owned()]);
+        let Ok([item_separator, key_separator]) = <[String; 2]>::try_from(separators) else {
+            let message = "separators are a pair of strings";
+            return Err(Error::new(ErrorKind::InvalidOperation, message));
+        };
+        let flag = |name| kwargs.get::<Option<bool>>(name).map(|flag| flag.unwrap_or(false));
+        let (sort_keys, ensure_ascii) = (flag("sort_keys")?, flag("ensure_ascii")?);
         kwargs.assert_all_used()?;
-        Ok(style)
+        Ok(JsonStyle { indent, item_separator, key_separator, sort_keys, ensure_ascii })
     }
 }
 
 /// The `tojson` filter of Hugging Face templates: `json.dumps` that leaves non-ASCII alone.
+#[expect(clippy::needless_pass_by_value, reason = "filters get owned arguments")]
 pub fn tojson(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
     let style = JsonStyle::from_kwargs(&kwargs)?;
     let mut writer = JsonWriter { style: &style, depth: 0, out: String::new() };

@@ -153,7 +153,7 @@ impl ToolCallParser {
         let tag_part = call.body.split_off(call.body.len() - partial_close);
         match call.progress {
             Progress::Arguments { .. } => {}
-            _ => self.end_call(call, &tag_part, &mut events),
+            _ => self.end_call(&call, &tag_part, &mut events),
         }
         events
     }
@@ -215,7 +215,7 @@ impl ToolCallParser {
         self.close = Pattern::new(CLOSE);
         self.send_arguments(events);
         if let Some(call) = self.call.take() {
-            self.end_call(call, tag, events);
+            self.end_call(&call, tag, events);
         }
     }
 
@@ -235,7 +235,7 @@ impl ToolCallParser {
     }
 
     /// The call is over: reports its end, all of it at once, or that it was none.
-    fn end_call(&mut self, call: Call, tag: &str, events: &mut Vec<ToolEvent>) {
+    fn end_call(&mut self, call: &Call, tag: &str, events: &mut Vec<ToolEvent>) {
         if let Progress::Arguments { .. } | Progress::Tail = call.progress {
             events.push(ToolEvent::CallEnd { index: self.num_calls - 1 });
             return;

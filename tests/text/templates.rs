@@ -45,7 +45,7 @@ fn prompt(case: &Value) -> ChatPrompt {
     }
 }
 
-fn user(content: Value) -> ChatPrompt {
+fn user(content: &Value) -> ChatPrompt {
     prompt(&json!({"messages": [{"role": "user", "content": content}]}))
 }
 
@@ -90,7 +90,7 @@ fn arguments_may_come_as_a_json_string() {
 fn a_list_of_texts_reaches_a_text_template_joined() {
     let template = template(source("chatml_tools"));
     let parts = json!([{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]);
-    let text = template.render(&user(parts)).unwrap();
+    let text = template.render(&user(&parts)).unwrap();
     assert!(text.ends_with("user\none\ntwo<|im_end|>\n"), "{text}");
 }
 
@@ -98,12 +98,12 @@ fn a_list_of_texts_reaches_a_text_template_joined() {
 fn a_template_that_reads_parts_gets_parts() {
     let reads_parts = "{% for m in messages %}{% for part in m.content %}<{{ part.text }}>{% endfor %}{% endfor %}";
     let parts = json!([{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]);
-    assert_eq!(template(reads_parts).render(&user(parts.clone())).unwrap(), "<one><two>");
-    assert_eq!(template(reads_parts).render(&user(json!("one"))).unwrap(), "<one>");
+    assert_eq!(template(reads_parts).render(&user(&parts)).unwrap(), "<one><two>");
+    assert_eq!(template(reads_parts).render(&user(&json!("one"))).unwrap(), "<one>");
 
     let reads_both = "{% for m in messages %}{% if m.content is string %}{{ m.content }}\
         {% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}";
-    assert_eq!(template(reads_both).render(&user(parts)).unwrap(), "onetwo");
+    assert_eq!(template(reads_both).render(&user(&parts)).unwrap(), "onetwo");
 }
 
 #[test]
@@ -136,16 +136,16 @@ fn a_continued_message_ends_where_its_content_ends() {
 #[test]
 fn the_date_is_todays() {
     let before = chrono::Local::now().format("%d %b %Y").to_string();
-    let text = template("{{ strftime_now('%d %b %Y') }}").render(&user(json!("a"))).unwrap();
+    let text = template("{{ strftime_now('%d %b %Y') }}").render(&user(&json!("a"))).unwrap();
     let after = chrono::Local::now().format("%d %b %Y").to_string();
     assert!(text == before || text == after, "{text}");
-    let broken = template("{{ strftime_now('%!') }}").render(&user(json!("a"))).unwrap_err();
+    let broken = template("{{ strftime_now('%!') }}").render(&user(&json!("a"))).unwrap_err();
     assert!(broken.to_string().contains("does not know the format \"%!\""), "{broken}");
 }
 
 #[test]
 fn a_failure_names_the_line() {
     let template = template("one\n{{ messages[0].content.nothing.more }}");
-    let error = template.render(&user(json!("a"))).unwrap_err();
+    let error = template.render(&user(&json!("a"))).unwrap_err();
     assert!(error.is_request_error() && error.to_string().contains("line 2"), "{error}");
 }
