@@ -1,1 +1,224 @@
-//! The CPU backend.
+//! The CPU backend: kernels written once, compiled per instruction set, run on a thread pool.
+//!
+//! | file | what |
+//! |---|---|
+//! | `isa`, `topology` | which instructions and how many threads, decided once at start-up |
+//! | `simd`; `scalar`, `avx2`, `avx512` | the vector vocabulary; one file per instruction set |
+//! | `pool`, `share` | fork-join threads; what they share |
+//! | `matmul`, `attention`, `rows`, `sample` | the kernels |
+//!
+//! Activations are f32. No result depends on the number of threads, nor on which other rows
+//! or sequences are in the batch: that is part of every kernel's contract and tested bit by bit.
+
+mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod isa;
+mod launch;
+mod matmul;
+pub mod pool;
+mod rows;
+mod sample;
+mod scalar;
+mod share;
+mod simd;
+mod topology;
+
+use std::sync::Mutex;
+
+use super::Ops;
+use super::args::*;
+use crate::config::CpuIsa;
+use crate::output::SampledToken;
+use crate::tensor::DType;
+pub use isa::Isa;
+use pool::Pool;
+use share::{PerThread, Scratch};
+pub use topology::physical_cores;
+
+/// The CPU backend cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum CpuError {
+    /// The instruction set asked for is not on this machine.
+    #[error("this machine has no {wanted} instructions; it supports {supported}")]
+    UnsupportedIsa {
+        /// What was asked for.
+        wanted: String,
+        /// What there is, best first.
+        supported: String,
+    },
+    /// Zero threads were asked for.
+    #[error("at least one compute thread is needed")]
+    NoThreads,
+    /// The system refused a thread.
+    #[error("cannot start {threads} compute threads: {source}")]
+    Spawn {
+        /// How many were wanted.
+        threads: usize,
+        /// The system's words.
+        source: std::io::Error,
+    },
+}
+
+/// Implements [`Ops`] on the threads of one machine.
+pub struct CpuOps {
+    isa: Isa,
+    pool: Pool,
+    scratch: PerThread<Scratch>,
+    samplers: PerThread<sample::SampleScratch>,
+    query_tiles: Mutex<Vec<launch::QueryTile>>,
+}
+
+impl CpuOps {
+    /// Chooses instructions and starts threads. `threads` counts the calling thread; `None`
+    /// means the physical cores of this process's affinity mask.
+    pub fn new(threads: Option<usize>, isa: CpuIsa) -> Result<CpuOps, CpuError> {
+        let isa = Isa::choose(isa)?;
+        let threads = threads.unwrap_or_else(physical_cores);
+        if threads == 0 {
+            return Err(CpuError::NoThreads);
+        }
+        let pool = Pool::new(threads).map_err(|source| CpuError::Spawn { threads, source })?;
+        Ok(CpuOps {
+            isa,
+            pool,
+            scratch: PerThread::new(threads),
+            samplers: PerThread::new(threads),
+            query_tiles: Mutex::default(),
+        })
+    }
+
+    /// The instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Number of compute threads, the calling one among them.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+}
+
+/// Runs `$body` with `$E` naming the element type of a float dtype.
+macro_rules! with_float {
+    ($dtype:expr, $E:ident => $body:expr) => {
+        match $dtype {
+            DType::F32 => {
+                type $E = f32;
+                $body
+            }
+            DType::BF16 => {
+                type $E = half::bf16;
+                $body
+            }
+            DType::F16 => {
+                type $E = half::f16;
+                $body
+            }
+            DType::U32 => panic!("an integer tensor where floats are needed"),
+        }
+    };
+}
+use with_float;
+
+impl Ops for CpuOps {
+    fn name(&self) -> String {
+        let plural = if self.threads() == 1 { "" } else { "s" };
+        format!("cpu ({}, {} thread{plural})", self.isa.name(), self.threads())
+    }
+
+    fn activation_dtype(&self) -> DType {
+        DType::F32
+    }
+
+    fn embed(&self, args: EmbedArgs<'_>) {
+        args.check();
+        with_float!(args.table.dtype(), E => self.copy_rows(
+            args.out.into_mut_slice(),
+            args.table.as_slice::<E>(),
+            args.token_ids.as_slice(),
+            args.table.size(1),
+        ));
+    }
+
+    fn norm(&self, args: NormArgs<'_>) {
+        args.check();
+        with_float!(args.weight.dtype(), W => self.norm_rows(rows::Norm {
+            out: args.out.into_mut_slice(),
+            x: args.x.as_slice(),
+            residual: None,
+            weight: args.weight.as_slice::<W>(),
+            eps: args.eps,
+        }));
+    }
+
+    fn add_norm(&self, args: AddNormArgs<'_>) {
+        args.check();
+        with_float!(args.weight.dtype(), W => self.norm_rows(rows::Norm {
+            out: args.out.into_mut_slice(),
+            x: args.x.as_slice(),
+            residual: Some(args.residual.into_mut_slice()),
+            weight: args.weight.as_slice::<W>(),
+            eps: args.eps,
+        }));
+    }
+
+    fn rope(&self, args: RopeArgs<'_>) {
+        args.check();
+        self.rotate_tokens(args);
+    }
+
+    fn matmul(&self, args: MatmulArgs<'_>) {
+        args.check();
+        with_float!(args.weight.data.dtype(), E => self.multiply::<E>(args));
+    }
+
+    fn gated_activation(&self, args: GatedActivationArgs<'_>) {
+        args.check();
+        self.activate(args);
+    }
+
+    fn write_kv(&self, args: WriteKvArgs<'_>) {
+        args.check();
+        let (num_kv_heads, block_size) = (args.k_cache.size(1), args.k_cache.size(2));
+        let sizes = (num_kv_heads, block_size, args.k.size(2));
+        let slots = args.slot_mapping.as_slice::<u32>();
+        for (cache, new) in [(args.k_cache, args.k), (args.v_cache, args.v)] {
+            let new = new.as_slice::<f32>();
+            with_float!(cache.dtype(), E =>
+                self.write_slots(cache.into_mut_slice::<E>(), new, slots, sizes));
+        }
+    }
+
+    fn attention(&self, args: AttentionArgs<'_>) {
+        args.check();
+        with_float!(args.k_cache.dtype(), E => self.attend::<E>(args));
+    }
+
+    fn gather_rows(&self, args: GatherRowsArgs<'_>) {
+        args.check();
+        let width = args.x.size(1);
+        let x = args.x.as_slice::<f32>();
+        self.copy_rows(args.out.into_mut_slice(), x, args.rows.as_slice(), width);
+    }
+
+    fn copy_blocks(&self, args: CopyBlocksArgs<'_>) {
+        for cache in [args.k_cache, args.v_cache] {
+            let block_len = cache.shape().sizes()[1..].iter().product::<usize>();
+            with_float!(cache.dtype(), E => {
+                let cache = cache.into_mut_slice::<E>();
+                for &(source, destination) in args.pairs {
+                    let source = source as usize * block_len;
+                    cache.copy_within(source..source + block_len, destination as usize * block_len);
+                }
+            });
+        }
+    }
+
+    fn sample(&self, args: SampleArgs<'_>) -> Vec<SampledToken> {
+        args.check();
+        self.sample_rows(args)
+    }
+}

@@ -1,0 +1,351 @@
+//! Causal attention over the paged KV cache, by streaming softmax (FlashAttention's recurrence).
+//!
+//! One task computes a tile of queries of one sequence for one KV head and all query heads
+//! that share it, so that a KV tile is read, widened and transposed once for all of them.
+//! KV tiles start at multiples of [`KV_TILE`] positions. What happens to a query therefore
+//! depends on its own position and its sequence alone: not on the chunk of the prompt that it
+//! was computed in, nor on the batch. A value at a position that a query cannot see is
+//! multiplied by an exact 0, so it must be finite; positions that no query of the tile can see
+//! are not read.
+
+use std::ops::Range;
+
+use super::share::{Parts, Scratch};
+use super::simd::{Float, Kernel, Simd, exp, load, store};
+
+/// Positions per KV tile.
+const KV_TILE: usize = 32;
+/// Query rows (queries × heads of the group) per task, unless the group alone is larger.
+const MAX_ROWS: usize = 64;
+/// Head sizes are padded to this in scratch: two of the widest vectors.
+const DIM_STEP: usize = 32;
+/// Rows of the register tile of [`product`].
+const TILE_ROWS: usize = 4;
+
+/// Queries that one task takes for heads in groups of `group`.
+pub fn queries_per_tile(group: usize) -> usize {
+    (MAX_ROWS / group).max(1)
+}
+
+/// Sizes of the heads and the cache.
+#[derive(Clone, Copy)]
+pub struct Sizes {
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key and value heads.
+    pub num_kv_heads: usize,
+    /// Elements per head.
+    pub head_dim: usize,
+    /// Positions per cache block.
+    pub block_size: usize,
+}
+
+impl Sizes {
+    /// Query heads per KV head.
+    pub fn group(self) -> usize {
+        self.num_heads / self.num_kv_heads
+    }
+}
+
+/// One task.
+pub struct AttendTile<'a, E> {
+    /// `[num_tokens, num_heads, head_dim]`.
+    pub q: &'a [f32],
+    /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
+    pub k_cache: &'a [E],
+    /// As `k_cache`.
+    pub v_cache: &'a [E],
+    /// As `q`; tasks write disjoint rows and heads.
+    pub out: &'a Parts<'a, f32>,
+    /// Head and block sizes.
+    pub sizes: Sizes,
+    /// The sequence's blocks.
+    pub block_table: &'a [u32],
+    /// Which KV head.
+    pub kv_head: usize,
+    /// Which rows of `q`.
+    pub queries: Range<usize>,
+    /// Position of the first of them.
+    pub first_position: usize,
+    /// Multiplies q·k.
+    pub scale: f32,
+    /// Positions that a query sees, itself included.
+    pub window: usize,
+    /// This thread's scratch.
+    pub scratch: &'a mut Scratch,
+}
+
+/// The scratch of a task, cut into matrices with `dim` padded.
+struct Tile<'a> {
+    /// `[rows, dim]`, multiplied by the scale.
+    q: &'a mut [f32],
+    /// `[KV_TILE, dim]`: keys before they are transposed, then values.
+    wide: &'a mut [f32],
+    /// `[dim, KV_TILE]`.
+    keys: &'a mut [f32],
+    /// `[rows, KV_TILE]`: scores, then weights.
+    scores: &'a mut [f32],
+    /// `[rows, dim]`: sums of weighted values.
+    acc: &'a mut [f32],
+    /// Largest score so far and sum of weights so far, per row.
+    state: &'a mut [f32],
+    dim: usize,
+}
+
+impl<'a> Tile<'a> {
+    fn new(scratch: &'a mut Scratch, rows: usize, head_dim: usize) -> Tile<'a> {
+        let dim = head_dim.next_multiple_of(DIM_STEP);
+        let len = 2 * rows * dim + 2 * KV_TILE * dim + rows * KV_TILE + 2 * rows;
+        let (q, rest) = scratch.take(len).split_at_mut(rows * dim);
+        let (wide, rest) = rest.split_at_mut(KV_TILE * dim);
+        let (keys, rest) = rest.split_at_mut(KV_TILE * dim);
+        let (scores, rest) = rest.split_at_mut(rows * KV_TILE);
+        let (acc, state) = rest.split_at_mut(rows * dim);
+        acc.fill(0.0);
+        for state in state.chunks_exact_mut(2) {
+            state.copy_from_slice(&[f32::NEG_INFINITY, 0.0]);
+        }
+        Tile { q, wide, keys, scores, acc, state, dim }
+    }
+}
+
+impl<E: Float> Kernel for AttendTile<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let rows = self.queries.len() * self.sizes.group();
+        let mut scratch = std::mem::take(self.scratch);
+        let mut tile = Tile::new(&mut scratch, rows, self.sizes.head_dim);
+        self.load_queries(simd, &mut tile);
+        let end = self.first_position + self.queries.len();
+        let begin = (self.first_position + 1).saturating_sub(self.window);
+        let mut start = begin - begin % KV_TILE;
+        while start < end {
+            let seen = start.max(begin)..end.min(start + KV_TILE);
+            self.load_tile(simd, self.k_cache, (tile.wide, tile.dim), (start, seen.clone()));
+            transpose(simd, tile.wide, tile.keys, tile.dim);
+            let shape = Shape { rows, len: self.sizes.head_dim, width: KV_TILE };
+            let (q, keys) = ((&*tile.q, tile.dim), (&*tile.keys, KV_TILE));
+            product::<S, false>(simd, shape, q, keys, (tile.scores, KV_TILE));
+            self.softmax(simd, &mut tile, start);
+            self.load_tile(simd, self.v_cache, (tile.wide, tile.dim), (start, seen));
+            let shape = Shape { rows, len: KV_TILE, width: tile.dim };
+            let (weights, values) = ((&*tile.scores, KV_TILE), (&*tile.wide, tile.dim));
+            product::<S, true>(simd, shape, weights, values, (tile.acc, tile.dim));
+            start += KV_TILE;
+        }
+        self.write_out(simd, &tile);
+        *self.scratch = scratch;
+    }
+}
+
+impl<E: Float> AttendTile<'_, E> {
+    /// Where the heads of one query lie in `q` and `out`.
+    #[inline(always)]
+    fn heads_of(&self, query: usize) -> Range<usize> {
+        let len = self.sizes.group() * self.sizes.head_dim;
+        let start = (query * self.sizes.num_kv_heads + self.kv_head) * len;
+        start..start + len
+    }
+
+    #[inline(always)]
+    fn load_queries<S: Simd>(&self, simd: S, tile: &mut Tile<'_>) {
+        let scale = simd.splat(self.scale);
+        let group = self.sizes.group();
+        for (i, query) in self.queries.clone().enumerate() {
+            let heads = self.q[self.heads_of(query)].chunks_exact(self.sizes.head_dim);
+            for (row, head) in heads.enumerate() {
+                let to = &mut tile.q[(i * group + row) * tile.dim..][..tile.dim];
+                for at in (0..head.len()).step_by(S::LANES) {
+                    store(simd, to, at, simd.mul(load(simd, head, at), scale));
+                }
+            }
+        }
+    }
+
+    /// Widens the cached vectors at positions `seen` of the tile that starts at `start`; the
+    /// other rows of the tile become 0.
+    #[inline(always)]
+    fn load_tile<S: Simd>(
+        &self,
+        simd: S,
+        cache: &[E],
+        (wide, dim): (&mut [f32], usize),
+        (start, seen): (usize, Range<usize>),
+    ) {
+        let Sizes { num_kv_heads, head_dim, block_size, .. } = self.sizes;
+        for (position, wide) in (start..start + KV_TILE).zip(wide.chunks_exact_mut(dim)) {
+            if !seen.contains(&position) {
+                wide.fill(0.0);
+                continue;
+            }
+            let block = self.block_table[position / block_size] as usize;
+            let slot = (block * num_kv_heads + self.kv_head) * block_size + position % block_size;
+            let row = &cache[slot * head_dim..][..head_dim];
+            for at in (0..head_dim).step_by(S::LANES) {
+                store(simd, wide, at, load(simd, row, at));
+            }
+            wide[head_dim..].fill(0.0);
+        }
+    }
+
+    /// Turns the tile's scores into weights, row by row.
+    #[inline(always)]
+    fn softmax<S: Simd>(&self, simd: S, tile: &mut Tile<'_>, start: usize) {
+        let group = self.sizes.group();
+        let rows = tile.scores.chunks_exact_mut(KV_TILE).zip(tile.acc.chunks_exact_mut(tile.dim));
+        for (i, ((scores, acc), state)) in rows.zip(tile.state.chunks_exact_mut(2)).enumerate() {
+            let position = self.first_position + i / group;
+            let first = (position + 1).saturating_sub(self.window).saturating_sub(start);
+            let end = (position + 1).saturating_sub(start).min(KV_TILE);
+            if first >= end {
+                scores.fill(0.0);
+            } else {
+                scores[..first].fill(f32::NEG_INFINITY);
+                scores[end..].fill(f32::NEG_INFINITY);
+                softmax_row(simd, scores, acc, state);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn write_out<S: Simd>(&self, simd: S, tile: &Tile<'_>) {
+        let group = self.sizes.group();
+        for (i, query) in self.queries.clone().enumerate() {
+            // SAFETY: this task alone writes these heads of these rows.
+            let heads = unsafe { self.out.part(self.heads_of(query)) };
+            for (row, head) in heads.chunks_exact_mut(self.sizes.head_dim).enumerate() {
+                let row = i * group + row;
+                let total = simd.splat(tile.state[2 * row + 1]);
+                let acc = &tile.acc[row * tile.dim..];
+                for at in (0..head.len()).step_by(S::LANES) {
+                    store(simd, head, at, simd.div(load(simd, acc, at), total));
+                }
+            }
+        }
+    }
+}
+
+/// One step of the recurrence for one row: a new maximum rescales what was summed before.
+#[inline(always)]
+fn softmax_row<S: Simd>(simd: S, scores: &mut [f32], acc: &mut [f32], state: &mut [f32]) {
+    let mut max = simd.splat(state[0]);
+    for at in (0..KV_TILE).step_by(S::LANES) {
+        max = simd.max(load(simd, scores, at), max);
+    }
+    let max = simd.max_lane(max);
+    let rescale = (state[0] - max).exp();
+    let mut total = simd.splat(0.0);
+    for at in (0..KV_TILE).step_by(S::LANES) {
+        let weight = exp(simd, simd.sub(load(simd, scores, at), simd.splat(max)));
+        store(simd, scores, at, weight);
+        total = simd.add(total, weight);
+    }
+    state[0] = max;
+    state[1] = state[1] * rescale + simd.sum(total);
+    if rescale != 1.0 {
+        let rescale = simd.splat(rescale);
+        for at in (0..acc.len()).step_by(S::LANES) {
+            store(simd, acc, at, simd.mul(load(simd, acc, at), rescale));
+        }
+    }
+}
+
+/// `to [dim, KV_TILE] = fromᵀ` for `from [KV_TILE, dim]`.
+#[inline(always)]
+fn transpose<S: Simd>(simd: S, from: &[f32], to: &mut [f32], dim: usize) {
+    assert!(from.len() == KV_TILE * dim && to.len() == KV_TILE * dim);
+    for row in (0..KV_TILE).step_by(S::LANES) {
+        for col in (0..dim).step_by(S::LANES) {
+            // SAFETY: both sizes are multiples of the lanes and the lengths were just checked.
+            unsafe {
+                let (from, to) = (from.as_ptr(), to.as_mut_ptr());
+                simd.transpose(
+                    from.add(row * dim + col),
+                    dim,
+                    to.add(col * KV_TILE + row),
+                    KV_TILE,
+                );
+            }
+        }
+    }
+}
+
+/// `[rows, len] · [len, width] → [rows, width]`; `width` is a multiple of two vectors.
+#[derive(Clone, Copy)]
+struct Shape {
+    rows: usize,
+    len: usize,
+    width: usize,
+}
+
+/// `out = a · b`, or `out += a · b` when `ADD`; operands come with their row strides. Every
+/// element sums in ascending order along the shared axis, in one accumulator.
+#[inline(always)]
+fn product<S: Simd, const ADD: bool>(
+    simd: S,
+    shape: Shape,
+    a: (&[f32], usize),
+    b: (&[f32], usize),
+    (out, out_stride): (&mut [f32], usize),
+) {
+    let Shape { rows, len, width } = shape;
+    assert!(rows > 0 && len > 0 && width.is_multiple_of(2 * S::LANES));
+    assert!(a.0.len() >= (rows - 1) * a.1 + len && b.0.len() >= (len - 1) * b.1 + width);
+    assert!(out.len() >= (rows - 1) * out_stride + width);
+    for col in (0..width).step_by(2 * S::LANES) {
+        for row in (0..rows).step_by(TILE_ROWS) {
+            // SAFETY: the tile lies inside the operands, whose sizes were just checked.
+            unsafe {
+                let a = (a.0.as_ptr().add(row * a.1), a.1);
+                let b = (b.0.as_ptr().add(col), b.1);
+                let out = (out.as_mut_ptr().add(row * out_stride + col), out_stride);
+                match rows - row {
+                    1 => product_tile::<S, 1, ADD>(simd, len, a, b, out),
+                    2 => product_tile::<S, 2, ADD>(simd, len, a, b, out),
+                    3 => product_tile::<S, 3, ADD>(simd, len, a, b, out),
+                    _ => product_tile::<S, TILE_ROWS, ADD>(simd, len, a, b, out),
+                }
+            }
+        }
+    }
+}
+
+/// `R` rows by two vectors of [`product`].
+///
+/// # Safety
+/// `a` must have `R` rows of `len` elements, `b` `len` rows of two vectors, `out` `R` rows of
+/// two vectors.
+#[inline(always)]
+unsafe fn product_tile<S: Simd, const R: usize, const ADD: bool>(
+    simd: S,
+    len: usize,
+    a: (*const f32, usize),
+    b: (*const f32, usize),
+    out: (*mut f32, usize),
+) {
+    let mut acc = [[simd.splat(0.0); 2]; R];
+    // SAFETY: all addresses are inside the caller's tiles.
+    unsafe {
+        if ADD {
+            for (r, acc) in acc.iter_mut().enumerate() {
+                acc[0] = simd.load_f32(out.0.add(r * out.1));
+                acc[1] = simd.load_f32(out.0.add(r * out.1 + S::LANES));
+            }
+        }
+        for i in 0..len {
+            let b0 = simd.load_f32(b.0.add(i * b.1));
+            let b1 = simd.load_f32(b.0.add(i * b.1 + S::LANES));
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let a = simd.splat(*a.0.add(r * a.1 + i));
+                acc[0] = simd.mul_add(a, b0, acc[0]);
+                acc[1] = simd.mul_add(a, b1, acc[1]);
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            simd.store_f32(out.0.add(r * out.1), acc[0]);
+            simd.store_f32(out.0.add(r * out.1 + S::LANES), acc[1]);
+        }
+    }
+}

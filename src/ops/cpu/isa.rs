@@ -1,0 +1,80 @@
+//! Which instructions the kernels use: detected once, or named by the operator.
+
+use super::CpuError;
+#[cfg(target_arch = "x86_64")]
+use super::avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+use super::avx512::Avx512;
+use super::scalar::Scalar;
+use super::simd::Kernel;
+use crate::config::CpuIsa;
+
+/// An instruction set that this machine has. A value proves it: kernels run through it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// Portable code.
+    Scalar(Scalar),
+    /// AVX2, FMA, F16C.
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2),
+    /// AVX-512 F, BW, DQ, VL.
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512),
+}
+
+impl Isa {
+    /// Every instruction set of this machine, best first.
+    pub fn supported() -> Vec<Isa> {
+        let mut found = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            found.extend(Avx512::detect().map(Isa::Avx512));
+            found.extend(Avx2::detect().map(Isa::Avx2));
+        }
+        found.push(Isa::Scalar(Scalar));
+        found
+    }
+
+    /// The instruction set asked for; `Auto` is the best one. An error when the machine lacks it.
+    pub fn choose(wanted: CpuIsa) -> Result<Isa, CpuError> {
+        let supported = Isa::supported();
+        let found = supported.iter().find(|isa| wanted == CpuIsa::Auto || isa.choice() == wanted);
+        found.copied().ok_or_else(|| CpuError::UnsupportedIsa {
+            wanted: format!("{wanted:?}").to_lowercase(),
+            supported: supported.iter().map(|isa| isa.name()).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// The flag value that chooses this instruction set.
+    pub fn choice(self) -> CpuIsa {
+        match self {
+            Isa::Scalar(_) => CpuIsa::Scalar,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(_) => CpuIsa::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(_) => CpuIsa::Avx512,
+        }
+    }
+
+    /// Its name in flags and logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Scalar(_) => "scalar",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(_) => "avx512",
+        }
+    }
+
+    /// Runs a kernel compiled for these instructions.
+    pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            Isa::Scalar(simd) => kernel.run(simd),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(simd) => simd.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(simd) => simd.run(kernel),
+        }
+    }
+}

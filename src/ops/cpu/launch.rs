@@ -1,0 +1,249 @@
+//! How each operation is cut into tasks for the threads.
+//!
+//! A task is worth at least a few microseconds, so that small operations run on the calling
+//! thread alone; how work is cut never changes a result.
+
+use std::cmp::Reverse;
+use std::ops::Range;
+use std::sync::PoisonError;
+
+use super::attention::{AttendTile, Sizes, queries_per_tile};
+use super::matmul::{Columns, Operands, PANEL};
+use super::rows::{Convert, GatedActivation, Norm, Rotate};
+use super::share::Parts;
+use super::simd::Float;
+use super::{CpuOps, sample, with_float};
+use crate::ops::args::{AttentionArgs, GatedActivationArgs, MatmulArgs, RopeArgs, SampleArgs};
+use crate::output::SampledToken;
+use crate::tensor::{DType, View};
+
+/// Elements per task of a row-wise operation: a few microseconds.
+const TASK_ELEMENTS: usize = 16_384;
+/// Weight bytes per task of a matmul: long enough to stream, short enough to balance.
+const TASK_WEIGHT_BYTES: usize = 128 << 10;
+/// Most columns per task of a matmul.
+const TASK_COLS: usize = 256;
+/// Multiplications below which a matmul is one task.
+const MATMUL_INLINE: usize = 1 << 16;
+/// Tasks per thread that let a fast thread take over from a slow one.
+const TASKS_PER_THREAD: usize = 4;
+
+/// Some queries of one sequence, for all heads.
+pub struct QueryTile {
+    seq: usize,
+    queries: Range<usize>,
+    first_position: usize,
+}
+
+impl CpuOps {
+    /// Calls `task` with ranges that cover `0..num_rows`, on all threads when it is worth it.
+    fn for_rows(&self, num_rows: usize, width: usize, task: impl Fn(Range<usize>) + Sync) {
+        let rows_per_task = (TASK_ELEMENTS / width.max(1)).max(1);
+        self.pool.run(num_rows.div_ceil(rows_per_task), |_, i| {
+            let first = i * rows_per_task;
+            task(first..num_rows.min(first + rows_per_task));
+        });
+    }
+
+    /// `out[i] = table[ids[i]]`, widened; panics on an id beyond the table.
+    pub(super) fn copy_rows<E: Float>(
+        &self,
+        out: &mut [f32],
+        table: &[E],
+        ids: &[u32],
+        width: usize,
+    ) {
+        let out = Parts::new(out);
+        self.for_rows(ids.len(), width, |rows| {
+            for row in rows {
+                let from = &table[ids[row] as usize * width..][..width];
+                // SAFETY: tasks have different rows.
+                let out = unsafe { out.part(row * width..(row + 1) * width) };
+                self.isa.run(Convert { out, from });
+            }
+        });
+    }
+
+    pub(super) fn norm_rows<W: Float>(&self, norm: Norm<'_, W>) {
+        let Norm { out, x, residual, weight, eps } = norm;
+        let width = weight.len();
+        let out = Parts::new(out);
+        let residual = residual.map(Parts::new);
+        self.for_rows(x.len() / width.max(1), width, |rows| {
+            let part = rows.start * width..rows.end * width;
+            self.isa.run(Norm {
+                // SAFETY: tasks have different rows.
+                out: unsafe { out.part(part.clone()) },
+                x: &x[part.clone()],
+                // SAFETY: as above.
+                residual: residual.as_ref().map(|all| unsafe { all.part(part) }),
+                weight,
+                eps,
+            });
+        });
+    }
+
+    pub(super) fn rotate_tokens(&self, args: RopeArgs<'_>) {
+        let RopeArgs { q, k, positions, cos, sin, style } = args;
+        let half = cos.size(1);
+        let (cos, sin) = (cos.as_slice::<f32>(), sin.as_slice::<f32>());
+        let positions = positions.as_slice::<u32>();
+        for heads in [q, k] {
+            let (head_dim, width) = (heads.size(2), heads.size(1) * heads.size(2));
+            let heads = Parts::new(heads.into_mut_slice::<f32>());
+            self.for_rows(positions.len(), width, |tokens| {
+                for token in tokens {
+                    let at = positions[token] as usize * half;
+                    self.isa.run(Rotate {
+                        // SAFETY: tasks have different tokens.
+                        heads: unsafe { heads.part(token * width..(token + 1) * width) },
+                        head_dim,
+                        cos: &cos[at..at + half],
+                        sin: &sin[at..at + half],
+                        style,
+                    });
+                }
+            });
+        }
+    }
+
+    pub(super) fn activate(&self, args: GatedActivationArgs<'_>) {
+        let (gate, up) = (args.gate.as_slice::<f32>(), args.up.as_slice::<f32>());
+        let out = Parts::new(args.out.into_mut_slice::<f32>());
+        self.for_rows(gate.len(), 1, |range| {
+            self.isa.run(GatedActivation {
+                // SAFETY: tasks have different elements.
+                out: unsafe { out.part(range.clone()) },
+                gate: &gate[range.clone()],
+                up: &up[range],
+                activation: args.activation,
+            });
+        });
+    }
+
+    /// Copies `new [num_tokens, num_kv_heads, head_dim]` to the tokens' slots. On one thread:
+    /// it is a copy of a few rows, and slots come from the caller.
+    pub(super) fn write_slots<E: Float>(
+        &self,
+        cache: &mut [E],
+        new: &[f32],
+        slots: &[u32],
+        (num_kv_heads, block_size, head_dim): (usize, usize, usize),
+    ) {
+        for (token, &slot) in new.chunks_exact(num_kv_heads * head_dim).zip(slots) {
+            let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
+            for (head, from) in token.chunks_exact(head_dim).enumerate() {
+                let row = (block * num_kv_heads + head) * block_size + offset;
+                self.isa.run(Convert { out: &mut cache[row * head_dim..][..head_dim], from });
+            }
+        }
+    }
+
+    pub(super) fn multiply<E: Float>(&self, args: MatmulArgs<'_>) {
+        let (num_rows, k, num_cols) = (args.x.size(0), args.x.size(1), args.out.size(1));
+        assert!(k > 0, "matmul: nothing to sum over");
+        let out = Parts::new(args.out.into_mut_slice::<f32>());
+        let operands = Operands {
+            x: args.x.as_slice(),
+            weight: args.weight.data.as_slice::<E>(),
+            k,
+            num_cols,
+            out: &out,
+        };
+        let cols_per_task = self.cols_per_task(num_rows, k * size_of::<E>(), num_cols);
+        self.pool.run(num_cols.div_ceil(cols_per_task), |thread, i| {
+            let cols = i * cols_per_task..num_cols.min((i + 1) * cols_per_task);
+            let mut bias = [0.0; TASK_COLS];
+            let bias = &mut bias[..cols.len()];
+            if let Some(all) = args.bias {
+                self.widen(bias, all.rows(cols.clone()));
+            }
+            let scratch = &mut self.scratch.lock(thread);
+            self.isa.run(Columns { operands, cols, bias, scratch });
+        });
+    }
+
+    fn cols_per_task(&self, num_rows: usize, row_bytes: usize, num_cols: usize) -> usize {
+        if num_rows * row_bytes * num_cols < MATMUL_INLINE {
+            return num_cols.clamp(1, TASK_COLS);
+        }
+        let balanced = num_cols.div_ceil(self.threads() * TASKS_PER_THREAD).next_multiple_of(8);
+        let streamed = (TASK_WEIGHT_BYTES / row_bytes).max(1).next_multiple_of(PANEL);
+        balanced.min(streamed).min(TASK_COLS)
+    }
+
+    fn widen(&self, out: &mut [f32], from: View<'_>) {
+        with_float!(from.dtype(), E => self.isa.run(Convert { out, from: from.as_slice::<E>() }));
+    }
+
+    pub(super) fn attend<E: Float>(&self, args: AttentionArgs<'_>) {
+        let sizes = Sizes {
+            num_heads: args.q.size(1),
+            num_kv_heads: args.k_cache.size(1),
+            head_dim: args.q.size(2),
+            block_size: args.k_cache.size(2),
+        };
+        let mut tiles = self.query_tiles.lock().unwrap_or_else(PoisonError::into_inner);
+        plan_queries(&mut tiles, &args, queries_per_tile(sizes.group()));
+        let (q, block_tables) = (args.q.as_slice::<f32>(), args.block_tables);
+        let (k_cache, v_cache) = (args.k_cache.as_slice::<E>(), args.v_cache.as_slice::<E>());
+        let out = Parts::new(args.out.into_mut_slice::<f32>());
+        self.pool.run(tiles.len() * sizes.num_kv_heads, |thread, i| {
+            let tile = &tiles[i / sizes.num_kv_heads];
+            self.isa.run(AttendTile {
+                q,
+                k_cache,
+                v_cache,
+                out: &out,
+                sizes,
+                block_table: block_tables.rows(tile.seq..tile.seq + 1).as_slice(),
+                kv_head: i % sizes.num_kv_heads,
+                queries: tile.queries.clone(),
+                first_position: tile.first_position,
+                scale: args.scale,
+                window: args.sliding_window.unwrap_or(usize::MAX),
+                scratch: &mut self.scratch.lock(thread),
+            });
+        });
+    }
+
+    pub(super) fn sample_rows(&self, args: SampleArgs<'_>) -> Vec<SampledToken> {
+        let vocab_size = args.logits.size(1);
+        let logits = Parts::new(args.logits.into_mut_slice::<f32>());
+        let mut tokens = vec![SampledToken { token_id: 0, logprobs: None }; args.rows.len()];
+        let results = Parts::new(&mut tokens);
+        self.pool.run(args.rows.len(), |thread, i| {
+            // SAFETY: tasks have different rows.
+            let logits = unsafe { logits.part(i * vocab_size..(i + 1) * vocab_size) };
+            let scratch = &mut self.samplers.lock(thread);
+            let token = sample::sample_row(self.isa, logits, &args.rows[i], scratch);
+            // SAFETY: as above.
+            let result = unsafe { results.part(i..i + 1) };
+            result[0] = token;
+        });
+        tokens
+    }
+}
+
+/// Cuts every sequence's queries into tiles, those with most work first. Panics when the
+/// sequences overlap or own rows that are not there: tasks rely on it.
+fn plan_queries(tiles: &mut Vec<QueryTile>, args: &AttentionArgs<'_>, per_tile: usize) {
+    tiles.clear();
+    let cu_seqlens = args.cu_seqlens_q.as_slice::<u32>();
+    for (seq, &context) in args.context_lens.as_slice::<u32>().iter().enumerate() {
+        let rows = cu_seqlens[seq] as usize..cu_seqlens[seq + 1] as usize;
+        assert!(rows.start <= rows.end && rows.end <= args.q.size(0), "attention: rows {rows:?}");
+        let first_position = (context as usize).checked_sub(rows.len());
+        let first_position = first_position.expect("a context includes its queries");
+        for start in rows.clone().step_by(per_tile) {
+            tiles.push(QueryTile {
+                seq,
+                queries: start..rows.end.min(start + per_tile),
+                first_position: first_position + start - rows.start,
+            });
+        }
+    }
+    tiles.sort_unstable_by_key(|tile| {
+        Reverse((tile.first_position + tile.queries.len()) * tile.queries.len())
+    });
+}

@@ -1,0 +1,285 @@
+//! Fork-join threads with a start-up cost of about a microsecond.
+//!
+//! The calling thread works too, so a pool of one thread runs everything inline. Workers that
+//! find nothing to do spin for [`SPIN`] and then park: inside a step the next operation finds
+//! them awake, between steps they leave the cores to others. A worker that wakes too late
+//! finds the job closed and is not waited for.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+/// How long a thread waits awake. Longer than the gap between two operations of a step,
+/// shorter than anything a neighbour on the same core would notice.
+const SPIN: Duration = Duration::from_micros(30);
+
+/// Job states: bit 0 says open, the next 15 bits count the workers inside, the rest numbers
+/// the job.
+const OPEN: usize = 1;
+const WORKER: usize = 2;
+const NUMBER: usize = 1 << 16;
+
+/// A fixed set of threads.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    // Held while a job runs: one job at a time.
+    turn: Mutex<()>,
+}
+
+/// What a job is: a function of the thread's index and the task's index.
+type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
+
+struct Job {
+    task: *const Task<'static>,
+    num_tasks: usize,
+    caller: Thread,
+}
+
+struct Shared {
+    state: AtomicUsize,
+    // Written only while the state is closed and no worker is inside.
+    job: UnsafeCell<Option<Job>>,
+    next_task: AtomicUsize,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    asleep: Vec<AtomicBool>,
+    stop: AtomicBool,
+}
+
+// SAFETY: `job` is written by the caller that holds the turn while no worker is inside, and
+// read by workers between entering and leaving; the state's atomic updates order the two.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; the task behind the pointer is Sync.
+unsafe impl Send for Shared {}
+
+impl Pool {
+    /// A pool of `threads` threads, the caller among them. Fails when the system has no more.
+    pub fn new(threads: usize) -> std::io::Result<Pool> {
+        let num_workers = threads.max(1) - 1;
+        let shared = Arc::new(Shared {
+            state: AtomicUsize::new(0),
+            job: UnsafeCell::new(None),
+            next_task: AtomicUsize::new(0),
+            panic: Mutex::new(None),
+            asleep: (0..num_workers).map(|_| AtomicBool::new(false)).collect(),
+            stop: AtomicBool::new(false),
+        });
+        let mut pool = Pool { shared, workers: Vec::new(), turn: Mutex::new(()) };
+        for index in 0..num_workers {
+            let shared = Arc::clone(&pool.shared);
+            let thread = std::thread::Builder::new().name(format!("compute-{}", index + 1));
+            pool.workers.push(thread.spawn(move || work(&shared, index))?);
+        }
+        Ok(pool)
+    }
+
+    /// Number of threads, the caller among them.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `task(thread, i)` once for every `i` below `num_tasks`, in any order on all
+    /// threads, and returns when all calls have; `thread` is below [`Pool::threads`].
+    /// A panic in a task is raised again here. Tasks must not call `run` themselves.
+    pub fn run(&self, num_tasks: usize, task: impl Fn(usize, usize) + Sync) {
+        if num_tasks <= 1 || self.workers.is_empty() {
+            return (0..num_tasks).for_each(|i| task(0, i));
+        }
+        let _turn = lock(&self.turn);
+        let shared = &*self.shared;
+        let task: &Task<'_> = &task;
+        // SAFETY: only the lifetime changes; nobody holds the pointer once `run` returns,
+        // because it waits until every worker that entered has left.
+        let erased = unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(task) };
+        let job = Job { task: erased, num_tasks, caller: std::thread::current() };
+        // SAFETY: this thread has the turn, the state is closed and no worker is inside.
+        unsafe { *shared.job.get() = Some(job) };
+        shared.next_task.store(0, Ordering::Relaxed);
+        let number = (shared.state.load(Ordering::Relaxed) / NUMBER).wrapping_add(1);
+        shared.state.store(number.wrapping_mul(NUMBER) | OPEN, Ordering::SeqCst);
+        for (asleep, worker) in shared.asleep.iter().zip(&self.workers) {
+            if asleep.swap(false, Ordering::SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+        shared.run_tasks(task, num_tasks, 0);
+        shared.state.fetch_and(!OPEN, Ordering::AcqRel);
+        wait_until(|| shared.state.load(Ordering::Acquire).is_multiple_of(NUMBER));
+        let panicked = lock(&shared.panic).take();
+        if let Some(payload) = panicked {
+            resume_unwind(payload);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker catches the panics of its tasks, so there is no result to look at.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    fn run_tasks(&self, task: &Task<'_>, num_tasks: usize, thread: usize) {
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            loop {
+                let index = self.next_task.fetch_add(1, Ordering::Relaxed);
+                if index >= num_tasks {
+                    break;
+                }
+                task(thread, index);
+            }
+        }));
+        if let Err(payload) = outcome {
+            // The others stop at their next task.
+            self.next_task.store(usize::MAX / 2, Ordering::Relaxed);
+            lock(&self.panic).get_or_insert(payload);
+        }
+    }
+
+    /// Enters job `state` unless it was closed or changed meanwhile.
+    fn enter(&self, state: usize) -> bool {
+        let entered = |state| (state & OPEN != 0).then_some(state + WORKER);
+        let number = state / NUMBER;
+        let same =
+            |current: usize| if current / NUMBER == number { entered(current) } else { None };
+        self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, same).is_ok()
+    }
+}
+
+/// A worker's life: wait for a job with a new number, help, leave.
+fn work(shared: &Shared, index: usize) {
+    let mut last_number = 0;
+    loop {
+        let is_new = |state: usize| state & OPEN != 0 && state / NUMBER != last_number;
+        let mut state = shared.state.load(Ordering::Acquire);
+        let idle_since = Instant::now();
+        while !is_new(state) {
+            if shared.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            if idle_since.elapsed() < SPIN {
+                std::hint::spin_loop();
+            } else {
+                shared.asleep[index].store(true, Ordering::SeqCst);
+                let stop = shared.stop.load(Ordering::SeqCst);
+                if !stop && !is_new(shared.state.load(Ordering::SeqCst)) {
+                    std::thread::park();
+                }
+                shared.asleep[index].store(false, Ordering::SeqCst);
+            }
+            state = shared.state.load(Ordering::Acquire);
+        }
+        last_number = state / NUMBER;
+        if shared.enter(state) {
+            help(shared, index + 1);
+        }
+    }
+}
+
+/// Works on the job that this thread has entered, then leaves it.
+fn help(shared: &Shared, thread: usize) {
+    // SAFETY: this thread has entered, so the caller neither writes the job nor returns until
+    // it leaves; entering acquired what the caller wrote.
+    let job = unsafe { (*shared.job.get()).as_ref().expect("an open job is set") };
+    let caller = job.caller.clone();
+    // SAFETY: as above; the task lives until the caller returns.
+    shared.run_tasks(unsafe { &*job.task }, job.num_tasks, thread);
+    // From here on the job may be gone.
+    let before = shared.state.fetch_sub(WORKER, Ordering::AcqRel);
+    if before % NUMBER == WORKER {
+        caller.unpark();
+    }
+}
+
+/// Waits awake for [`SPIN`], then parked; whoever makes `done` true unparks this thread.
+fn wait_until(done: impl Fn() -> bool) {
+    let since = Instant::now();
+    while !done() {
+        if since.elapsed() < SPIN {
+            std::hint::spin_loop();
+        } else {
+            std::thread::park();
+        }
+    }
+}
+
+/// A poisoned lock is as good as any: what it guards is replaced as a whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_exactly_once() {
+        for threads in [1, 2, 5] {
+            let pool = Pool::new(threads).unwrap();
+            for num_tasks in [0, 1, 2, 7, 1000] {
+                let calls: Vec<AtomicUsize> = (0..num_tasks).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(num_tasks, |thread, i| {
+                    assert!(thread < threads);
+                    calls[i].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(calls.iter().all(|calls| calls.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn many_short_jobs_follow_each_other() {
+        let pool = Pool::new(3).unwrap();
+        let sum = AtomicUsize::new(0);
+        for _ in 0..20_000 {
+            pool.run(4, |_, i| {
+                sum.fetch_add(i, Ordering::Relaxed);
+            });
+        }
+        assert_eq!(sum.into_inner(), 6 * 20_000);
+    }
+
+    #[test]
+    fn a_panic_in_a_task_reaches_the_caller_and_the_pool_survives() {
+        let pool = Pool::new(2).unwrap();
+        for culprit in [0, 99] {
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(100, |_, i| assert!(i != culprit, "task {i} fails"));
+            }));
+            let message = *outcome.unwrap_err().downcast::<String>().unwrap();
+            assert!(message.contains(&format!("task {culprit} fails")), "{message}");
+        }
+        let sum = AtomicUsize::new(0);
+        pool.run(10, |_, i| {
+            sum.fetch_add(i, Ordering::Relaxed);
+        });
+        assert_eq!(sum.into_inner(), 45);
+    }
+
+    #[test]
+    fn callers_on_several_threads_take_turns() {
+        let pool = Pool::new(2).unwrap();
+        let sum = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    for _ in 0..500 {
+                        pool.run(3, |_, i| {
+                            sum.fetch_add(i, Ordering::Relaxed);
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(sum.into_inner(), 3 * 500 * 3);
+    }
+}

@@ -1,0 +1,78 @@
+//! Changes to logits that depend on token ids: masks, bias and penalties.
+
+use crate::ops::args::SampleRow;
+
+/// True when [`apply`] would change something.
+pub fn any(row: &SampleRow<'_>) -> bool {
+    let params = row.params;
+    params.allowed_token_ids.is_some()
+        || !params.logit_bias.is_empty()
+        || !row.banned_token_ids.is_empty()
+        || params.needs_history()
+}
+
+/// Masks, bias, penalties, in this order; `marks` is all 0 before and after.
+pub fn apply(logits: &mut [f32], row: &SampleRow<'_>, marks: &mut Vec<u32>, kept: &mut Vec<f32>) {
+    if let Some(allowed) = &row.params.allowed_token_ids {
+        keep_only(logits, allowed, kept);
+    }
+    for &id in row.banned_token_ids {
+        if let Some(x) = logits.get_mut(id as usize) {
+            *x = f32::NEG_INFINITY;
+        }
+    }
+    for &(id, bias) in &row.params.logit_bias {
+        if let Some(x) = logits.get_mut(id as usize) {
+            *x += bias;
+        }
+    }
+    if row.params.needs_history() {
+        penalise(logits, row, marks);
+    }
+}
+
+fn keep_only(logits: &mut [f32], allowed: &[u32], kept: &mut Vec<f32>) {
+    kept.clear();
+    kept.extend(allowed.iter().map(|&id| logits.get(id as usize).copied().unwrap_or(0.0)));
+    logits.fill(f32::NEG_INFINITY);
+    for (&id, &x) in allowed.iter().zip(&*kept) {
+        if let Some(logit) = logits.get_mut(id as usize) {
+            *logit = x;
+        }
+    }
+}
+
+/// A token's mark: bit 0 says seen, the rest counts how often it was generated.
+const SEEN: u32 = 1;
+const ONCE: u32 = 2;
+
+fn penalise(logits: &mut [f32], row: &SampleRow<'_>, marks: &mut Vec<u32>) {
+    marks.resize(logits.len().max(marks.len()), 0);
+    let in_vocab = |id: &&u32| (**id as usize) < logits.len();
+    for &id in row.prompt_token_ids.iter().filter(in_vocab) {
+        marks[id as usize] |= SEEN;
+    }
+    for &id in row.output_token_ids.iter().filter(in_vocab) {
+        marks[id as usize] = (marks[id as usize] | SEEN) + ONCE;
+    }
+    for &id in row.prompt_token_ids.iter().chain(row.output_token_ids) {
+        let Some(logit) = logits.get_mut(id as usize) else { continue };
+        let mark = std::mem::take(&mut marks[id as usize]);
+        if mark != 0 {
+            *logit = penalised(*logit, row, mark / ONCE);
+        }
+    }
+}
+
+fn penalised(mut logit: f32, row: &SampleRow<'_>, times_generated: u32) -> f32 {
+    let params = row.params;
+    if params.repetition_penalty != 1.0 {
+        let penalty = params.repetition_penalty;
+        logit = if logit > 0.0 { logit / penalty } else { logit * penalty };
+    }
+    if times_generated > 0 {
+        logit -= params.frequency_penalty * times_generated as f32;
+        logit -= params.presence_penalty;
+    }
+    logit
+}

@@ -1,0 +1,75 @@
+//! What the threads of one operation share: disjoint parts of outputs, and scratch memory.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// A mutable slice whose parts go to different tasks.
+pub struct Parts<'a, T> {
+    ptr: *mut T,
+    len: usize,
+    _borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: a part is handed out by an unsafe function whose callers keep parts disjoint, as if
+// the slice had been split among the threads.
+unsafe impl<T: Send> Sync for Parts<'_, T> {}
+
+impl<'a, T> Parts<'a, T> {
+    /// Borrows `values` for as long as parts are needed.
+    pub fn new(values: &'a mut [T]) -> Parts<'a, T> {
+        Parts { ptr: values.as_mut_ptr(), len: values.len(), _borrow: PhantomData }
+    }
+
+    /// One part.
+    ///
+    /// # Safety
+    /// Parts that are alive at the same time must not overlap.
+    #[allow(clippy::mut_from_ref)]
+    #[inline(always)]
+    pub unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        // SAFETY: inside the borrowed slice; the caller keeps parts disjoint.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(range.start), range.len()) }
+    }
+}
+
+/// A cache line of f32.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+/// Scratch memory that grows to the largest size ever asked for and stays there.
+#[derive(Default)]
+pub struct Scratch {
+    lines: Vec<Line>,
+}
+
+impl Scratch {
+    /// `len` floats with any content, aligned to a cache line.
+    pub fn take(&mut self, len: usize) -> &mut [f32] {
+        let num_lines = len.div_ceil(16);
+        if self.lines.len() < num_lines {
+            self.lines.resize(num_lines, Line([0.0; 16]));
+        }
+        // SAFETY: a line is sixteen f32 without padding, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<f32>(), len) }
+    }
+}
+
+/// One `T` per thread of a pool.
+pub struct PerThread<T> {
+    slots: Vec<Mutex<T>>,
+}
+
+impl<T: Default> PerThread<T> {
+    /// Empty ones for `threads` threads.
+    pub fn new(threads: usize) -> PerThread<T> {
+        PerThread { slots: (0..threads).map(|_| Mutex::default()).collect() }
+    }
+
+    /// That of a thread; contended only when two callers share the operations.
+    pub fn lock(&self, thread: usize) -> MutexGuard<'_, T> {
+        self.slots[thread].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,190 @@
+//! The small vocabulary of vector operations that every CPU kernel is written in.
+//!
+//! A [`Simd`] value is a proof that this machine has the instructions: tokens are only made by
+//! detection (`isa`). A [`Kernel`] is written once, generic over the token, and compiled once
+//! per instruction set. Everything here must inline into the function that enables the
+//! instructions, hence `#[inline(always)]` throughout.
+
+use half::{bf16, f16};
+
+use crate::tensor::Element;
+
+/// The widest vector of any instruction set, in f32 lanes.
+pub const MAX_LANES: usize = 16;
+
+/// Vectors of `LANES` f32 and what can be done with them.
+pub trait Simd: Copy + Send + Sync + 'static {
+    /// One vector register.
+    type V: Copy;
+    /// Elements of a vector; divides [`MAX_LANES`].
+    const LANES: usize;
+    /// Most rows of a matmul register tile of four columns without spilling.
+    const TILE_ROWS: usize;
+
+    /// All lanes equal to `x`.
+    fn splat(self, x: f32) -> Self::V;
+    /// `a + b`.
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a - b`.
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b`.
+    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a / b`.
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The larger; `b` where `a` is NaN.
+    fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`, rounded once where the instruction set can.
+    fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `2^n` for integral `n` in `-126..=127`.
+    fn pow2(self, n: Self::V) -> Self::V;
+    /// `y` where `x >= bound`, else 0.
+    fn keep_where_at_least(self, y: Self::V, x: Self::V, bound: Self::V) -> Self::V;
+    /// Bit `i` is set where `a[i] >= b[i]`.
+    fn at_least(self, a: Self::V, b: Self::V) -> u32;
+    /// The sums of the lanes of four vectors; each sum has one fixed order.
+    fn sum4(self, vectors: [Self::V; 4]) -> [f32; 4];
+    /// The largest lane.
+    fn max_lane(self, v: Self::V) -> f32;
+
+    /// The sum of the lanes, in the order of [`Simd::sum4`].
+    #[inline(always)]
+    fn sum(self, v: Self::V) -> f32 {
+        self.sum4([v; 4])[0]
+    }
+
+    /// Asks for the cache line at `address`, which may be anything.
+    #[inline(always)]
+    fn prefetch<T>(self, address: *const T) {
+        let _ = address;
+    }
+
+    /// Reads `LANES` elements.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load_f32(self, from: *const f32) -> Self::V;
+    /// Reads and widens `LANES` elements.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load_bf16(self, from: *const bf16) -> Self::V;
+    /// Reads and widens `LANES` elements.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load_f16(self, from: *const f16) -> Self::V;
+    /// Writes `LANES` elements.
+    ///
+    /// # Safety
+    /// They must be writable.
+    unsafe fn store_f32(self, to: *mut f32, v: Self::V);
+    /// Rounds to nearest even and writes `LANES` elements.
+    ///
+    /// # Safety
+    /// They must be writable.
+    unsafe fn store_bf16(self, to: *mut bf16, v: Self::V);
+    /// Rounds to nearest even and writes `LANES` elements.
+    ///
+    /// # Safety
+    /// They must be writable.
+    unsafe fn store_f16(self, to: *mut f16, v: Self::V);
+    /// Transposes a square of `LANES` × `LANES` elements; strides count elements.
+    ///
+    /// # Safety
+    /// `LANES` rows of `LANES` elements must be readable at `from` and writable at `to`.
+    unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize);
+}
+
+/// A computation written once for every instruction set; run by `Isa::run`.
+pub trait Kernel {
+    /// What it returns.
+    type Output;
+    /// Computes; must be `#[inline(always)]`.
+    fn run<S: Simd>(self, simd: S) -> Self::Output;
+}
+
+/// Element types that kernels read and write.
+pub trait Float: Element + Default + Send + Sync {
+    /// Reads and widens `S::LANES` elements.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load_lanes<S: Simd>(simd: S, from: *const Self) -> S::V;
+    /// Rounds and writes `S::LANES` elements.
+    ///
+    /// # Safety
+    /// They must be writable.
+    unsafe fn store_lanes<S: Simd>(simd: S, to: *mut Self, v: S::V);
+}
+
+macro_rules! float {
+    ($type:ty, $load:ident, $store:ident) => {
+        impl Float for $type {
+            #[inline(always)]
+            unsafe fn load_lanes<S: Simd>(simd: S, from: *const Self) -> S::V {
+                // SAFETY: the same contract.
+                unsafe { simd.$load(from) }
+            }
+            #[inline(always)]
+            unsafe fn store_lanes<S: Simd>(simd: S, to: *mut Self, v: S::V) {
+                // SAFETY: the same contract.
+                unsafe { simd.$store(to, v) }
+            }
+        }
+    };
+}
+
+float!(f32, load_f32, store_f32);
+float!(bf16, load_bf16, store_bf16);
+float!(f16, load_f16, store_f16);
+
+/// Reads up to `S::LANES` elements of `values` from index `at` on; lanes beyond its end are 0.
+#[inline(always)]
+pub fn load<S: Simd, E: Float>(simd: S, values: &[E], at: usize) -> S::V {
+    if at + S::LANES <= values.len() {
+        // SAFETY: just checked.
+        return unsafe { E::load_lanes(simd, values.as_ptr().add(at)) };
+    }
+    let mut lanes = [E::default(); MAX_LANES];
+    let rest = &values[at..];
+    lanes[..rest.len()].copy_from_slice(rest);
+    // SAFETY: `lanes` has at least `S::LANES` elements.
+    unsafe { E::load_lanes(simd, lanes.as_ptr()) }
+}
+
+/// Writes up to `S::LANES` elements of `values` from index `at` on; lanes beyond its end are
+/// dropped.
+#[inline(always)]
+pub fn store<S: Simd, E: Float>(simd: S, values: &mut [E], at: usize, v: S::V) {
+    if at + S::LANES <= values.len() {
+        // SAFETY: just checked.
+        return unsafe { E::store_lanes(simd, values.as_mut_ptr().add(at), v) };
+    }
+    let mut lanes = [E::default(); MAX_LANES];
+    // SAFETY: `lanes` has at least `S::LANES` elements.
+    unsafe { E::store_lanes(simd, lanes.as_mut_ptr(), v) };
+    let rest = &mut values[at..];
+    rest.copy_from_slice(&lanes[..rest.len()]);
+}
+
+/// `e^x` within 2 ulp; exactly 0 below -87.3 (the last normal result), finite above 88.3,
+/// exactly 1 at 0. Cody-Waite reduction and the polynomial of Cephes' `expf`.
+#[inline(always)]
+pub fn exp<S: Simd>(simd: S, x: S::V) -> S::V {
+    const ROUNDER: f32 = 12_582_912.0; // 1.5 · 2^23: adding it rounds to an integer
+    let least = simd.splat(-87.336_54);
+    let most = simd.splat(-88.376_26);
+    let zero = simd.splat(0.0);
+    // min(x, 88.37) as -max(-x, -88.37): one primitive less.
+    let clamped = simd.sub(zero, simd.max(simd.sub(zero, simd.max(x, least)), most));
+    let shifted = simd.mul_add(clamped, simd.splat(std::f32::consts::LOG2_E), simd.splat(ROUNDER));
+    let n = simd.sub(shifted, simd.splat(ROUNDER));
+    let r = simd.mul_add(n, simd.splat(-0.693_359_4), clamped);
+    let r = simd.mul_add(n, simd.splat(2.121_944_4e-4), r);
+    let mut p = simd.splat(1.987_569_1e-4);
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.0e-1] {
+        p = simd.mul_add(p, r, simd.splat(c));
+    }
+    let y = simd.add(simd.mul_add(p, simd.mul(r, r), r), simd.splat(1.0));
+    simd.keep_where_at_least(simd.mul(y, simd.pow2(n)), x, least)
+}

@@ -1,0 +1,117 @@
+//! Bit-equality: a row alone and in a batch, a prompt whole and in chunks, one thread and two.
+
+use tokenmill::formats::PackedMatrix;
+use tokenmill::ops::Ops;
+use tokenmill::ops::args::*;
+use tokenmill::tensor::{DType, View};
+
+use crate::attention::{Case, Problem, ragged};
+use crate::support::*;
+
+pub fn check(ops: &dyn Ops) {
+    for (cols, k) in [(1, 1), (5, 17), (63, 65), (130, 100), (33, 1100), (70, 64)] {
+        for dtype in FLOATS {
+            matmul(ops, (cols, k), dtype);
+        }
+    }
+    norm(ops);
+    attention_in_chunks(ops);
+    attention_alone(ops);
+}
+
+/// Runs one of everything on both backends and compares bits.
+pub fn check_equal(one: &dyn Ops, two: &dyn Ops) {
+    let rng = &mut Rng::new(3);
+    for (rows, cols, k) in [(1, 3000, 256), (16, 515, 1100), (130, 70, 300)] {
+        let x = rng.tensor(DType::F32, [rows, k]);
+        let weight = rng.matrix(DType::BF16, cols, k);
+        let (a, b) = (multiply(one, x.view(), &weight), multiply(two, x.view(), &weight));
+        assert_same(&format!("{} matmul {rows} x {cols} x {k}", two.name()), &a, &b);
+    }
+    for window in [None, Some(40)] {
+        let problem = Problem::new(&case(DType::BF16, window), 4);
+        let (a, b) = (problem.run(one, "one thread"), problem.run(two, "two threads"));
+        assert_same(&format!("{} attention", two.name()), &a, &b);
+    }
+}
+
+fn multiply(ops: &dyn Ops, x: View<'_>, weight: &PackedMatrix) -> Vec<f32> {
+    let mut out = Guarded::poisoned([x.size(0), weight.num_rows]);
+    ops.matmul(MatmulArgs { out: out.view(), x, weight, bias: None });
+    out.finish("matmul")
+}
+
+/// Every batch size from 1 to 40, and more rows than are kept at once.
+fn matmul(ops: &dyn Ops, (cols, k): (usize, usize), dtype: DType) {
+    let rng = &mut Rng::new((cols * k) as u64);
+    let most = 101;
+    let x = rng.tensor(DType::F32, [most, k]);
+    let weight = rng.matrix(dtype, cols, k);
+    let alone: Vec<f32> =
+        (0..most).flat_map(|row| multiply(ops, x.view().rows(row..row + 1), &weight)).collect();
+    for rows in (1..=40).chain([96, 97, most]) {
+        let what = format!("{} matmul {rows} x {cols} x {k} {dtype}", ops.name());
+        let batched = multiply(ops, x.view().rows(0..rows), &weight);
+        assert_same(&what, &batched, &alone[..rows * cols]);
+    }
+}
+
+fn norm(ops: &dyn Ops) {
+    let rng = &mut Rng::new(9);
+    let (rows, width) = (40, 901);
+    let x = rng.tensor(DType::F32, [rows, width]);
+    let weight = rng.tensor(DType::BF16, [width]);
+    let run = |x: View<'_>| {
+        let mut out = Guarded::poisoned(x.shape());
+        ops.norm(NormArgs { out: out.view(), x, weight: weight.view(), eps: 1e-6 });
+        out.finish("norm")
+    };
+    let batched = run(x.view());
+    for row in 0..rows {
+        let alone = run(x.view().rows(row..row + 1));
+        let what = format!("{} norm row {row}", ops.name());
+        assert_same(&what, &alone, &batched[row * width..(row + 1) * width]);
+    }
+}
+
+fn case(dtype: DType, window: Option<usize>) -> Case {
+    Case { heads: (14, 2), head_dim: 64, block_size: 16, dtype, seqs: ragged(), window }
+}
+
+/// A prompt in one piece, in chunks of several sizes, and token by token.
+fn attention_in_chunks(ops: &dyn Ops) {
+    for (dtype, window) in [(DType::BF16, None), (DType::F16, Some(50)), (DType::F32, Some(3))] {
+        for heads in [(14, 2), (4, 4), (4, 1)] {
+            let len = 150;
+            let seqs = vec![(len, len)];
+            let problem = Problem::new(&Case { heads, seqs, ..case(dtype, window) }, 5);
+            let whole = problem.run(ops, "whole prompt");
+            for chunk in [1, 3, 7, 32, 33, 64, 149] {
+                let mut pieces = Vec::new();
+                for start in (0..len).step_by(chunk) {
+                    let end = len.min(start + chunk);
+                    let chunks = [(end - start, end)];
+                    let rows = (start, end - start);
+                    pieces.extend(problem.run_part(ops, &[0], &chunks, rows, "chunk"));
+                }
+                let what = format!("{} {heads:?} in chunks of {chunk}, {window:?}", ops.name());
+                assert_same(&what, &pieces, &whole);
+            }
+        }
+    }
+}
+
+/// Each sequence of a batch by itself.
+fn attention_alone(ops: &dyn Ops) {
+    let problem = Problem::new(&case(DType::BF16, None), 6);
+    let batched = problem.run(ops, "batch");
+    let row_len = problem.num_heads * problem.head_dim;
+    let mut first = 0;
+    for (seq, &(queries, context)) in problem.seqs.iter().enumerate() {
+        let chunks = [(queries, context)];
+        let alone = problem.run_part(ops, &[seq], &chunks, (first, queries), "alone");
+        let what = format!("{} sequence {seq}", ops.name());
+        assert_same(&what, &alone, &batched[first * row_len..(first + queries) * row_len]);
+        first += queries;
+    }
+}

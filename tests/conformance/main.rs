@@ -1,0 +1,77 @@
+//! Every backend against the referee, and the referee against candle.
+//!
+//! Each module holds one table of cases and a function `check(&dyn Ops)`; the tests below run
+//! all tables on every backend that this machine can offer. Outputs start as NaN, and rows
+//! around them are checked to be untouched.
+
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
+
+mod attention;
+mod candle;
+mod invariance;
+mod matmul;
+mod rows;
+mod sample;
+mod support;
+
+use support::for_each_backend;
+use tokenmill::config::CpuIsa;
+use tokenmill::ops::cpu::{CpuError, CpuOps, Isa};
+
+#[test]
+fn row_operations_agree_with_the_referee() {
+    for_each_backend(rows::check);
+}
+
+#[test]
+fn matmul_agrees_with_the_referee() {
+    for_each_backend(matmul::check);
+}
+
+#[test]
+fn attention_agrees_with_the_referee() {
+    for_each_backend(attention::check);
+}
+
+#[test]
+fn the_sampler_agrees_with_the_referee() {
+    for_each_backend(sample::check);
+}
+
+#[test]
+fn no_result_depends_on_the_batch() {
+    for_each_backend(invariance::check);
+}
+
+#[test]
+fn no_result_depends_on_the_number_of_threads() {
+    for isa in Isa::supported() {
+        let one = CpuOps::new(Some(1), isa.choice()).unwrap();
+        let two = CpuOps::new(Some(2), isa.choice()).unwrap();
+        invariance::check_equal(&one, &two);
+    }
+}
+
+#[test]
+fn a_missing_instruction_set_is_refused_by_name() {
+    let supported: Vec<CpuIsa> = Isa::supported().into_iter().map(Isa::choice).collect();
+    for isa in [CpuIsa::Scalar, CpuIsa::Avx2, CpuIsa::Avx512] {
+        match CpuOps::new(Some(1), isa) {
+            Ok(ops) => assert!(supported.contains(&isa) && ops.isa().choice() == isa),
+            Err(CpuError::UnsupportedIsa { wanted, supported: names }) => {
+                assert!(!supported.contains(&isa));
+                assert_eq!(wanted, format!("{isa:?}").to_lowercase());
+                assert!(names.ends_with("scalar"), "{names}");
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+    assert!(matches!(CpuOps::new(Some(0), CpuIsa::Auto), Err(CpuError::NoThreads)));
+}
+
+#[test]
+fn a_backend_names_its_instructions_and_threads() {
+    use tokenmill::ops::Ops;
+    assert_eq!(CpuOps::new(Some(2), CpuIsa::Scalar).unwrap().name(), "cpu (scalar, 2 threads)");
+    assert_eq!(CpuOps::new(Some(1), CpuIsa::Scalar).unwrap().name(), "cpu (scalar, 1 thread)");
+}

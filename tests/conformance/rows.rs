@@ -1,0 +1,182 @@
+//! Embedding, norms, rotary embedding, gated activations, KV writes, gathers, block copies.
+
+use tokenmill::ops::Ops;
+use tokenmill::ops::args::*;
+use tokenmill::ops::reference::ReferenceOps;
+use tokenmill::tensor::{DType, Tensor};
+
+use crate::support::*;
+
+const ROWS: [usize; 6] = [1, 2, 15, 16, 17, 33];
+const WIDTHS: [usize; 6] = [1, 7, 16, 63, 65, 896];
+
+pub fn check(ops: &dyn Ops) {
+    for (seed, rows) in ROWS.into_iter().enumerate() {
+        for width in WIDTHS {
+            let rng = &mut Rng::new((seed * 1000 + width) as u64);
+            for dtype in FLOATS {
+                embed(ops, rng, (rows, width), dtype);
+                norms(ops, rng, (rows, width), dtype);
+            }
+            gated_activation(ops, rng, (rows, width));
+            gather_rows(ops, rng, (rows, width));
+        }
+        let rng = &mut Rng::new(seed as u64);
+        for head_dim in [32, 64, 80, 96, 128, 256] {
+            rope(ops, rng, rows, head_dim);
+            for dtype in FLOATS {
+                kv_writes_and_copies(ops, rng, rows, head_dim, dtype);
+            }
+        }
+    }
+}
+
+/// Runs on the backend under test and on the referee.
+fn both(ops: &dyn Ops, run: impl Fn(&dyn Ops) -> Vec<f32>) -> (Vec<f32>, Vec<f32>) {
+    (run(ops), run(&ReferenceOps))
+}
+
+fn embed(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize), dtype: DType) {
+    let what = format!("{} embed {rows} x {width} {dtype}", ops.name());
+    let table = rng.tensor(dtype, [50, width]);
+    let token_ids = ids(&(0..rows).map(|_| rng.below(50) as u32).collect::<Vec<_>>());
+    let (got, want) = both(ops, |ops| {
+        let mut out = Guarded::poisoned([rows, width]);
+        let (table, token_ids) = (table.view(), token_ids.view());
+        ops.embed(EmbedArgs { out: out.view(), table, token_ids });
+        out.finish(&what)
+    });
+    assert_same(&what, &got, &want);
+}
+
+fn norms(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize), dtype: DType) {
+    let what = format!("{} norm {rows} x {width} {dtype}", ops.name());
+    let x = rng.tensor(DType::F32, [rows, width]);
+    let residual = rng.floats(rows * width);
+    let weight = rng.tensor(dtype, [width]);
+    let (got, want) = both(ops, |ops| {
+        let mut out = Guarded::poisoned([rows, width]);
+        let (x, weight) = (x.view(), weight.view());
+        ops.norm(NormArgs { out: out.view(), x, weight, eps: 1e-6 });
+        out.finish(&what)
+    });
+    // f32 sums of squares against f64: a relative error of a few units in the last place.
+    assert_close(&what, &got, &want, (1e-6, 4e-6));
+    let (got, want) = both(ops, |ops| {
+        let mut out = Guarded::poisoned([rows, width]);
+        let mut sum = Guarded::filled(&residual, [rows, width]);
+        let (x, weight) = (x.view(), weight.view());
+        ops.add_norm(AddNormArgs { out: out.view(), residual: sum.view(), x, weight, eps: 1e-5 });
+        let mut both = sum.finish(&what);
+        both.extend(out.finish(&what));
+        both
+    });
+    let (sum, out) = got.split_at(rows * width);
+    assert_same(&what, sum, &want[..rows * width]);
+    assert_close(&what, out, &want[rows * width..], (1e-6, 4e-6));
+}
+
+fn gated_activation(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize)) {
+    let wide: Vec<f32> = rng.floats(rows * width).iter().map(|x| 12.0 * x).collect();
+    let gate = Tensor::from_slice(&wide, [rows, width]);
+    let up = rng.tensor(DType::F32, [rows, width]);
+    for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
+        let what = format!("{} {activation:?} {rows} x {width}", ops.name());
+        let (got, want) = both(ops, |ops| {
+            let mut out = Guarded::poisoned([rows, width]);
+            let (gate, up) = (gate.view(), up.view());
+            ops.gated_activation(GatedActivationArgs { out: out.view(), gate, up, activation });
+            out.finish(&what)
+        });
+        // GELU subtracts nearly equal numbers where it is small, hence the absolute part.
+        assert_close(&what, &got, &want, (2e-6, 2e-6));
+    }
+}
+
+fn gather_rows(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize)) {
+    let what = format!("{} gather_rows {rows} x {width}", ops.name());
+    let x = rng.tensor(DType::F32, [rows, width]);
+    let wanted = ids(&(0..rows + 3).map(|_| rng.below(rows) as u32).collect::<Vec<_>>());
+    let (got, want) = both(ops, |ops| {
+        let mut out = Guarded::poisoned([rows + 3, width]);
+        ops.gather_rows(GatherRowsArgs { out: out.view(), x: x.view(), rows: wanted.view() });
+        out.finish(&what)
+    });
+    assert_same(&what, &got, &want);
+}
+
+fn rope(ops: &dyn Ops, rng: &mut Rng, tokens: usize, head_dim: usize) {
+    let positions = ids(&(0..tokens).map(|_| rng.below(100) as u32).collect::<Vec<_>>());
+    for rotary_dim in [head_dim, head_dim / 2, 2] {
+        let (cos, sin) = (
+            rng.tensor(DType::F32, [100, rotary_dim / 2]),
+            rng.tensor(DType::F32, [100, rotary_dim / 2]),
+        );
+        let (q, k) = (rng.floats(tokens * 4 * head_dim), rng.floats(tokens * 2 * head_dim));
+        for style in [RopeStyle::Halves, RopeStyle::Interleaved] {
+            let what = format!("{} rope {tokens} x {head_dim} {rotary_dim} {style:?}", ops.name());
+            let (got, want) = both(ops, |ops| {
+                let mut q = Guarded::filled(&q, [tokens, 4, head_dim]);
+                let mut k = Guarded::filled(&k, [tokens, 2, head_dim]);
+                let (cos, sin, positions) = (cos.view(), sin.view(), positions.view());
+                let (q_view, k_view) = (q.view(), k.view());
+                ops.rope(RopeArgs { q: q_view, k: k_view, positions, cos, sin, style });
+                let mut both = q.finish(&what);
+                both.extend(k.finish(&what));
+                both
+            });
+            // One rounding more or less, of products below 1.
+            assert_close(&what, &got, &want, (2e-7, 0.0));
+        }
+    }
+}
+
+fn kv_writes_and_copies(
+    ops: &dyn Ops,
+    rng: &mut Rng,
+    tokens: usize,
+    head_dim: usize,
+    dtype: DType,
+) {
+    let heads = 2;
+    for block_size in [8, 16, 32] {
+        let what = format!("{} write_kv {tokens} x {head_dim} {block_size} {dtype}", ops.name());
+        let num_blocks = tokens.div_ceil(block_size) + 2;
+        let mut slots = rng.permutation((num_blocks - 1) * block_size);
+        slots.truncate(tokens);
+        let slots = ids(&slots);
+        let (k, v) = (
+            rng.tensor(DType::F32, [tokens, heads, head_dim]),
+            rng.tensor(DType::F32, [tokens, heads, head_dim]),
+        );
+        let old = rng.floats(num_blocks * heads * block_size * head_dim);
+        let (got, want) = both(ops, |ops| {
+            let shape = [num_blocks, heads, block_size, head_dim];
+            let (mut k_cache, mut v_cache) = (cast(&old, dtype, shape), cast(&old, dtype, shape));
+            ops.write_kv(WriteKvArgs {
+                k_cache: k_cache.view_mut(),
+                v_cache: v_cache.view_mut(),
+                k: k.view(),
+                v: v.view(),
+                slot_mapping: slots.view(),
+            });
+            ops.copy_blocks(CopyBlocksArgs {
+                k_cache: k_cache.view_mut(),
+                v_cache: v_cache.view_mut(),
+                pairs: &[(0, num_blocks as u32 - 1)],
+            });
+            let mut all = widened(&k_cache);
+            all.extend(widened(&v_cache));
+            all
+        });
+        assert_same(&what, &got, &want);
+    }
+}
+
+fn widened(tensor: &Tensor) -> Vec<f32> {
+    match tensor.dtype() {
+        DType::BF16 => tensor.as_slice::<half::bf16>().iter().map(|x| x.to_f32()).collect(),
+        DType::F16 => tensor.as_slice::<half::f16>().iter().map(|x| x.to_f32()).collect(),
+        _ => tensor.as_slice::<f32>().to_vec(),
+    }
+}

@@ -1,0 +1,144 @@
+//! Backends, reproducible data, guarded outputs, comparison.
+
+use half::{bf16, f16};
+use tokenmill::formats::{PackedMatrix, dense};
+use tokenmill::ops::Ops;
+use tokenmill::ops::cpu::{CpuOps, Isa};
+use tokenmill::tensor::{DType, Shape, Tensor, ViewMut};
+
+pub const FLOATS: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+
+/// Every instruction set of this machine, on one thread and on two.
+pub fn for_each_backend(check: impl Fn(&dyn Ops)) {
+    for isa in Isa::supported() {
+        for threads in [1, 2] {
+            check(&CpuOps::new(Some(threads), isa.choice()).unwrap());
+        }
+    }
+}
+
+/// A small generator (xorshift64*), so that data is the same everywhere.
+pub struct Rng(u64);
+
+impl Rng {
+    pub fn new(seed: u64) -> Rng {
+        Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+
+    /// Uniform in [-1, 1).
+    pub fn float(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u32 << 23) as f32 - 1.0
+    }
+
+    pub fn floats(&mut self, len: usize) -> Vec<f32> {
+        (0..len).map(|_| self.float()).collect()
+    }
+
+    pub fn tensor(&mut self, dtype: DType, shape: impl Into<Shape>) -> Tensor {
+        let shape = shape.into();
+        cast(&self.floats(shape.len()), dtype, shape)
+    }
+
+    pub fn matrix(&mut self, dtype: DType, rows: usize, cols: usize) -> PackedMatrix {
+        dense::pack(self.tensor(dtype, [rows, cols]))
+    }
+
+    /// `0..len` in random order.
+    pub fn permutation(&mut self, len: usize) -> Vec<u32> {
+        let mut order: Vec<u32> = (0..len as u32).collect();
+        for i in (1..len).rev() {
+            order.swap(i, self.below(i + 1));
+        }
+        order
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+}
+
+pub fn cast(values: &[f32], dtype: DType, shape: impl Into<Shape>) -> Tensor {
+    match dtype {
+        DType::F32 => Tensor::from_slice(values, shape),
+        DType::BF16 => {
+            let values: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
+            Tensor::from_slice(&values, shape)
+        }
+        DType::F16 => {
+            let values: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
+            Tensor::from_slice(&values, shape)
+        }
+        DType::U32 => panic!("floats only"),
+    }
+}
+
+pub fn ids(values: &[u32]) -> Tensor {
+    Tensor::from_slice(values, [values.len()])
+}
+
+const GUARD: f32 = 12_345.0;
+
+/// An output between two guard rows. It starts as NaN, so that an element that nobody writes
+/// is noticed.
+pub struct Guarded {
+    tensor: Tensor,
+    rows: usize,
+}
+
+impl Guarded {
+    pub fn poisoned(shape: impl Into<Shape>) -> Guarded {
+        let shape = shape.into();
+        Guarded::filled(&vec![f32::NAN; shape.len()], shape)
+    }
+
+    pub fn filled(values: &[f32], shape: impl Into<Shape>) -> Guarded {
+        let shape = shape.into();
+        let rows = shape.sizes()[0];
+        let mut tensor = Tensor::zeros(DType::F32, shape.with_rows(rows + 2));
+        tensor.as_mut_slice::<f32>().fill(GUARD);
+        tensor.view_mut().into_rows(1..rows + 1).into_mut_slice().copy_from_slice(values);
+        Guarded { tensor, rows }
+    }
+
+    pub fn view(&mut self) -> ViewMut<'_> {
+        self.tensor.view_mut().into_rows(1..self.rows + 1)
+    }
+
+    /// The output; panics when a guard was overwritten or an element is NaN.
+    pub fn finish(self, what: &str) -> Vec<f32> {
+        let all = self.tensor.view();
+        for guard in [all.rows(0..1), all.rows(self.rows + 1..self.rows + 2)] {
+            assert!(
+                guard.as_slice::<f32>().iter().all(|&x| x == GUARD),
+                "{what}: guard overwritten"
+            );
+        }
+        let out = all.rows(1..self.rows + 1).as_slice::<f32>().to_vec();
+        assert!(out.iter().all(|x| !x.is_nan()), "{what}: an element was not written, or is NaN");
+        out
+    }
+}
+
+/// Panics unless `|got - want| <= absolute + relative · |want|` everywhere.
+pub fn assert_close(what: &str, got: &[f32], want: &[f32], (absolute, relative): (f32, f32)) {
+    assert_eq!(got.len(), want.len(), "{what}: lengths");
+    for (i, (&got, &want)) in got.iter().zip(want).enumerate() {
+        let allowed = absolute + relative * want.abs();
+        assert!((got - want).abs() <= allowed, "{what}: element {i} is {got}, expected {want}");
+    }
+}
+
+/// Panics unless all bits are equal.
+pub fn assert_same(what: &str, got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len(), "{what}: lengths");
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        assert_eq!(got.to_bits(), want.to_bits(), "{what}: element {i} is {got}, not {want}");
+    }
+}
