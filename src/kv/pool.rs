@@ -63,10 +63,19 @@ impl BlockPool {
         self.allocator.num_free() + self.cache.num_evictable()
     }
 
-    /// Extends a block table to `num_blocks` blocks; false, and no change, when there are not
-    /// enough available.
-    pub fn grow(&mut self, table: &mut Vec<BlockId>, num_blocks: usize) -> bool {
-        let missing = num_blocks.saturating_sub(table.len());
+    /// Number of blocks that a block table lacks to hold `num_tokens` tokens.
+    pub fn num_missing(&self, table: &[BlockId], num_tokens: usize) -> usize {
+        // Asked for every sequence in every step; mostly the answer needs no division.
+        match num_tokens <= table.len() * self.block_size {
+            true => 0,
+            false => self.blocks_for(num_tokens) - table.len(),
+        }
+    }
+
+    /// Extends a block table to hold `num_tokens` tokens; false, and no change, when there are
+    /// not enough blocks available.
+    pub fn grow(&mut self, table: &mut Vec<BlockId>, num_tokens: usize) -> bool {
+        let missing = self.num_missing(table, num_tokens);
         if missing > self.num_available() {
             return false;
         }
@@ -161,7 +170,7 @@ mod tests {
 
     fn published(pool: &mut BlockPool, hashes: &[BlockHash]) -> Vec<BlockId> {
         let mut table = Vec::new();
-        assert!(pool.grow(&mut table, hashes.len()));
+        assert!(pool.grow(&mut table, 4 * hashes.len()));
         for (&block, &hash) in table.iter().zip(hashes) {
             pool.publish(block, hash);
         }
@@ -172,8 +181,8 @@ mod tests {
     fn growth_is_all_or_nothing() {
         let mut pool = BlockPool::new(3, 4);
         let mut table = Vec::new();
-        assert!(pool.grow(&mut table, 2));
-        assert!(!pool.grow(&mut table, 4));
+        assert!(pool.grow(&mut table, 5));
+        assert!(!pool.grow(&mut table, 13));
         assert_eq!(table.len(), 2);
         assert_eq!(pool.num_available(), 1);
     }
@@ -204,7 +213,7 @@ mod tests {
         pool.retain(&prefix);
         assert!(pool.grow(&mut table, 1));
         assert_ne!(table, prefix);
-        assert!(!pool.grow(&mut table, 2));
+        assert!(!pool.grow(&mut table, 5));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use super::Scheduler;
 use super::batch::{ScheduledBatch, ScheduledSequence, SequenceId, StepTokens};
 use super::sequence::{Sequence, State};
 use crate::kv::BlockPool;
-use crate::output::{FinishReason, TokenEvent};
+use crate::output::{FinishReason, SampledToken, TokenEvent};
 
 impl Scheduler {
     /// Takes the results of the latest plan, one entry per scheduled sequence, and tells what
@@ -22,7 +22,7 @@ impl Scheduler {
             if self.params.enable_prefix_caching {
                 sequence.publish_full_blocks(&mut self.kv);
             }
-            let event = sequence.accept(scheduled, result);
+            let event = sequence.accept(scheduled, result, &self.params.eos_token_ids);
             let computed_prompt = sequence.leads && sequence.has_computed_prompt();
             if computed_prompt {
                 sequence.leads = false;
@@ -50,9 +50,9 @@ impl Scheduler {
     /// The prompt is computed: its other continuations may start, or, when nothing is to be
     /// generated, are done.
     fn release_held(&mut self, leader: SequenceId, events: &mut Vec<TokenEvent>) {
-        let request = &self.sequences[leader].request;
-        let is_empty = request.max_output_len == 0;
-        let Some(group) = self.groups.get(&request.id) else { return };
+        let leader = &self.sequences[leader];
+        let is_empty = leader.limits.max_output_len == 0;
+        let Some(group) = self.groups.get(&leader.request_id) else { return };
         for id in group.members.clone() {
             if self.sequences[id].state != State::Held {
                 continue;
@@ -81,21 +81,24 @@ impl Sequence {
     }
 
     fn publish_full_blocks(&mut self, kv: &mut BlockPool) {
-        let num_full = self.num_computed / kv.block_size();
-        if !self.publishes {
-            return;
-        }
-        for block in self.num_published..num_full {
-            let hash = self.block_hash(block, kv.block_size());
+        let block_size = kv.block_size();
+        while self.publishes && (self.num_published + 1) * block_size <= self.num_computed {
+            let block = self.num_published;
+            let hash = self.block_hash(block, block_size);
             kv.publish(self.table[block], hash);
+            self.num_published += 1;
         }
-        self.num_published = self.num_published.max(num_full);
     }
 
     /// Appends what was sampled, up to the end of the sequence.
-    fn accept(&mut self, scheduled: &ScheduledSequence, result: &StepTokens) -> Option<TokenEvent> {
+    fn accept(
+        &mut self,
+        scheduled: &ScheduledSequence,
+        result: &StepTokens,
+        eos_token_ids: &[u32],
+    ) -> Option<TokenEvent> {
         if !scheduled.samples {
-            let done = self.num_computed == self.len() && self.request.max_output_len == 0;
+            let done = self.num_computed == self.len() && self.limits.max_output_len == 0;
             return done.then(|| self.event(Vec::new(), Some(FinishReason::Length)));
         }
         let mut tokens = Vec::with_capacity(result.sampled.len());
@@ -103,7 +106,7 @@ impl Sequence {
         for token in &result.sampled {
             self.output.push(token.token_id);
             tokens.push(token.clone());
-            finish = self.finish_reason();
+            finish = self.finish_reason(eos_token_ids);
             if finish.is_some() {
                 break;
             }
@@ -111,13 +114,9 @@ impl Sequence {
         Some(self.event(tokens, finish))
     }
 
-    fn event(
-        &mut self,
-        tokens: Vec<crate::output::SampledToken>,
-        finish: Option<FinishReason>,
-    ) -> TokenEvent {
+    fn event(&mut self, tokens: Vec<SampledToken>, finish: Option<FinishReason>) -> TokenEvent {
         TokenEvent {
-            request_id: self.request.id.clone(),
+            request_id: self.request_id.clone(),
             index: self.index,
             tokens,
             finish,

@@ -29,7 +29,7 @@ use crate::telemetry::StepReport;
 
 use batch::SequenceId;
 use policy::Precedence;
-use sequence::{Request, Sequence, State};
+use sequence::{Limits, Request, Sequence, State};
 use slab::SequenceSlab;
 
 /// Limits and rules of a scheduler.
@@ -115,7 +115,6 @@ struct Group {
 #[derive(Debug)]
 pub struct Scheduler {
     params: SchedulerParams,
-    eos_token_ids: Arc<[u32]>,
     kv: BlockPool,
     /// Blocks that stay available when a sequence starts beside others.
     watermark: usize,
@@ -140,7 +139,6 @@ impl Scheduler {
         assert!(params.max_num_seqs > 0, "at least one sequence must be able to run");
         assert!(params.max_num_batched_tokens > 0, "a step must be able to compute a token");
         Scheduler {
-            eos_token_ids: params.eos_token_ids.clone().into(),
             kv: BlockPool::new(params.num_blocks, params.block_size),
             watermark: params.num_blocks.div_ceil(100),
             sequences: SequenceSlab::default(),
@@ -206,14 +204,21 @@ impl Scheduler {
         let capacity = self.kv.num_blocks() * self.kv.block_size() + 1;
         let room = self.params.max_model_len.min(capacity) - request.prompt_token_ids.len();
         let max_tokens = request.stop.max_tokens.map_or(usize::MAX, |max| max as usize);
+        let limits = Limits {
+            prompt_len: request.prompt_token_ids.len(),
+            max_output_len: room.min(max_tokens),
+            min_output_len: request.stop.min_tokens as usize,
+            needs_history: request.sampling.needs_history(),
+            ignores_eos: request.stop.ignore_eos,
+            has_stop_tokens: !request.stop.stop_token_ids.is_empty(),
+            scores_prompt: request.sampling.prompt_logprobs.is_some(),
+        };
         Request {
             id: request.id,
             prompt: request.prompt_token_ids,
-            needs_history: request.sampling.needs_history(),
             sampling: request.sampling,
-            stop: request.stop,
-            eos_token_ids: self.eos_token_ids.clone(),
-            max_output_len: room.min(max_tokens),
+            stop_token_ids: request.stop.stop_token_ids,
+            limits,
             hash_root: BlockHash::root(request.cache_salt.as_deref()),
             prompt_hashes: OnceLock::new(),
         }
@@ -246,7 +251,7 @@ impl Scheduler {
         }
         let sequence = self.remove(id)?;
         Some(TokenEvent {
-            request_id: sequence.request.id.clone(),
+            request_id: sequence.request_id.clone(),
             index: sequence.index,
             tokens: Vec::new(),
             finish: Some(FinishReason::Abort),
@@ -258,10 +263,10 @@ impl Scheduler {
     fn remove(&mut self, id: SequenceId) -> Option<Sequence> {
         let mut sequence = self.sequences.remove(id)?;
         self.kv.release(&mut sequence.table);
-        if let Some(group) = self.groups.get_mut(&sequence.request.id) {
+        if let Some(group) = self.groups.get_mut(&sequence.request_id) {
             group.members.retain(|&member| member != id);
             if group.members.is_empty() {
-                self.groups.remove(&sequence.request.id);
+                self.groups.remove(&sequence.request_id);
             } else if sequence.leads {
                 let members = group.members.clone();
                 self.promote_leader(&members);

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::Scheduler;
 use super::batch::{ScheduledBatch, ScheduledSequence, SequenceId};
-use super::sequence::{Request, Sequence, State};
+use super::sequence::{Sequence, State};
 use crate::kv::BlockId;
 use crate::telemetry::StepReport;
 
@@ -97,8 +97,7 @@ impl Scheduler {
     }
 
     fn grow(&mut self, id: SequenceId, num_tokens: usize) -> bool {
-        let num_blocks = self.kv.blocks_for(num_tokens);
-        self.kv.grow(&mut self.sequences[id].table, num_blocks)
+        self.kv.grow(&mut self.sequences[id].table, num_tokens)
     }
 
     /// Takes all blocks from a sequence that is no longer listed as running, and lets it wait.
@@ -108,7 +107,7 @@ impl Scheduler {
         self.kv.release(&mut sequence.table);
         sequence.num_computed = 0;
         sequence.num_published = 0;
-        self.preempted.push(sequence.request.id.clone());
+        self.preempted.push(sequence.request_id.clone());
         self.totals.num_preempted += 1;
         self.step.num_preempted += 1;
         self.wait(id);
@@ -155,13 +154,13 @@ impl Scheduler {
         if !sequence.output.is_empty() || sequence.is_scoring() {
             return None;
         }
-        let group = self.groups.get(&sequence.request.id)?;
+        let group = self.groups.get(&sequence.request_id)?;
         let mut siblings = group.members.iter().map(|&id| &self.sequences[id]);
         let sibling = siblings.find(|sibling| sibling.has_computed_prompt())?;
         // The last prompt token is computed again: its logits choose the first token.
-        let num_tokens = sequence.prompt_len() - 1;
+        let num_tokens = sequence.limits.prompt_len - 1;
         let num_full = num_tokens / self.kv.block_size();
-        let is_partial = num_tokens % self.kv.block_size() != 0;
+        let is_partial = !num_tokens.is_multiple_of(self.kv.block_size());
         Some(SharedPrefix {
             num_tokens,
             blocks: sibling.table[..num_full].to_vec(),
@@ -198,7 +197,7 @@ impl Scheduler {
         let sequence = &self.sequences[id];
         let looks_up = self.params.enable_prefix_caching && !sequence.is_scoring();
         if looks_up && !sequence.started {
-            let num_queried = sequence.prompt_len();
+            let num_queried = sequence.limits.prompt_len;
             self.step.prefix_cache_queries += num_queried;
             self.step.prefix_cache_hits += num_found;
             self.totals.prefix_cache_queries += num_queried as u64;
@@ -216,7 +215,7 @@ impl Scheduler {
         sequence.state = State::Running;
         if let Some(source) = prefix.partial {
             let place = sequence.table.len();
-            let grown = self.kv.grow(&mut sequence.table, place + 1);
+            let grown = self.kv.grow(&mut sequence.table, prefix.num_tokens);
             debug_assert!(grown, "room was checked");
             draft.batch.copies.push((source, sequence.table[place]));
         }
@@ -230,7 +229,7 @@ impl Scheduler {
         if let Some(progress) = &mut sequence.prompt_progress {
             progress.num_cached_tokens = sequence.num_computed as u32;
         }
-        let id = &sequence.request.id;
+        let id = &sequence.request_id;
         if let Some(group) = self.groups.get_mut(id)
             && !std::mem::replace(&mut group.started, true)
         {
@@ -241,7 +240,7 @@ impl Scheduler {
     /// Adds a sequence whose blocks are there to the batch.
     fn schedule(&mut self, id: SequenceId, num_tokens: usize, draft: &mut Draft) {
         let sequence = &self.sequences[id];
-        draft.reserved_blocks += self.kv.blocks_for(sequence.len()) - sequence.table.len();
+        draft.reserved_blocks += self.kv.num_missing(&sequence.table, sequence.len());
         if num_tokens == 0 {
             return;
         }
@@ -249,32 +248,31 @@ impl Scheduler {
             self.kv.is_private(sequence.table[sequence.num_computed / self.kv.block_size()]),
             "a sequence writes to blocks of its own"
         );
-        let (start, prompt_len) = (sequence.num_computed, sequence.prompt_len());
+        let (start, prompt_len) = (sequence.num_computed, sequence.limits.prompt_len);
         self.step.num_prompt_tokens += prompt_len.min(start + num_tokens).saturating_sub(start);
         draft.budget -= num_tokens;
-        draft.push(id, sequence, num_tokens);
+        draft.push(id, sequence, num_tokens, &self.params.eos_token_ids);
     }
 }
 
 impl Draft {
-    fn push(&mut self, id: SequenceId, sequence: &Sequence, num_tokens: usize) {
-        let request: &Request = &sequence.request;
+    fn push(&mut self, id: SequenceId, sequence: &Sequence, num_tokens: usize, eos: &[u32]) {
+        let limits = &sequence.limits;
         let batch = &mut self.batch;
         let start = sequence.num_computed;
         let end = start + num_tokens;
         let (from_prompt, from_output) = sequence.tokens(start..end);
-        let samples = end == sequence.len() && request.max_output_len > 0;
+        let samples = end == sequence.len() && limits.max_output_len > 0;
         let scores = match sequence.is_scoring() {
-            true => &request.prompt[(start + 1).min(request.prompt.len())..][..],
+            true => sequence.tokens(start + 1..limits.prompt_len.min(end + 1)).0,
             false => &[],
         };
-        let (prompt, output) = match samples && request.needs_history {
-            true => (&request.prompt[..], &sequence.output[..]),
+        let (prompt, output) = match samples && limits.needs_history {
+            true => sequence.tokens(0..sequence.len()),
             false => (&[][..], &[][..]),
         };
-        let (eos, stop) = match samples && sequence.output.len() < request.stop.min_tokens as usize
-        {
-            true => (&request.eos_token_ids[..], &request.stop.stop_token_ids[..]),
+        let (eos, stop) = match samples && sequence.output.len() < limits.min_output_len {
+            true => (eos, &sequence.request.stop_token_ids[..]),
             false => (&[][..], &[][..]),
         };
         batch.sequences.push(ScheduledSequence {
@@ -283,8 +281,8 @@ impl Draft {
             blocks: append(&mut batch.block_ids, &sequence.table, &[]),
             start_position: start as u32,
             samples,
-            scores: append(&mut batch.score_targets, &scores[..scores.len().min(num_tokens)], &[]),
-            params: Arc::clone(&request.sampling),
+            scores: append(&mut batch.score_targets, scores, &[]),
+            params: Arc::clone(&sequence.sampling),
             seed: sequence.seed,
             prompt_history: append(&mut batch.history, prompt, &[]),
             output_history: append(&mut batch.history, output, &[]),

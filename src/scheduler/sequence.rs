@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 use super::policy::Precedence;
 use crate::kv::{BlockHash, BlockId};
 use crate::output::{FinishReason, PromptReport, TokenLogprobs};
-use crate::request::{RequestId, SamplingParams, StopConditions, continuation_seed};
+use crate::request::{RequestId, SamplingParams, continuation_seed};
 
 /// What all continuations of a request have in common.
 #[derive(Debug)]
@@ -20,18 +20,34 @@ pub(super) struct Request {
     pub(super) prompt: Vec<u32>,
     /// How to choose tokens.
     pub(super) sampling: Arc<SamplingParams>,
-    /// When to end.
-    pub(super) stop: StopConditions,
-    /// Tokens that end the output, the model's own.
-    pub(super) eos_token_ids: Arc<[u32]>,
-    /// Most tokens to generate: `max_tokens`, the context length and the pool allow no more.
-    pub(super) max_output_len: usize,
-    /// `sampling.needs_history()`, asked once.
-    pub(super) needs_history: bool,
+    /// Tokens that end the output, beside the model's own.
+    pub(super) stop_token_ids: Vec<u32>,
+    /// What every step asks.
+    pub(super) limits: Limits,
     /// Parent of the first block's hash.
     pub(super) hash_root: BlockHash,
     /// Hashes of the prompt's full blocks, computed when first needed.
     pub(super) prompt_hashes: OnceLock<Vec<BlockHash>>,
+}
+
+/// What every step asks about a request. Each sequence has a copy, so that a decode reads
+/// nothing but its own sequence: at a thousand sequences the time of a step is cache misses.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Number of prompt tokens.
+    pub(super) prompt_len: usize,
+    /// Most tokens to generate: `max_tokens`, the context length and the pool allow no more.
+    pub(super) max_output_len: usize,
+    /// No end token before this many.
+    pub(super) min_output_len: usize,
+    /// `sampling.needs_history()`, asked once.
+    pub(super) needs_history: bool,
+    /// The model's own end tokens are tokens like others.
+    pub(super) ignores_eos: bool,
+    /// There are `stop_token_ids`.
+    pub(super) has_stop_tokens: bool,
+    /// Log-probabilities of the prompt are wanted.
+    pub(super) scores_prompt: bool,
 }
 
 /// Where a sequence is in its life; a finished one is gone.
@@ -59,6 +75,12 @@ pub(super) struct PromptProgress {
 pub(super) struct Sequence {
     /// Its request.
     pub(super) request: Arc<Request>,
+    /// The request's id.
+    pub(super) request_id: RequestId,
+    /// How to choose tokens.
+    pub(super) sampling: Arc<SamplingParams>,
+    /// The request's limits.
+    pub(super) limits: Limits,
     /// Which continuation.
     pub(super) index: u32,
     /// Seed of its random stream.
@@ -84,7 +106,7 @@ pub(super) struct Sequence {
     /// Hashes of the full blocks after the prompt's.
     pub(super) output_hashes: Vec<BlockHash>,
     /// Present in continuation 0 until its first event.
-    pub(super) prompt_progress: Option<PromptProgress>,
+    pub(super) prompt_progress: Option<Box<PromptProgress>>,
 }
 
 impl Sequence {
@@ -92,6 +114,9 @@ impl Sequence {
     pub(super) fn new(request: Arc<Request>, index: u32, precedence: Precedence) -> Sequence {
         let seed = continuation_seed(request.sampling.seed, index);
         Sequence {
+            request_id: request.id.clone(),
+            sampling: request.sampling.clone(),
+            limits: request.limits,
             request,
             index,
             seed,
@@ -105,42 +130,40 @@ impl Sequence {
             num_published: 0,
             publishes: true,
             output_hashes: Vec::new(),
-            prompt_progress: (index == 0).then(PromptProgress::default),
+            prompt_progress: (index == 0).then(Box::default),
         }
-    }
-
-    /// Number of prompt tokens.
-    pub(super) fn prompt_len(&self) -> usize {
-        self.request.prompt.len()
     }
 
     /// Number of known tokens, prompt and output.
     pub(super) fn len(&self) -> usize {
-        self.request.prompt.len() + self.output.len()
+        self.limits.prompt_len + self.output.len()
     }
 
     /// True when the prompt's keys and values are in its blocks.
     pub(super) fn has_computed_prompt(&self) -> bool {
-        self.state == State::Running && self.num_computed >= self.prompt_len()
+        self.state == State::Running && self.num_computed >= self.limits.prompt_len
     }
 
     /// The prompt's part and the output's part of the tokens at these positions.
     pub(super) fn tokens(&self, positions: Range<usize>) -> (&[u32], &[u32]) {
-        let prompt_len = self.prompt_len();
+        let prompt_len = self.limits.prompt_len;
         let Range { start, end } = positions;
+        if start >= prompt_len {
+            return (&[], &self.output[start - prompt_len..end - prompt_len]);
+        }
         (
-            &self.request.prompt[start.min(prompt_len)..end.min(prompt_len)],
-            &self.output[start.saturating_sub(prompt_len)..end.saturating_sub(prompt_len)],
+            &self.request.prompt[start..end.min(prompt_len)],
+            &self.output[..end.saturating_sub(prompt_len)],
         )
     }
 
     /// True when the log-probabilities of its prompt tokens are wanted and not complete.
     pub(super) fn is_scoring(&self) -> bool {
-        self.request.sampling.prompt_logprobs.is_some()
+        self.limits.scores_prompt
             && self
                 .prompt_progress
                 .as_ref()
-                .is_some_and(|progress| progress.scores.len() + 1 < self.prompt_len())
+                .is_some_and(|progress| progress.scores.len() + 1 < self.limits.prompt_len)
     }
 
     /// Number of leading tokens that may come from the prefix cache. The last token is always
@@ -193,24 +216,24 @@ impl Sequence {
     /// Takes the prompt's report, once.
     pub(super) fn take_prompt_report(&mut self) -> Option<PromptReport> {
         let progress = self.prompt_progress.take()?;
-        let logprobs = match self.request.sampling.prompt_logprobs {
-            Some(_) => std::iter::once(None).chain(progress.scores.into_iter().map(Some)).collect(),
-            None => Vec::new(),
+        let logprobs = match self.limits.scores_prompt {
+            true => std::iter::once(None).chain(progress.scores.into_iter().map(Some)).collect(),
+            false => Vec::new(),
         };
         Some(PromptReport { num_cached_tokens: progress.num_cached_tokens, logprobs })
     }
 
     /// Why the sequence ends with its last token, if it does.
-    pub(super) fn finish_reason(&self) -> Option<FinishReason> {
-        let request = &self.request;
+    pub(super) fn finish_reason(&self, eos_token_ids: &[u32]) -> Option<FinishReason> {
+        let limits = &self.limits;
         if let Some(&last) = self.output.last() {
-            if !request.stop.ignore_eos && request.eos_token_ids.contains(&last) {
+            if !limits.ignores_eos && eos_token_ids.contains(&last) {
                 return Some(FinishReason::EndOfText);
             }
-            if request.stop.stop_token_ids.contains(&last) {
+            if limits.has_stop_tokens && self.request.stop_token_ids.contains(&last) {
                 return Some(FinishReason::StopToken(last));
             }
         }
-        (self.output.len() >= request.max_output_len).then_some(FinishReason::Length)
+        (self.output.len() >= limits.max_output_len).then_some(FinishReason::Length)
     }
 }
