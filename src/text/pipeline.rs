@@ -5,7 +5,7 @@
 
 use crate::request::{ChatPrompt, Prompt};
 use crate::text::tokenizer_config::TokenizerConfig;
-use crate::text::{ChatTemplate, Detokenizer, TextError, Tokenizer};
+use crate::text::{ChatTemplate, TextError, Tokenizer};
 
 /// Tokenizer and chat template of one model. Cloning shares them.
 #[derive(Clone)]
@@ -68,13 +68,5 @@ impl TextPipeline {
                 self.tokenizer.encode(&self.render(chat)?, chat.add_special_tokens)
             }
         }
-    }
-
-    /// A stream of text that continues a prompt.
-    pub fn detokenizer(&self, prompt_token_ids: &[u32], skip_special_tokens: bool) -> Detokenizer {
-        /// More than any character has bytes, so that an unfinished one is seen whole.
-        const TAIL_LEN: usize = 8;
-        let tail = &prompt_token_ids[prompt_token_ids.len().saturating_sub(TAIL_LEN)..];
-        Detokenizer::new(self.tokenizer.clone(), tail, skip_special_tokens)
     }
 }
