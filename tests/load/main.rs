@@ -10,4 +10,5 @@ mod config;
 mod files;
 mod hub;
 mod hub_server;
+mod published;
 mod safetensors;
