@@ -229,7 +229,7 @@ impl Pieces {
         let added = tokenizer.get_added_tokens_decoder();
         let mut pieces = Pieces { bytes: Vec::new(), ends: Vec::with_capacity(tokens.len()) };
         for (id, token) in tokens {
-            // Two spellings of one id: the added one was sorted by name only, so it decides here.
+            // An id with two spellings comes twice; an added spelling wins below.
             if (id as usize) < pieces.ends.len() {
                 continue;
             }

@@ -22,7 +22,7 @@ servers=()
 find_python() {
     local candidate
     for candidate in "${PYTHON:-}" python3.11 python3 python3.12 python3.13; do
-        if [[ -n $candidate ]] && "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' \
+        if [[ -n $candidate ]] && "$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' \
             2>/dev/null; then
             echo "$candidate"
             return
@@ -65,7 +65,8 @@ start() {
             echo "the $name server ended before it was ready" >&2
             return 1
         }
-        curl --silent --fail --output /dev/null "http://127.0.0.1:$port/health" && return
+        "$python" -c "import urllib.request as r; r.urlopen('http://127.0.0.1:$port/health')" \
+            2>/dev/null && return
         sleep 0.1
     done
     echo "the $name server was not ready within a minute" >&2
