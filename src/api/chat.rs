@@ -48,7 +48,7 @@ impl TemplateFields {
         })
     }
 
-    /// Checks everything and rewrites the messages for the template.
+    /// Checks everything.
     pub(super) fn validate(self, tools: Option<Vec<Value>>) -> Result<ChatPrompt, ApiError> {
         if self.continue_final_message && self.add_generation_prompt == Some(true) {
             let message =
@@ -56,7 +56,7 @@ impl TemplateFields {
             return Err(ApiError::invalid("continue_final_message", message));
         }
         Ok(ChatPrompt {
-            messages: messages::for_template(self.messages)?,
+            messages: messages::check(self.messages)?,
             tools,
             documents: check_documents(self.documents)?,
             add_generation_prompt: self
@@ -194,7 +194,7 @@ impl ChatCompletionRequest {
 fn last_assistant_text(messages: &[Value]) -> Option<String> {
     let last = messages.last()?;
     let own = last.get("role").and_then(Value::as_str) == Some("assistant");
-    last.get("content").and_then(Value::as_str).filter(|_| own).map(str::to_owned)
+    messages::content_text(last).filter(|_| own)
 }
 
 #[cfg(test)]

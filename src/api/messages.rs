@@ -1,68 +1,71 @@
-//! Messages as sent become messages as chat templates read them.
+//! Messages as sent: checked, and completed where templates disagree about a name.
 //!
-//! Templates want `content` to be a string and `arguments` to be an object, while the API
-//! allows lists of parts and has arguments as a JSON string.
+//! The text layer brings content and call arguments into the shape that the model's template
+//! reads; here only their types are decided.
 
 use serde_json::{Map, Value};
 
 use super::error::ApiError;
 use super::validate::Quoted;
 
-/// Checks and rewrites every message.
-pub(super) fn for_template(messages: Vec<Value>) -> Result<Vec<Value>, ApiError> {
+/// Checks every message.
+pub(super) fn check(mut messages: Vec<Value>) -> Result<Vec<Value>, ApiError> {
     if messages.is_empty() {
         let message = "`messages` is empty, but must hold at least one message.";
         return Err(ApiError::invalid("messages", message));
     }
-    messages.into_iter().enumerate().map(|(i, message)| rewrite(i, message)).collect()
-}
-
-fn rewrite(i: usize, message: Value) -> Result<Value, ApiError> {
-    let path = format!("messages[{i}]");
-    let Value::Object(mut message) = message else {
-        return Err(wrong(&path, "an object with `role` and `content`"));
-    };
-    let role = match message.get("role") {
-        Some(Value::String(role)) if !role.is_empty() => role.clone(),
-        _ => return Err(wrong(&format!("{path}.role"), "a role like \"user\" or \"assistant\"")),
-    };
-    let content = message.get_mut("content").map(Value::take).unwrap_or_default();
-    if content.is_null() && role != "assistant" {
-        return Err(wrong(&format!("{path}.content"), "a string or a list of text parts"));
+    for (i, message) in messages.iter_mut().enumerate() {
+        let path = format!("messages[{i}]");
+        let Value::Object(message) = message else {
+            return Err(wrong(&path, "an object with `role` and `content`"));
+        };
+        check_message(&path, message)?;
+        mirror_reasoning(message);
     }
-    let content = flatten(&format!("{path}.content"), content)?;
-    message.insert("content".to_owned(), Value::String(content));
-    if let Some(calls) = message.get_mut("tool_calls").filter(|calls| !calls.is_null()) {
-        rewrite_calls(&format!("{path}.tool_calls"), calls)?;
+    Ok(messages)
+}
+
+/// The text of a message's content.
+pub(super) fn content_text(message: &Value) -> Option<String> {
+    match message.get("content")? {
+        Value::String(text) => Some(text.clone()),
+        Value::Array(parts) => {
+            let texts = parts.iter().map(|part| part.as_str().or_else(|| part["text"].as_str()));
+            texts.collect::<Option<Vec<&str>>>().map(|texts| texts.join("\n"))
+        }
+        _ => None,
     }
-    mirror_reasoning(&mut message);
-    Ok(Value::Object(message))
 }
 
-/// Joins text parts; anything but text is refused.
-fn flatten(path: &str, content: Value) -> Result<String, ApiError> {
-    let parts = match content {
-        Value::Null => return Ok(String::new()),
-        Value::String(text) => return Ok(text),
-        Value::Array(parts) => parts,
-        _ => return Err(wrong(path, "a string or a list of text parts")),
+fn check_message(path: &str, message: &Map<String, Value>) -> Result<(), ApiError> {
+    let role = message.get("role").and_then(Value::as_str).filter(|role| !role.is_empty());
+    let Some(role) = role else {
+        return Err(wrong(&format!("{path}.role"), "a role like \"user\" or \"assistant\""));
     };
-    let texts: Result<Vec<String>, ApiError> = parts
-        .into_iter()
-        .enumerate()
-        .map(|(j, part)| part_text(&format!("{path}[{j}]"), part))
-        .collect();
-    Ok(texts?.join("\n"))
+    let path_of_content = format!("{path}.content");
+    match message.get("content") {
+        None | Some(Value::Null) if role == "assistant" => {}
+        Some(Value::String(_)) => {}
+        Some(Value::Array(parts)) => {
+            for (j, part) in parts.iter().enumerate() {
+                check_part(&format!("{path_of_content}[{j}]"), part)?;
+            }
+        }
+        _ => return Err(wrong(&path_of_content, "a string or a list of text parts")),
+    }
+    match message.get("tool_calls") {
+        None | Some(Value::Null) => Ok(()),
+        Some(calls) => check_calls(&format!("{path}.tool_calls"), calls),
+    }
 }
 
-fn part_text(path: &str, part: Value) -> Result<String, ApiError> {
-    let mut part = match part {
-        Value::String(text) => return Ok(text),
+fn check_part(path: &str, part: &Value) -> Result<(), ApiError> {
+    let part = match part {
+        Value::String(_) => return Ok(()),
         Value::Object(part) => part,
         _ => return Err(wrong(path, "an object like {\"type\": \"text\", \"text\": \"…\"}")),
     };
-    let kind = part.get("type").and_then(Value::as_str).unwrap_or("").to_owned();
-    let key = match kind.as_str() {
+    let key = match part.get("type").and_then(Value::as_str).unwrap_or("") {
         "text" | "input_text" | "output_text" => "text",
         "refusal" => "refusal",
         kind => {
@@ -73,38 +76,30 @@ fn part_text(path: &str, part: Value) -> Result<String, ApiError> {
             return Err(ApiError::invalid(format!("{path}.type"), message));
         }
     };
-    match part.get_mut(key).map(Value::take) {
-        Some(Value::String(text)) => Ok(text),
+    match part.get(key) {
+        Some(Value::String(_)) => Ok(()),
         _ => Err(wrong(&format!("{path}.{key}"), "a string")),
     }
 }
 
-fn rewrite_calls(path: &str, calls: &mut Value) -> Result<(), ApiError> {
+fn check_calls(path: &str, calls: &Value) -> Result<(), ApiError> {
     let Value::Array(calls) = calls else { return Err(wrong(path, "a list of tool calls")) };
-    for (j, call) in calls.iter_mut().enumerate() {
+    for (j, call) in calls.iter().enumerate() {
         let path = format!("{path}[{j}].function");
-        let Some(Value::Object(function)) = call.get_mut("function") else {
+        let Some(Value::Object(function)) = call.get("function") else {
             return Err(wrong(&path, "an object with `name` and `arguments`"));
         };
         if !function.get("name").is_some_and(Value::is_string) {
             return Err(wrong(&format!("{path}.name"), "a string"));
         }
-        let arguments = parse_arguments(&format!("{path}.arguments"), function.get("arguments"))?;
-        function.insert("arguments".to_owned(), Value::Object(arguments));
+        match function.get("arguments") {
+            None | Some(Value::Null | Value::String(_) | Value::Object(_)) => {}
+            Some(_) => {
+                return Err(wrong(&format!("{path}.arguments"), "a JSON object in a string"));
+            }
+        }
     }
     Ok(())
-}
-
-fn parse_arguments(path: &str, sent: Option<&Value>) -> Result<Map<String, Value>, ApiError> {
-    match sent {
-        None | Some(Value::Null) => Ok(Map::new()),
-        Some(Value::Object(object)) => Ok(object.clone()),
-        Some(Value::String(text)) if text.trim().is_empty() => Ok(Map::new()),
-        Some(Value::String(text)) => {
-            serde_json::from_str(text).map_err(|_| wrong(path, "a JSON object written as a string"))
-        }
-        Some(_) => Err(wrong(path, "a JSON object written as a string")),
-    }
 }
 
 /// Some templates read `reasoning_content`, others `reasoning`; clients send either.
@@ -127,14 +122,14 @@ mod tests {
     use super::*;
 
     fn one(message: Value) -> Result<Value, ApiError> {
-        for_template(vec![message]).map(|mut messages| messages.remove(0))
+        check(vec![message]).map(|mut messages| messages.remove(0))
     }
 
     #[test]
-    fn text_parts_become_one_string() {
-        let parts = json!([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]);
+    fn text_parts_pass_and_read_as_one_text() {
+        let parts = json!([{"type": "text", "text": "a"}, "b"]);
         let message = one(json!({"role": "user", "content": parts})).expect("valid");
-        assert_eq!(message["content"], "a\nb");
+        assert_eq!(content_text(&message).as_deref(), Some("a\nb"));
     }
 
     #[test]
@@ -145,18 +140,15 @@ mod tests {
     }
 
     #[test]
-    fn call_arguments_become_an_object() {
+    fn an_assistant_may_call_without_speaking() {
         let call = json!({"id": "c", "type": "function",
             "function": {"name": "f", "arguments": "{\"x\": 1}"}});
-        let message = one(json!({"role": "assistant", "content": null, "tool_calls": [call]}));
-        let message = message.expect("valid");
-        assert_eq!(message["content"], "");
-        assert_eq!(message["tool_calls"][0]["function"]["arguments"], json!({"x": 1}));
+        one(json!({"role": "assistant", "content": null, "tool_calls": [call]})).expect("valid");
     }
 
     #[test]
     fn broken_messages_name_their_place() {
-        let call = json!({"function": {"name": "f", "arguments": "{"}});
+        let call = json!({"function": {"name": "f", "arguments": 3}});
         for (message, param) in [
             (json!(3), "messages[0]"),
             (json!({"content": "x"}), "messages[0].role"),
