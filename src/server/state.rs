@@ -52,7 +52,7 @@ impl App {
     ) -> Result<Generation, ServerError> {
         let shrinkable =
             (shrinks_to_fit && request.stop.max_tokens.is_some()).then(|| request.clone());
-        match (self.engine.submit(request).await, shrinkable) {
+        let result = match (self.engine.submit(request).await, shrinkable) {
             (
                 Err(EngineError::OutputTooLong { prompt_tokens, max_model_len, .. }),
                 Some(mut request),
@@ -60,10 +60,14 @@ impl App {
                 let room = max_model_len.saturating_sub(prompt_tokens) as u32;
                 request.stop.max_tokens = Some(room);
                 request.stop.min_tokens = request.stop.min_tokens.min(room);
-                Ok(self.engine.submit(request).await?)
+                self.engine.submit(request).await
             }
-            (result, _) => Ok(result?),
+            (result, _) => result,
+        };
+        if let Err(EngineError::Draining) = &result {
+            self.engine.metrics().record_rejection("draining");
         }
+        Ok(result?)
     }
 }
 
