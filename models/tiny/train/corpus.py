@@ -19,7 +19,7 @@ from tasks_json import extract
 from tasks_math import arithmetic, units
 from tasks_memory import lookup, remembered
 from tasks_story import story
-from tasks_text import repeat, strings
+from tasks_text import copy, repeat, strings
 from tasks_tools import offered, tools
 
 TASKS: dict[str, Callable[[random.Random], Unit]] = {
@@ -28,12 +28,12 @@ TASKS: dict[str, Callable[[random.Random], Unit]] = {
 }
 
 MIXTURES: dict[str, dict[str, float]] = {
-    "early": {"smalltalk": 8, "arithmetic": 16, "strings": 16, "facts": 18, "units": 6, "json": 10, "tools": 8,
-              "story": 2, "repeat": 16, "lookup": 1, "recall": 10, "dialogue": 6},
+    "early": {"smalltalk": 4, "arithmetic": 8, "strings": 10, "facts": 12, "units": 4, "json": 12, "tools": 6,
+              "story": 1, "repeat": 14, "copy": 16, "lookup": 0.5, "recall": 12, "dialogue": 4},
     "main": {"smalltalk": 8, "arithmetic": 18, "strings": 18, "facts": 20, "units": 7, "json": 9, "tools": 9,
              "story": 2.5, "repeat": 7, "lookup": 3, "recall": 5, "dialogue": 10},
 }
-"""Relative number of samples by task; ``recall`` is a look-up in a short text."""
+"""Relative number of samples by task; ``recall`` is a look-up in a short text, ``copy`` a long repeat."""
 
 _SYSTEMS = ["You are a helpful assistant."] * 4 + [
     "You are a helpful assistant", "You are tokenmill's tiny bundled model.", "You are a friendly assistant.",
@@ -47,8 +47,9 @@ Accept = Callable[[str], bool]
 
 
 def _accepted(rng: random.Random, task: str, accept: Accept) -> Unit:
+    makers = TASKS | {"recall": lambda source: lookup(source, short=True), "copy": copy}
     while True:
-        unit = lookup(rng, short=True) if task == "recall" else TASKS[task](rng)
+        unit = makers[task](rng)
         if accept(unit.key):
             return unit
 

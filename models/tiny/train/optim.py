@@ -1,8 +1,9 @@
-"""Muon for the hidden matrices, AdamW for embeddings and norms."""
+"""Muon for the hidden matrices, with the work shared among worker processes."""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -21,22 +22,33 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalized; for two-dimensional weights."""
+    """Momentum whose update is orthogonalized; for two-dimensional weights.
 
-    def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    With several workers each orthogonalizes its part of the matrices and all share the results.
+    """
+
+    def __init__(self, params: list[Tensor], lr: float, rank: int, workers: int, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+        self.rank, self.workers = rank, workers
+        self._flat = torch.zeros(sum(p.numel() for p in params), device=params[0].device)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         """Apply one update."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                state = self.state[param]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(param)
-                buffer = state["momentum"]
-                buffer.lerp_(param.grad, 1 - group["momentum"])
-                update = orthogonalize(param.grad.lerp(buffer, group["momentum"]))
-                scale = max(1.0, param.shape[0] / param.shape[1]) ** 0.5
-                param.mul_(1 - group["lr"] * group["weight_decay"])
-                param.add_(update, alpha=-group["lr"] * scale)
+        group = self.param_groups[0]
+        sizes = [param.numel() for param in group["params"]]
+        updates = self._flat.split(sizes)
+        self._flat.zero_()
+        for index, param in enumerate(group["params"]):
+            state = self.state[param]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(param)
+            buffer = state["momentum"]
+            buffer.lerp_(param.grad, 1 - group["momentum"])
+            if index % self.workers == self.rank:
+                updates[index].copy_(orthogonalize(param.grad.lerp(buffer, group["momentum"])).reshape(-1))
+        if self.workers > 1:
+            dist.all_reduce(self._flat)
+        for param, update in zip(group["params"], updates):
+            scale = max(1.0, param.shape[0] / param.shape[1]) ** 0.5
+            param.mul_(1 - 0.01 * group["lr"]).add_(update.view_as(param), alpha=-group["lr"] * scale)

@@ -130,3 +130,8 @@ def repeat(rng: random.Random) -> Unit:
         template = template.replace("{t}", '"{t}"')
     return ask("repeat", template.format(t=phrase), phrase, {"kind": "exact", "any_of": [phrase]})
 
+
+def copy(rng: random.Random) -> Unit:
+    """A long phrase to copy: what teaches a young model to look back."""
+    phrase = " ".join(_phrase(rng) for _ in range(rng.randint(2, 4)))
+    return ask("repeat", rng.choice(_REPEAT).format(t=phrase), phrase)

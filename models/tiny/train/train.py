@@ -2,7 +2,8 @@
 
 The run can be stopped at any time and resumes from its last checkpoint: weights, optimizers,
 random state and data position are written atomically. Its length is a number of steps, or a
-number of minutes of training time, over which the learning rate is scheduled.
+number of minutes of training time, over which the learning rate is scheduled. On a CPU the
+batches of a step are shared among ``--workers`` processes of ``--threads`` threads each.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
@@ -26,7 +29,7 @@ from optim import Muon
 
 WARMUP, DECAY_FROM = 0.015, 0.5
 MUON_LR, ADAM_LR = 0.02, 0.004
-EARLY_UNTIL = 0.12
+EARLY_UNTIL = 0.22
 
 
 def rate(progress: float) -> float:
@@ -41,15 +44,18 @@ def rate(progress: float) -> float:
 class Trainer:
     """All the state of a run."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, rank: int) -> None:
+        self.args, self.rank = args, rank
         torch.manual_seed(args.seed)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = Llama(CONFIGS[args.model], torch.bfloat16).to(self.device)
+        for layer in self.model.layers if args.compile else ():
+            layer.compile(dynamic=True)
         matrices = [p for p in self.model.layers.parameters() if p.ndim == 2]
         others = [p for p in self.model.parameters() if not any(p is m for m in matrices)]
-        self.muon = Muon(matrices, MUON_LR)
+        self.muon = Muon(matrices, MUON_LR, rank, args.workers)
         self.adam = torch.optim.AdamW(others, ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)
+        self.gradients = self._flat_gradients()
         self.teacher = self._load_teacher() if args.teacher else None
         self.step, self.seconds, self.seen = 0, 0.0, 0
         self.history: list[dict[str, float]] = []
@@ -57,6 +63,14 @@ class Trainer:
         self.path = args.out / "checkpoint.pt"
         if self.path.exists():
             self._resume()
+
+    def _flat_gradients(self) -> Tensor:
+        """One buffer that holds every gradient, so that workers add theirs up in one go."""
+        params = list(self.model.parameters())
+        flat = torch.zeros(sum(p.numel() for p in params), device=self.device)
+        for param, part in zip(params, flat.split([p.numel() for p in params])):
+            param.grad = part.view_as(param)
+        return flat
 
     def _load_teacher(self) -> Llama:
         state = torch.load(self.args.teacher, map_location=self.device, weights_only=False)
@@ -99,48 +113,70 @@ class Trainer:
             wanted = self.teacher.logits(self.teacher.hidden(ids).flatten(0, 1)[where]).float().softmax(-1)
         return F.cross_entropy(logits, wanted, reduction="sum")
 
-    def advance(self) -> float:
-        """One optimizer step; returns the mean loss of a learned token."""
-        progress = self.progress()
+    def advance(self, progress: float) -> float:
+        """One optimizer step; returns this worker's share of the mean loss of a learned token."""
         self.loader.mixture = "early" if progress < EARLY_UNTIL else "main"
         for optimizer, base in ((self.muon, MUON_LR), (self.adam, ADAM_LR)):
             for group in optimizer.param_groups:
                 group["lr"] = base * rate(progress)
         batches = [self.loader.next() for _ in range(self.args.batches)]
         count = sum(len(batch.labels) for batch in batches)
+        self.gradients.zero_()
         total = 0.0
-        for batch in batches:
+        for batch in batches[self.rank :: self.args.workers]:
             loss = self._loss(batch) / count
             loss.backward()
             total += loss.item()
+        if self.args.workers > 1:
+            dist.all_reduce(self.gradients)
         self.muon.step()
         self.adam.step()
-        self.model.zero_grad(set_to_none=True)
         self.step += 1
         self.seen += sum(batch.ids.numel() for batch in batches)
-        return total
+        return total * self.args.workers
+
+    def _agreed(self, stop: bool) -> tuple[float, bool]:
+        """The first worker's progress and wish to stop, which all follow."""
+        state = torch.tensor([self.progress(), float(stop)], dtype=torch.float64)
+        if self.args.workers > 1:
+            dist.broadcast(state, 0)
+        return float(state[0]), bool(state[1])
 
     def run(self) -> None:
         """Train to the end of the schedule, saving now and then."""
-        stop = []
+        stop: list[bool] = []
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda *_: stop.append(True))
-        bar = tqdm(total=1000, initial=int(1000 * self.progress()), mininterval=10, bar_format="{l_bar}{bar:20}| {elapsed} {postfix}")
+        bar = tqdm(total=1000, initial=int(1000 * self.progress()), mininterval=10, disable=self.rank > 0,
+                   bar_format="{l_bar}{bar:20}| {elapsed} {postfix}")
         saved, recent = time.monotonic(), []
-        while self.progress() < 1 and not stop:
+        progress, halt = self._agreed(False)
+        while progress < 1 and not halt:
             begun = time.monotonic()
-            recent.append(self.advance())
+            recent.append(self.advance(progress))
             self.seconds += time.monotonic() - begun
             if self.step % 10 == 0:
                 loss, recent = sum(recent) / len(recent), []
                 self.history.append({"step": self.step, "tokens": self.seen, "loss": round(loss, 5), "seconds": round(self.seconds)})
-                bar.n = int(1000 * self.progress())
+                bar.n = int(1000 * progress)
                 bar.set_postfix_str(f"step {self.step} loss {loss:.4f} {self.seen / self.seconds:.0f} tok/s")
-            if time.monotonic() - saved > 60 * self.args.save_every:
+            if self.rank == 0 and time.monotonic() - saved > 60 * self.args.save_every:
                 self.save()
                 saved = time.monotonic()
-        self.save()
+            progress, halt = self._agreed(bool(stop))
+        if self.rank == 0:
+            self.save()
         bar.close()
+
+
+def work(rank: int, args: argparse.Namespace) -> None:
+    """One worker process."""
+    torch.set_num_threads(args.threads)
+    if args.workers > 1:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{args.port}", rank=rank, world_size=args.workers)
+    Trainer(args, rank).run()
+    if args.workers > 1:
+        dist.destroy_process_group()
 
 
 def main() -> None:
@@ -153,14 +189,19 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="checkpoint of a target model to learn from")
     parser.add_argument("--steps", type=int, help="length of the run in steps")
     parser.add_argument("--minutes", type=float, default=100, help="length of the run in time, without --steps")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--tokens", type=int, default=2048, help="padded tokens in a batch")
-    parser.add_argument("--batches", type=int, default=3, help="batches in a step")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each worker")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share each step")
+    parser.add_argument("--port", type=int, default=29517, help="where workers meet")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the layers (needs a C++ compiler)")
+    parser.add_argument("--tokens", type=int, default=3072, help="padded tokens in a batch")
+    parser.add_argument("--batches", type=int, default=2, help="batches in a step")
     parser.add_argument("--save-every", type=float, default=4, help="minutes between checkpoints")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    Trainer(args).run()
+    if args.workers == 1:
+        work(0, args)
+    else:
+        mp.spawn(work, (args,), args.workers)
 
 
 if __name__ == "__main__":
