@@ -28,8 +28,8 @@ TASKS: dict[str, Callable[[random.Random], Unit]] = {
 }
 
 MIXTURES: dict[str, dict[str, float]] = {
-    "early": {"smalltalk": 4, "arithmetic": 8, "strings": 10, "facts": 12, "units": 4, "json": 12, "tools": 6,
-              "story": 1, "repeat": 14, "copy": 16, "lookup": 0.5, "recall": 12, "dialogue": 4},
+    "early": {"smalltalk": 5, "arithmetic": 12, "strings": 14, "facts": 14, "units": 5, "json": 12, "tools": 2,
+              "story": 0.5, "repeat": 14, "copy": 14, "recall": 6, "dialogue": 1.5},
     "main": {"smalltalk": 8, "arithmetic": 18, "strings": 18, "facts": 20, "units": 7, "json": 9, "tools": 9,
              "story": 2.5, "repeat": 7, "lookup": 3, "recall": 5, "dialogue": 10},
 }

@@ -28,8 +28,8 @@ from model import CONFIGS, Llama
 from optim import Muon
 
 WARMUP, DECAY_FROM = 0.015, 0.5
-MUON_LR, ADAM_LR = 0.02, 0.004
-EARLY_UNTIL = 0.22
+MUON_LR, ADAM_LR = 0.02, 0.002
+EARLY_UNTIL = 0.25
 
 
 def rate(progress: float) -> float:
@@ -119,7 +119,8 @@ class Trainer:
         for optimizer, base in ((self.muon, MUON_LR), (self.adam, ADAM_LR)):
             for group in optimizer.param_groups:
                 group["lr"] = base * rate(progress)
-        batches = [self.loader.next() for _ in range(self.args.batches)]
+        growth = 1 if progress < EARLY_UNTIL else 2
+        batches = [self.loader.next() for _ in range(growth * self.args.batches)]
         count = sum(len(batch.labels) for batch in batches)
         self.gradients.zero_()
         total = 0.0
@@ -193,8 +194,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that share each step")
     parser.add_argument("--port", type=int, default=29517, help="where workers meet")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the layers (needs a C++ compiler)")
-    parser.add_argument("--tokens", type=int, default=3072, help="padded tokens in a batch")
-    parser.add_argument("--batches", type=int, default=2, help="batches in a step")
+    parser.add_argument("--tokens", type=int, default=2048, help="padded tokens in a batch")
+    parser.add_argument("--batches", type=int, default=2, help="batches in an early step; later steps have twice as many")
     parser.add_argument("--save-every", type=float, default=4, help="minutes between checkpoints")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
