@@ -5,7 +5,9 @@
 
 use std::sync::Arc;
 
+use crate::config::CacheConfig;
 use crate::ops::Ops;
+use crate::ops::cpu::{CpuError, CpuOps};
 use crate::parallel::{Communicator, Solo};
 
 /// One rank's operations and its line to the other ranks.
@@ -18,6 +20,12 @@ pub struct RankContext {
 }
 
 impl RankContext {
+    /// The only rank of a replica on this machine's CPU.
+    pub fn cpu(config: &CacheConfig) -> Result<RankContext, CpuError> {
+        let ops = CpuOps::new(config.threads, config.cpu_isa)?;
+        Ok(RankContext { ops: Arc::new(ops), comm: Arc::new(Solo) })
+    }
+
     /// A rank with the given operations and no others beside it.
     pub fn solo(ops: Arc<dyn Ops>) -> RankContext {
         RankContext { ops, comm: Arc::new(Solo) }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use tokenmill::checkpoint::Checkpoint;
+use tokenmill::config::CpuIsa;
 use tokenmill::device::RankContext;
 use tokenmill::model::batch::{BatchEntry, BatchLimits, ForwardBatch};
 use tokenmill::model::decoder::Decoder;
@@ -10,6 +11,7 @@ use tokenmill::model::kv_cache::KvCache;
 use tokenmill::model::spec::ModelSpec;
 use tokenmill::model::workspace::Workspace;
 use tokenmill::ops::Ops;
+use tokenmill::ops::cpu::CpuOps;
 use tokenmill::ops::reference::ReferenceOps;
 use tokenmill::tensor::DType;
 
@@ -64,5 +66,21 @@ fn the_referee_computes_the_recorded_logits() {
     for case in Case::all() {
         let logits = decode(&case, Arc::new(ReferenceOps), case.token_ids.len());
         assert_close(&case, "on the referee", &logits);
+    }
+}
+
+#[test]
+fn the_cpu_backend_computes_the_recorded_logits_however_the_prompt_is_chunked() {
+    for case in Case::all() {
+        for isa in [CpuIsa::Scalar, CpuIsa::Auto] {
+            let ops = Arc::new(CpuOps::new(Some(2), isa).unwrap());
+            let whole = decode(&case, Arc::clone(&ops) as Arc<dyn Ops>, case.token_ids.len());
+            assert_close(&case, &format!("on {}", ops.name()), &whole);
+            for chunk in [1, 5] {
+                let chunked = decode(&case, Arc::clone(&ops) as Arc<dyn Ops>, chunk);
+                let same = whole.iter().zip(&chunked).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same, "{}: chunks of {chunk} change bits", case.name);
+            }
+        }
     }
 }
