@@ -1,3 +1,16 @@
-//! The program: flags in, server out.
+//! The program: flags in, work done, errors said once with their causes.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+use tokenmill::cli::{self, Cli};
+
+fn main() -> ExitCode {
+    match cli::run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
