@@ -6,8 +6,10 @@
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
+use super::bundled::{Bundle, TINY};
 use super::dummy::DummySource;
 use super::hub::{HubRepository, Progress};
+use super::safetensors::SINGLE_FILE;
 use super::{Checkpoint, CheckpointError, ExpectedTensor, TensorSource};
 use crate::config::{LoadFormat, ModelSource};
 use crate::tensor::DType;
@@ -31,6 +33,8 @@ pub const TEXT_FILES: [&str; 6] =
 
 /// The files of one model.
 pub enum ModelFiles {
+    /// In the binary.
+    Bundled(&'static Bundle),
     /// In a folder.
     Folder(PathBuf),
     /// In the hub's cache; the weights may still have to be fetched.
@@ -42,10 +46,7 @@ impl ModelFiles {
     /// that a model that cannot be served is refused before gigabytes are fetched.
     pub fn open(source: &ModelSource, progress: Progress) -> Result<ModelFiles, CheckpointError> {
         match source {
-            ModelSource::Bundled => Err(CheckpointError::MissingFile {
-                file: CONFIG.to_owned(),
-                place: "this binary".to_owned(),
-            }),
+            ModelSource::Bundled => Ok(ModelFiles::Bundled(&TINY)),
             ModelSource::Folder(path) if !path.is_dir() => {
                 Err(CheckpointError::NoSuchFolder { path: path.clone() })
             }
@@ -59,17 +60,11 @@ impl ModelFiles {
 
     /// The text of a file; `None` when the model has no such file.
     pub fn text(&self, name: &str) -> Option<Result<Cow<'static, str>, CheckpointError>> {
-        let path = self.folder().join(name);
-        let bytes = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
-            Err(source) => return Some(Err(CheckpointError::Io { path, source })),
-        };
-        let text = String::from_utf8(bytes).map_err(|error| CheckpointError::MalformedFile {
-            file: name.to_owned(),
-            reason: error.to_string(),
-        });
-        Some(text.map(Cow::Owned))
+        match self {
+            ModelFiles::Bundled(bundle) => bundle.text(name).map(|text| Ok(Cow::Borrowed(text))),
+            ModelFiles::Folder(folder) => read_text(folder, name),
+            ModelFiles::Hub(repository) => read_text(&repository.folder(), name),
+        }
     }
 
     /// The text of a file without which the model cannot be served.
@@ -89,10 +84,14 @@ impl ModelFiles {
         if format == LoadFormat::Dummy {
             return Ok(Box::new(DummySource::new(expected, dtype)));
         }
-        if let ModelFiles::Hub(repository) = self {
-            repository.fetch_weights()?;
-        }
-        let checkpoint = Checkpoint::open(&self.folder())?;
+        let checkpoint = match self {
+            ModelFiles::Bundled(bundle) => Checkpoint::from_static(bundle.weights, SINGLE_FILE)?,
+            ModelFiles::Folder(folder) => Checkpoint::open(folder)?,
+            ModelFiles::Hub(repository) => {
+                repository.fetch_weights()?;
+                Checkpoint::open(&repository.folder())?
+            }
+        };
         tracing::info!(
             files = checkpoint.num_files(),
             bytes = checkpoint.size_bytes(),
@@ -103,13 +102,24 @@ impl ModelFiles {
 
     /// Where the files are, for messages.
     pub fn place(&self) -> String {
-        self.folder().display().to_string()
-    }
-
-    fn folder(&self) -> Cow<'_, Path> {
         match self {
-            ModelFiles::Folder(path) => Cow::Borrowed(path),
-            ModelFiles::Hub(repository) => Cow::Owned(repository.folder()),
+            ModelFiles::Bundled(bundle) => format!("the bundled model {}", bundle.name),
+            ModelFiles::Folder(folder) => folder.display().to_string(),
+            ModelFiles::Hub(repository) => repository.folder().display().to_string(),
         }
     }
+}
+
+fn read_text(folder: &Path, name: &str) -> Option<Result<Cow<'static, str>, CheckpointError>> {
+    let path = folder.join(name);
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return None,
+        Err(source) => return Some(Err(CheckpointError::Io { path, source })),
+    };
+    let text = String::from_utf8(bytes).map_err(|error| CheckpointError::MalformedFile {
+        file: name.to_owned(),
+        reason: error.to_string(),
+    });
+    Some(text.map(Cow::Owned))
 }

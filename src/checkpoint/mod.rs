@@ -5,6 +5,7 @@
 //! [`TensorSource`]. Nothing here knows what a tensor is for: names and shapes come from
 //! above, facts about files go back as [`CheckpointError`].
 
+pub mod bundled;
 pub mod dummy;
 mod error;
 pub mod files;
