@@ -254,7 +254,7 @@ async fn a_failed_step_ends_its_requests_with_the_reason() {
 async fn continuations_stop_one_by_one() {
     // Continuation texts differ in nothing, so all of them stop at the same string.
     let engine = start(spelling("abc_ghi xyz"));
-    let mut request = request("a", "x", 60);
+    let mut request = request("a", "q", 60);
     request.n = 3;
     request.stop.stop = vec!["xy".to_owned()];
     let deltas = collect(engine.submit(request).await.expect("accepted")).await;
