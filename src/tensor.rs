@@ -128,7 +128,7 @@ impl fmt::Debug for Shape {
 
 /// Owned, aligned, zero-initialised host memory.
 struct HostAllocation {
-    ptr: NonNull<u8>,
+    base: NonNull<u8>,
     layout: std::alloc::Layout,
 }
 
@@ -138,20 +138,29 @@ unsafe impl Send for HostAllocation {}
 unsafe impl Sync for HostAllocation {}
 
 impl HostAllocation {
+    /// Room for `len_bytes` at [`ALIGNMENT`]. Asked for at the allocator's natural alignment
+    /// plus room to move up, because only then do large zeroed blocks come as untouched pages:
+    /// a KV pool costs memory when it is written, not when it is made.
     fn zeroed(len_bytes: usize) -> Self {
-        let layout = std::alloc::Layout::from_size_align(len_bytes.max(1), ALIGNMENT)
+        let layout = std::alloc::Layout::from_size_align(len_bytes + ALIGNMENT, 16)
             .expect("a tensor is smaller than the address space");
         // SAFETY: the layout has a non-zero size.
         let raw = unsafe { std::alloc::alloc_zeroed(layout) };
-        let Some(ptr) = NonNull::new(raw) else { std::alloc::handle_alloc_error(layout) };
-        HostAllocation { ptr, layout }
+        let Some(base) = NonNull::new(raw) else { std::alloc::handle_alloc_error(layout) };
+        HostAllocation { base, layout }
+    }
+
+    /// The first aligned byte.
+    fn start(&self) -> NonNull<u8> {
+        // SAFETY: the offset is below ALIGNMENT, which was allocated on top.
+        unsafe { self.base.add(self.base.align_offset(ALIGNMENT)) }
     }
 }
 
 impl Drop for HostAllocation {
     fn drop(&mut self) {
         // SAFETY: allocated in `zeroed` with this layout and freed once.
-        unsafe { std::alloc::dealloc(self.ptr.as_ptr(), self.layout) }
+        unsafe { std::alloc::dealloc(self.base.as_ptr(), self.layout) }
     }
 }
 
@@ -175,7 +184,13 @@ impl Tensor {
     pub fn zeros(dtype: DType, shape: impl Into<Shape>) -> Tensor {
         let shape = shape.into();
         let allocation = HostAllocation::zeroed(shape.len() * dtype.size_bytes());
-        Tensor { ptr: allocation.ptr, dtype, shape, writable: true, _owner: Arc::new(allocation) }
+        Tensor {
+            ptr: allocation.start(),
+            dtype,
+            shape,
+            writable: true,
+            _owner: Arc::new(allocation),
+        }
     }
 
     /// A new tensor holding a copy of `values`; panics when the count does not fit the shape.
