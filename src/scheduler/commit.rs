@@ -101,6 +101,7 @@ impl Sequence {
             let done = self.num_computed == self.len() && self.limits.max_output_len == 0;
             return done.then(|| self.event(Vec::new(), Some(FinishReason::Length)));
         }
+        assert!(!result.sampled.is_empty(), "a runner returns a token where one is sampled");
         let mut tokens = Vec::with_capacity(result.sampled.len());
         let mut finish = None;
         for token in &result.sampled {

@@ -32,7 +32,7 @@ fn request_for_whole_pool(simulation: &Simulation) -> TokenizedRequest {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1500, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
 
     #[test]
     fn every_request_ends_once_with_the_tokens_it_would_have_alone(workload in workloads()) {
