@@ -4,6 +4,7 @@
 
 mod hub;
 
+use std::fmt::Display;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -428,7 +429,7 @@ fn looks_like_path(name: &str) -> bool {
 
 fn check(
     flag: &'static str,
-    value: impl ToString,
+    value: impl Display,
     holds: bool,
     expected: &'static str,
 ) -> Result<(), ConfigError> {

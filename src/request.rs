@@ -124,7 +124,7 @@ impl SamplingParams {
 }
 
 /// When a sequence ends.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct StopConditions {
     /// Most tokens to generate; `None` means up to the context length. May be 0 for scoring.
     pub max_tokens: Option<u32>,
@@ -136,18 +136,6 @@ pub struct StopConditions {
     pub stop_token_ids: Vec<u32>,
     /// Ignore the model's own end tokens.
     pub ignore_eos: bool,
-}
-
-impl Default for StopConditions {
-    fn default() -> Self {
-        StopConditions {
-            max_tokens: None,
-            min_tokens: 0,
-            stop: Vec::new(),
-            stop_token_ids: Vec::new(),
-            ignore_eos: false,
-        }
-    }
 }
 
 /// How tokens become text.

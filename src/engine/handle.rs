@@ -169,7 +169,7 @@ impl Engine {
         .await
         .unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
         let (generation, command) =
-            intake::connect(tokenized, output, &self.text, self.commands.clone(), max_model_len);
+            intake::connect(tokenized, &output, &self.text, self.commands.clone(), max_model_len);
         if self.commands.send(command).is_err() {
             let reason = match self.shared.status() {
                 EngineStatus::Dead(reason) => reason,

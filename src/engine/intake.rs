@@ -64,7 +64,7 @@ fn check_prompt(
 /// Makes the two ends of a request: the stream for its client, the command for the engine.
 pub(super) fn connect(
     request: TokenizedRequest,
-    output: OutputOptions,
+    output: &OutputOptions,
     text: &Arc<TextPipeline>,
     commands: Sender<Command>,
     max_model_len: usize,

@@ -46,7 +46,7 @@ struct Choice {
 impl Generation {
     pub(super) fn new(
         request: &TokenizedRequest,
-        output: OutputOptions,
+        output: &OutputOptions,
         text: Arc<TextPipeline>,
         commands: Sender<Command>,
         events: mpsc::Receiver<TokenEvent>,
