@@ -12,6 +12,13 @@ fn floored(logprob: f32) -> f32 {
     if logprob.is_finite() { logprob.max(FLOOR) } else { FLOOR }
 }
 
+/// The number that an `f32` field is written as. A [`Value`] would widen it to 64 bits and show
+/// digits that are not there, so that one log-probability would read differently in two places.
+fn number(logprob: f32) -> Value {
+    let logprob = floored(logprob);
+    json!(logprob.to_string().parse().unwrap_or(f64::from(logprob)))
+}
+
 /// How tokens are written.
 #[derive(Clone, Copy, Debug)]
 pub struct LogprobStyle {
@@ -113,9 +120,9 @@ impl CompletionLogprobs {
 fn top_map(entry: &LogprobEntry, logprob: f32, style: LogprobStyle) -> Map<String, Value> {
     let mut map = Map::new();
     for (token, logprob) in entry.top.iter().take(style.top as usize) {
-        map.insert(style.token(token), json!(floored(*logprob)));
+        map.insert(style.token(token), number(*logprob));
     }
-    map.entry(style.token(&entry.token)).or_insert_with(|| json!(floored(logprob)));
+    map.entry(style.token(&entry.token)).or_insert_with(|| number(logprob));
     map
 }
 
@@ -136,7 +143,7 @@ pub fn prompt_logprobs(entries: &[LogprobEntry], top: u32) -> Vec<Option<Map<Str
 }
 
 fn prompt_token(token: &TokenText, logprob: f32, rank: Option<usize>) -> Value {
-    json!({"logprob": floored(logprob), "rank": rank, "decoded_token": token.text})
+    json!({"logprob": number(logprob), "rank": rank, "decoded_token": token.text})
 }
 
 #[cfg(test)]
@@ -180,6 +187,15 @@ mod tests {
                 "top_logprobs": [null, {"x": -0.25, "z": -2.0}],
             })
         );
+    }
+
+    #[test]
+    fn a_logprob_reads_the_same_wherever_it_stands() {
+        let entries = [entry("z", Some(-2.881_567_5))];
+        let logprobs = CompletionLogprobs::new(&entries, PLAIN, &mut 0);
+        let text = serde_json::to_string(&logprobs).expect("serialises");
+        assert!(text.contains(r#""token_logprobs":[-2.8815675]"#), "{text}");
+        assert!(text.contains(r#""z":-2.8815675"#) && text.contains(r#""y":-9999.0"#), "{text}");
     }
 
     #[test]

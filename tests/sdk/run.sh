@@ -2,8 +2,9 @@
 # Runs the official OpenAI clients for Python and JavaScript against the real binary.
 #
 # Builds nothing: $TOKENMILL_BIN is the binary, by default the release build. Starts it twice
-# with the bundled model, once open and once behind a key, and stops both at the end. The
-# clients are installed once, from pinned lists, into a cache outside the tree.
+# with the bundled model ($TOKENMILL_MODEL names another one), once open and once behind a key,
+# and stops both at the end. The clients are installed once, from pinned lists, into a cache
+# outside the tree.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -56,7 +57,7 @@ start() {
     shift
     port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     env "$@" "$binary" serve --host 127.0.0.1 --port "$port" --shutdown-timeout 2 \
-        --kv-cache-memory 512M >"$logs/$name.log" 2>&1 &
+        --kv-cache-memory 512M ${TOKENMILL_MODEL:+"$TOKENMILL_MODEL"} >"$logs/$name.log" 2>&1 &
     pid=$!
     servers+=("$pid")
     url=http://127.0.0.1:$port/v1

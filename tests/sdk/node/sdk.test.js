@@ -13,6 +13,7 @@ const env = (name) => {
 
 const client = new OpenAI({ baseURL: env("TOKENMILL_BASE_URL"), apiKey: "unused", maxRetries: 0 });
 const STORY = [{ role: "user", content: "Tell me a story about a sheep in the meadow." }];
+const SHORT = [{ role: "user", content: "What is the capital of France?" }];
 const WEATHER = {
   type: "function",
   function: {
@@ -46,9 +47,9 @@ async function collect(stream) {
 
 const joined = (chunks) => chunks.map((chunk) => chunk.choices[0]?.delta.content ?? "").join("");
 
-test("a known fact is answered", async () => {
-  const completion = await chat([{ role: "user", content: "What is the capital of France?" }]);
-  assert.match(contentOf(completion), /Paris/);
+test("an answer ends by itself and counts its tokens", async () => {
+  const completion = await chat(SHORT);
+  assert.ok(contentOf(completion).length > 0);
   assert.equal(completion.choices[0].finish_reason, "stop");
   assert.equal(
     completion.usage.total_tokens,
@@ -104,10 +105,11 @@ test("a tool is called, and its result is answered", async () => {
   assert.equal(first.choices[0].finish_reason, "tool_calls");
   const [call] = first.choices[0].message.tool_calls;
   assert.equal(call.function.name, "get_weather");
-  assert.deepEqual(JSON.parse(call.function.arguments), { city: "Paris" });
+  assert.deepEqual(Object.keys(JSON.parse(call.function.arguments)), ["city"]);
   const result = { role: "tool", tool_call_id: call.id, content: "sunny, 21 degrees" };
   const second = await chat([...QUESTION, first.choices[0].message, result], { tools: [WEATHER] });
-  assert.match(contentOf(second), /sunny/);
+  assert.ok(contentOf(second).length > 0);
+  assert.ok(second.usage.prompt_tokens > first.usage.total_tokens);
 });
 
 test("a streamed call is put together by the helper", async () => {
@@ -119,7 +121,7 @@ test("a streamed call is put together by the helper", async () => {
   });
   const final = await runner.finalChatCompletion();
   const [call] = final.choices[0].message.tool_calls;
-  assert.deepEqual(JSON.parse(call.function.arguments), { city: "Paris" });
+  assert.deepEqual(Object.keys(JSON.parse(call.function.arguments)), ["city"]);
   assert.equal(final.choices[0].finish_reason, "tool_calls");
 });
 
@@ -159,6 +161,7 @@ test("refusals are the client's own errors", async () => {
 });
 
 test("a stream can be aborted", async () => {
+  const before = contentOf(await chat(SHORT));
   const stream = await chat(STORY, { max_tokens: 400, stream: true, ignore_eos: true });
   let count = 0;
   for await (const _chunk of stream) {
@@ -166,10 +169,7 @@ test("a stream can be aborted", async () => {
     if (count === 5) stream.controller.abort();
   }
   assert.equal(count, 5);
-  assert.match(
-    contentOf(await chat([{ role: "user", content: "What is the capital of France?" }])),
-    /Paris/,
-  );
+  assert.equal(contentOf(await chat(SHORT)), before);
 });
 
 test("concurrent streams equal their solo answers", async () => {

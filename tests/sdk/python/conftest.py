@@ -1,7 +1,7 @@
 """Clients for the servers that run.sh started.
 
 The suite talks to the real binary with the bundled model. Greedy answers are deterministic, so
-tests compare them with each other; only a few facts that the model was trained on are fixed.
+tests compare them with each other; what the model must know is all in test_knowledge.py.
 """
 
 import os
@@ -10,6 +10,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 STORY = [{"role": "user", "content": "Tell me a story about a sheep in the meadow."}]
+SHORT = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def required(name):
