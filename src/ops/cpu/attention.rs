@@ -10,8 +10,11 @@
 
 use std::ops::Range;
 
+use half::{bf16, f16};
+
 use super::share::{Parts, Scratch};
 use super::simd::{Float, Kernel, Simd, exp, load, store};
+use crate::tensor::{DType, View};
 
 /// Positions per KV tile.
 const KV_TILE: usize = 32;
@@ -47,14 +50,38 @@ impl Sizes {
     }
 }
 
+/// Cached vectors. The element type is looked at when rows are loaded, so that everything else
+/// is compiled once.
+#[derive(Clone, Copy)]
+pub enum Floats<'a> {
+    /// Single precision.
+    F32(&'a [f32]),
+    /// Brain floats.
+    Bf16(&'a [bf16]),
+    /// Half precision.
+    F16(&'a [f16]),
+}
+
+impl<'a> Floats<'a> {
+    /// The elements of a float tensor.
+    pub fn of(view: View<'a>) -> Floats<'a> {
+        match view.dtype() {
+            DType::F32 => Floats::F32(view.as_slice()),
+            DType::BF16 => Floats::Bf16(view.as_slice()),
+            DType::F16 => Floats::F16(view.as_slice()),
+            DType::U32 => panic!("an integer tensor where floats are needed"),
+        }
+    }
+}
+
 /// One task.
-pub struct AttendTile<'a, E> {
+pub struct AttendTile<'a> {
     /// `[num_tokens, num_heads, head_dim]`.
     pub q: &'a [f32],
     /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
-    pub k_cache: &'a [E],
+    pub k_cache: Floats<'a>,
     /// As `k_cache`.
-    pub v_cache: &'a [E],
+    pub v_cache: Floats<'a>,
     /// As `q`; tasks write disjoint rows and heads.
     pub out: &'a Parts<'a, f32>,
     /// Head and block sizes.
@@ -109,7 +136,7 @@ impl<'a> Tile<'a> {
     }
 }
 
-impl<E: Float> Kernel for AttendTile<'_, E> {
+impl Kernel for AttendTile<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -140,7 +167,7 @@ impl<E: Float> Kernel for AttendTile<'_, E> {
     }
 }
 
-impl<E: Float> AttendTile<'_, E> {
+impl AttendTile<'_> {
     /// Where the heads of one query lie in `q` and `out`.
     #[inline(always)]
     fn heads_of(&self, query: usize) -> Range<usize> {
@@ -170,24 +197,66 @@ impl<E: Float> AttendTile<'_, E> {
     fn load_tile<S: Simd>(
         &self,
         simd: S,
-        cache: &[E],
+        cache: Floats<'_>,
         (wide, dim): (&mut [f32], usize),
         (start, seen): (usize, Range<usize>),
     ) {
-        let Sizes { num_kv_heads, head_dim, block_size, .. } = self.sizes;
-        for (position, wide) in (start..start + KV_TILE).zip(wide.chunks_exact_mut(dim)) {
-            if !seen.contains(&position) {
-                wide.fill(0.0);
-                continue;
+        wide[..(seen.start - start) * dim].fill(0.0);
+        wide[(seen.end - start) * dim..].fill(0.0);
+        let mut position = seen.start;
+        while position < seen.end {
+            let (row, run) = self.rows_at(position);
+            let run = run.min(seen.end - position);
+            let wide = &mut wide[(position - start) * dim..(position - start + run) * dim];
+            let ahead = self.row_ahead(position);
+            match cache {
+                Floats::F32(cache) => self.load_rows(simd, cache, row, ahead, (wide, dim)),
+                Floats::Bf16(cache) => self.load_rows(simd, cache, row, ahead, (wide, dim)),
+                Floats::F16(cache) => self.load_rows(simd, cache, row, ahead, (wide, dim)),
             }
-            let block = self.block_table[position / block_size] as usize;
-            let slot = (block * num_kv_heads + self.kv_head) * block_size + position % block_size;
-            let row = &cache[slot * head_dim..][..head_dim];
+            position += run;
+        }
+    }
+
+    /// Fills `wide` from cache rows that follow each other, and asks for as many rows from
+    /// `ahead` on.
+    #[inline(always)]
+    fn load_rows<S: Simd, E: Float>(
+        &self,
+        simd: S,
+        cache: &[E],
+        first_row: usize,
+        ahead: usize,
+        (wide, dim): (&mut [f32], usize),
+    ) {
+        let head_dim = self.sizes.head_dim;
+        let rows = cache[first_row * head_dim..].chunks_exact(head_dim);
+        for (i, (row, wide)) in rows.zip(wide.chunks_exact_mut(dim)).enumerate() {
+            let ahead = cache.as_ptr().wrapping_add((ahead + i) * head_dim);
             for at in (0..head_dim).step_by(S::LANES) {
+                simd.prefetch(ahead.wrapping_add(at));
                 store(simd, wide, at, load(simd, row, at));
             }
             wide[head_dim..].fill(0.0);
         }
+    }
+
+    /// The cache row of the same slot one tile later, or any row when there is none: blocks
+    /// lie apart, so the hardware cannot guess where the next one is.
+    #[inline(always)]
+    fn row_ahead(&self, position: usize) -> usize {
+        let end = self.first_position + self.queries.len();
+        self.rows_at((position + KV_TILE).min(end - 1)).0
+    }
+
+    /// The cache row of this head at `position`, and how many rows follow in its block, itself
+    /// included.
+    #[inline(always)]
+    fn rows_at(&self, position: usize) -> (usize, usize) {
+        let Sizes { num_kv_heads, block_size, .. } = self.sizes;
+        let (block, offset) = (position / block_size, position % block_size);
+        let block = self.block_table[block] as usize;
+        ((block * num_kv_heads + self.kv_head) * block_size + offset, block_size - offset)
     }
 
     /// Turns the tile's scores into weights, row by row.

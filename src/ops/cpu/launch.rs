@@ -7,8 +7,8 @@ use std::cmp::Reverse;
 use std::ops::Range;
 use std::sync::PoisonError;
 
-use super::attention::{AttendTile, Sizes, queries_per_tile};
-use super::matmul::{Columns, Operands, PANEL};
+use super::attention::{AttendTile, Floats, Sizes, queries_per_tile};
+use super::matmul::{Operands, PANEL, multiply_columns};
 use super::rows::{Convert, GatedActivation, Norm, Rotate};
 use super::share::Parts;
 use super::simd::Float;
@@ -20,7 +20,7 @@ use crate::tensor::{DType, View};
 /// Elements per task of a row-wise operation: a few microseconds.
 const TASK_ELEMENTS: usize = 16_384;
 /// Weight bytes per task of a matmul: long enough to stream, short enough to balance.
-const TASK_WEIGHT_BYTES: usize = 128 << 10;
+const TASK_WEIGHT_BYTES: usize = 512 << 10;
 /// Most columns per task of a matmul.
 const TASK_COLS: usize = 256;
 /// Multiplications below which a matmul is one task.
@@ -159,7 +159,7 @@ impl CpuOps {
                 self.widen(bias, all.rows(cols.clone()));
             }
             let scratch = &mut self.scratch.lock(thread);
-            self.isa.run(Columns { operands, cols, bias, scratch });
+            multiply_columns(self.isa, operands, cols, bias, scratch);
         });
     }
 
@@ -176,7 +176,7 @@ impl CpuOps {
         with_float!(from.dtype(), E => self.isa.run(Convert { out, from: from.as_slice::<E>() }));
     }
 
-    pub(super) fn attend<E: Float>(&self, args: AttentionArgs<'_>) {
+    pub(super) fn attend(&self, args: AttentionArgs<'_>) {
         let sizes = Sizes {
             num_heads: args.q.size(1),
             num_kv_heads: args.k_cache.size(1),
@@ -186,7 +186,7 @@ impl CpuOps {
         let mut tiles = self.query_tiles.lock().unwrap_or_else(PoisonError::into_inner);
         plan_queries(&mut tiles, &args, queries_per_tile(sizes.group()));
         let (q, block_tables) = (args.q.as_slice::<f32>(), args.block_tables);
-        let (k_cache, v_cache) = (args.k_cache.as_slice::<E>(), args.v_cache.as_slice::<E>());
+        let (k_cache, v_cache) = (Floats::of(args.k_cache), Floats::of(args.v_cache));
         let out = Parts::new(args.out.into_mut_slice::<f32>());
         self.pool.run(tiles.len() * sizes.num_kv_heads, |thread, i| {
             let tile = &tiles[i / sizes.num_kv_heads];

@@ -11,6 +11,7 @@
 
 use std::ops::Range;
 
+use super::isa::Isa;
 use super::share::{Parts, Scratch};
 use super::simd::{Float, Kernel, MAX_LANES, Simd, load, store};
 
@@ -18,6 +19,10 @@ use super::simd::{Float, Kernel, MAX_LANES, Simd, load, store};
 pub const PANEL: usize = 32;
 /// Columns of a register tile; its rows are `Simd::TILE_ROWS`.
 const TILE_COLS: usize = 4;
+/// Most rows of a register tile on any instruction set.
+const MAX_TILE_ROWS: usize = 6;
+/// Up to this many tiles of rows, widening weights in registers costs less than storing them.
+const FEW_TILES: usize = 3;
 /// Elements of `k` per block: a tile's rows and columns of it fit the first-level cache.
 const K_BLOCK: usize = 1024;
 /// Rows whose accumulators are kept between blocks of `k`, in the second-level cache.
@@ -50,149 +55,200 @@ impl<E> Operands<'_, E> {
     }
 }
 
-/// Computes a range of output columns for all rows.
-pub struct Columns<'a, E> {
-    /// The operands.
-    pub operands: Operands<'a, E>,
-    /// Which output columns.
-    pub cols: Range<usize>,
-    /// Added to each of these columns.
-    pub bias: &'a [f32],
-    /// This thread's scratch.
-    pub scratch: &'a mut Scratch,
-}
-
-impl<E: Float> Kernel for Columns<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let Columns { operands, cols, bias, scratch } = self;
-        for start in cols.clone().step_by(PANEL) {
-            let panel = start..cols.end.min(start + PANEL);
-            let bias = &bias[panel.start - cols.start..panel.end - cols.start];
-            if operands.num_rows() <= S::TILE_ROWS {
-                few_rows(simd, operands, panel, bias);
-            } else {
-                many_rows(simd, operands, panel, bias, scratch);
-            }
+/// Computes the output columns `cols` for all rows; `bias` is added to each of them.
+pub fn multiply_columns<E: Float>(
+    isa: Isa,
+    o: Operands<'_, E>,
+    cols: Range<usize>,
+    bias: &[f32],
+    scratch: &mut Scratch,
+) {
+    let few_rows = FEW_TILES * isa.run(TileRows);
+    for start in cols.clone().step_by(PANEL) {
+        let panel = start..cols.end.min(start + PANEL);
+        let bias = &bias[panel.start - cols.start..panel.end - cols.start];
+        if o.num_rows() <= few_rows {
+            isa.run(StreamPanel { o, panel, bias });
+        } else {
+            multiply_panel(isa, o, panel, bias, scratch);
         }
     }
 }
 
-/// One tile of rows: weights go from memory to registers.
-#[inline(always)]
-fn few_rows<S: Simd, E: Float>(simd: S, o: Operands<'_, E>, panel: Range<usize>, bias: &[f32]) {
-    let num_rows = o.num_rows();
-    let mut col = panel.start;
-    while col < panel.end {
-        let width = if panel.end - col >= TILE_COLS { TILE_COLS } else { 1 };
-        let tile = Tile {
-            x: o.x,
-            x_stride: o.k,
-            w: &o.weight[col * o.k..(col + width) * o.k],
-            w_stride: o.k,
-            len: o.k,
-            carry: None,
-            last: true,
-        };
-        let sums = dispatch_tile::<S, E, true>(simd, tile, num_rows, width);
-        write_tile(&sums, o.out, 0..num_rows, (o.num_cols, col, width), &bias[col - panel.start..]);
-        col += width;
-    }
-}
-
-/// Many tiles of rows: weights are widened into scratch and reused by all of them.
-#[inline(always)]
-fn many_rows<S: Simd, E: Float>(
-    simd: S,
+/// Many rows: weights are widened into scratch, block by block of `k`, and reused by all tiles.
+fn multiply_panel<E: Float>(
+    isa: Isa,
     o: Operands<'_, E>,
     panel: Range<usize>,
     bias: &[f32],
     scratch: &mut Scratch,
 ) {
-    let block_len = o.k.min(K_BLOCK).next_multiple_of(MAX_LANES);
-    let scratch = scratch.take(PANEL * block_len + ROW_BLOCK * PANEL * MAX_LANES);
-    let (wide, carries) = scratch.split_at_mut(PANEL * block_len);
-    let num_rows = o.num_rows();
-    for first_row in (0..num_rows).step_by(ROW_BLOCK) {
-        let block_rows = first_row..num_rows.min(first_row + ROW_BLOCK);
-        for from in (0..o.k).step_by(block_len) {
-            let ks = from..o.k.min(from + block_len);
-            widen_panel(simd, o, panel.clone(), ks.clone(), (wide, block_len));
-            let block = Block { panel: panel.clone(), rows: block_rows.clone(), ks, block_len };
-            multiply_block(simd, o, &block, (wide, carries), bias);
+    let stride = o.k.min(K_BLOCK).next_multiple_of(MAX_LANES);
+    let scratch = scratch.take(PANEL * stride + ROW_BLOCK * PANEL * MAX_LANES);
+    let (wide, accumulators) = scratch.split_at_mut(PANEL * stride);
+    for first_row in (0..o.num_rows()).step_by(ROW_BLOCK) {
+        let rows = first_row..o.num_rows().min(first_row + ROW_BLOCK);
+        for from in (0..o.k).step_by(stride) {
+            let ks = from..o.k.min(from + stride);
+            isa.run(Widen { o, panel: panel.clone(), ks: ks.clone(), wide, stride });
+            // What is read next from memory: the next block of k, or the next panel.
+            let next = if ks.end < o.k { panel.start * o.k + ks.end } else { panel.end * o.k };
+            isa.run(MultiplyBlock {
+                x: o.x,
+                k: o.k,
+                wide,
+                stride,
+                accumulators,
+                out: o.out,
+                place: Place { rows: rows.clone(), cols: panel.clone(), num_cols: o.num_cols },
+                ks,
+                bias,
+                ahead: Ahead::of(o.weight.as_ptr().wrapping_add(next), o.k),
+            });
         }
     }
 }
 
-/// Which part of the product [`multiply_block`] computes.
-struct Block {
+/// The rows of a register tile.
+struct TileRows;
+
+impl Kernel for TileRows {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> usize {
+        S::TILE_ROWS
+    }
+}
+
+/// Up to [`FEW_TILES`] tiles of rows: weights go from memory to registers, and the first tile
+/// leaves them in the first-level cache for the second.
+struct StreamPanel<'a, E> {
+    o: Operands<'a, E>,
     panel: Range<usize>,
-    rows: Range<usize>,
-    ks: Range<usize>,
-    block_len: usize,
+    bias: &'a [f32],
+}
+
+impl<E: Float> Kernel for StreamPanel<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let StreamPanel { o, panel, bias } = self;
+        let num_rows = o.num_rows();
+        let tile_rows = num_rows.div_ceil(num_rows.div_ceil(S::TILE_ROWS));
+        let mut accumulators = [0.0; MAX_TILE_ROWS * TILE_COLS * MAX_LANES];
+        for col in panel.clone().step_by(TILE_COLS) {
+            let cols = col..panel.end.min(col + TILE_COLS);
+            let w = &o.weight[col * o.k..cols.end * o.k];
+            for row in (0..num_rows).step_by(tile_rows) {
+                let rows = row..num_rows.min(row + tile_rows);
+                let tile = Tile {
+                    x: &o.x[row * o.k..rows.end * o.k],
+                    x_stride: o.k,
+                    w,
+                    w_stride: o.k,
+                    len: o.k,
+                    sums: &mut accumulators,
+                    first: true,
+                    last: true,
+                    ahead: Ahead::of(w.as_ptr_range().end, o.k).unless(row > 0),
+                };
+                let sums = dispatch_tile(simd, tile, rows.len(), cols.len());
+                let place = Place { rows, cols: cols.clone(), num_cols: o.num_cols };
+                write_tile(&sums, o.out, place, &bias[col - panel.start..]);
+            }
+        }
+    }
 }
 
 /// Copies `weight[panel, ks]` to `wide` as f32, rows padded with zeros to whole vectors.
-#[inline(always)]
-fn widen_panel<S: Simd, E: Float>(
-    simd: S,
-    o: Operands<'_, E>,
+struct Widen<'a, E> {
+    o: Operands<'a, E>,
     panel: Range<usize>,
     ks: Range<usize>,
-    (wide, stride): (&mut [f32], usize),
-) {
-    for (wide, col) in wide.chunks_exact_mut(stride).zip(panel) {
-        let row = &o.weight[col * o.k + ks.start..col * o.k + ks.end];
-        for at in (0..row.len()).step_by(S::LANES) {
-            store(simd, wide, at, load(simd, row, at));
+    wide: &'a mut [f32],
+    stride: usize,
+}
+
+impl<E: Float> Kernel for Widen<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Widen { o, panel, ks, wide, stride } = self;
+        for (wide, col) in wide.chunks_exact_mut(stride).zip(panel) {
+            let row = &o.weight[col * o.k + ks.start..col * o.k + ks.end];
+            for at in (0..row.len()).step_by(S::LANES) {
+                store(simd, wide, at, load(simd, row, at));
+            }
         }
     }
 }
 
-/// Adds one block of `k` to all tiles of the block; the last one writes the output.
-#[inline(always)]
-fn multiply_block<S: Simd, E: Float>(
-    simd: S,
-    o: Operands<'_, E>,
-    block: &Block,
-    (wide, carries): (&[f32], &mut [f32]),
-    bias: &[f32],
-) {
-    let num_rows = block.rows.len();
-    let tile_rows = num_rows.div_ceil(num_rows.div_ceil(S::TILE_ROWS));
-    let (first, last) = (block.ks.start == 0, block.ks.end == o.k);
-    for row in block.rows.clone().step_by(tile_rows) {
-        let rows = row..block.rows.end.min(row + tile_rows);
-        let x = &o.x[row * o.k + block.ks.start..(rows.end - 1) * o.k + block.ks.end];
-        let mut col = block.panel.start;
-        while col < block.panel.end {
-            let width = if block.panel.end - col >= TILE_COLS { TILE_COLS } else { 1 };
-            let in_panel = col - block.panel.start;
-            let slot = ((row - block.rows.start) * PANEL + in_panel * rows.len()) * MAX_LANES;
-            let carry = &mut carries[slot..slot + rows.len() * width * MAX_LANES];
-            let tile = Tile {
-                x,
-                x_stride: o.k,
-                w: &wide[in_panel * block.block_len..(in_panel + width) * block.block_len],
-                w_stride: block.block_len,
-                len: block.ks.len(),
-                carry: (!(first && last)).then_some(Carry { first, sums: carry }),
-                last,
-            };
-            let sums = dispatch_tile::<S, f32, false>(simd, tile, rows.len(), width);
-            if last {
-                let place = (o.num_cols, col, width);
-                write_tile(&sums, o.out, rows.clone(), place, &bias[in_panel..]);
+/// Which part of the output.
+#[derive(Clone)]
+struct Place {
+    rows: Range<usize>,
+    cols: Range<usize>,
+    /// Columns of the whole output.
+    num_cols: usize,
+}
+
+/// Adds one block of `k` to the accumulators of some rows; the last block writes the output.
+struct MultiplyBlock<'a> {
+    x: &'a [f32],
+    k: usize,
+    wide: &'a [f32],
+    stride: usize,
+    accumulators: &'a mut [f32],
+    out: &'a Parts<'a, f32>,
+    place: Place,
+    ks: Range<usize>,
+    bias: &'a [f32],
+    ahead: Ahead,
+}
+
+impl Kernel for MultiplyBlock<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Place { rows: all_rows, cols: panel, num_cols } = self.place;
+        let tile_rows = all_rows.len().div_ceil(all_rows.len().div_ceil(S::TILE_ROWS));
+        let (first, last) = (self.ks.start == 0, self.ks.end == self.k);
+        for row in all_rows.clone().step_by(tile_rows) {
+            let rows = row..all_rows.end.min(row + tile_rows);
+            let x = row * self.k + self.ks.start..(rows.end - 1) * self.k + self.ks.end;
+            for col in panel.clone().step_by(TILE_COLS) {
+                let cols = col..panel.end.min(col + TILE_COLS);
+                let at = col - panel.start;
+                let slot = ((row - all_rows.start) * PANEL + at * rows.len()) * MAX_LANES;
+                let slot_len = rows.len() * cols.len() * MAX_LANES;
+                let w = &self.wide[at * self.stride..(at + cols.len()) * self.stride];
+                let tile = Tile {
+                    x: &self.x[x.clone()],
+                    x_stride: self.k,
+                    w,
+                    w_stride: self.stride,
+                    len: self.ks.len(),
+                    sums: &mut self.accumulators[slot..slot + slot_len],
+                    first,
+                    last,
+                    ahead: self.ahead.rows_from(at).unless(row > all_rows.start),
+                };
+                let sums = dispatch_tile(simd, tile, rows.len(), cols.len());
+                if last {
+                    let place = Place { rows: rows.clone(), cols, num_cols };
+                    write_tile(&sums, self.out, place, &self.bias[at..]);
+                }
             }
-            col += width;
         }
     }
 }
 
 /// Results of a tile, `[row][column]`.
-type Sums = [[f32; TILE_COLS]; 6];
+type Sums = [[f32; TILE_COLS]; MAX_TILE_ROWS];
 
 /// A register tile: some rows of x times up to four rows of weights, over `len` elements.
 struct Tile<'a, E> {
@@ -201,148 +257,186 @@ struct Tile<'a, E> {
     w: &'a [E],
     w_stride: usize,
     len: usize,
-    /// Accumulators between blocks of `k`; `None` when there is one block.
-    carry: Option<Carry<'a>>,
-    /// This is the last block: reduce the accumulators.
-    last: bool,
-}
-
-/// Accumulators that wait for the next block of `k`.
-struct Carry<'a> {
-    first: bool,
+    /// Accumulators, one vector per output element, rows outermost.
     sums: &'a mut [f32],
+    /// This is the first block of k: accumulators start at 0, else from `sums`.
+    first: bool,
+    /// This is the last block of k: the lanes of the accumulators are added.
+    last: bool,
+    /// Weights to ask for meanwhile.
+    ahead: Ahead,
 }
 
-/// Calls the tile compiled for this number of rows and columns.
-#[inline(always)]
-fn dispatch_tile<S: Simd, E: Float, const STREAM: bool>(
-    simd: S,
-    tile: Tile<'_, E>,
-    rows: usize,
-    cols: usize,
-) -> Sums {
-    if cols == TILE_COLS {
-        dispatch_rows::<S, E, TILE_COLS, STREAM>(simd, tile, rows)
-    } else {
-        dispatch_rows::<S, E, 1, STREAM>(simd, tile, rows)
+/// Weights that will be read from memory soon. Rows are too short for the hardware to see
+/// ahead, so a tile asks for as many elements as it multiplies, row by row.
+#[derive(Clone, Copy)]
+struct Ahead {
+    start: *const u8,
+    row_bytes: usize,
+    element_bytes: usize,
+}
+
+impl Ahead {
+    /// Rows of `k` elements from `start` on; nothing is read, so the address may be anything.
+    #[inline(always)]
+    fn of<E>(start: *const E, k: usize) -> Ahead {
+        let element_bytes = size_of::<E>();
+        Ahead { start: start.cast(), row_bytes: k * element_bytes, element_bytes }
+    }
+
+    #[inline(always)]
+    fn rows_from(self, row: usize) -> Ahead {
+        Ahead { start: self.start.wrapping_add(row * self.row_bytes), ..self }
+    }
+
+    /// Asks for one and the same line when `enough` was asked for before: that keeps one
+    /// version of the hot loop, and other lines in the cache.
+    #[inline(always)]
+    fn unless(self, enough: bool) -> Ahead {
+        if enough { Ahead { row_bytes: 0, element_bytes: 0, ..self } } else { self }
     }
 }
 
+/// Calls the tile compiled for this number of rows; columns that do not fill a tile go one
+/// element at a time.
 #[inline(always)]
-fn dispatch_rows<S: Simd, E: Float, const C: usize, const STREAM: bool>(
+fn dispatch_tile<S: Simd, E: Float>(
     simd: S,
-    tile: Tile<'_, E>,
+    mut tile: Tile<'_, E>,
     rows: usize,
+    cols: usize,
 ) -> Sums {
+    if cols < TILE_COLS {
+        return multiply_edge(simd, &mut tile, rows, cols);
+    }
     match rows {
-        1 => multiply_tile::<S, E, 1, C, STREAM>(simd, tile),
-        2 if S::TILE_ROWS >= 2 => multiply_tile::<S, E, 2, C, STREAM>(simd, tile),
-        3 if S::TILE_ROWS >= 3 => multiply_tile::<S, E, 3, C, STREAM>(simd, tile),
-        4 if S::TILE_ROWS >= 4 => multiply_tile::<S, E, 4, C, STREAM>(simd, tile),
-        5 if S::TILE_ROWS >= 5 => multiply_tile::<S, E, 5, C, STREAM>(simd, tile),
-        6 if S::TILE_ROWS >= 6 => multiply_tile::<S, E, 6, C, STREAM>(simd, tile),
+        1 => multiply_tile::<S, E, 1, TILE_COLS>(simd, &mut tile),
+        2 if S::TILE_ROWS >= 2 => multiply_tile::<S, E, 2, TILE_COLS>(simd, &mut tile),
+        3 if S::TILE_ROWS >= 3 => multiply_tile::<S, E, 3, TILE_COLS>(simd, &mut tile),
+        4 if S::TILE_ROWS >= 4 => multiply_tile::<S, E, 4, TILE_COLS>(simd, &mut tile),
+        5 if S::TILE_ROWS >= 5 => multiply_tile::<S, E, 5, TILE_COLS>(simd, &mut tile),
+        6 if S::TILE_ROWS >= 6 => multiply_tile::<S, E, 6, TILE_COLS>(simd, &mut tile),
         _ => unreachable!("a tile has 1 to {} rows", S::TILE_ROWS),
     }
 }
 
-/// `R` rows by `C` columns. `STREAM` says that weights come from memory: the tile after this
-/// one is then asked for in advance, because rows are too short for the hardware to see ahead.
+/// The last columns of the output, where they do not fill a tile.
 #[inline(always)]
-fn multiply_tile<S: Simd, E: Float, const R: usize, const C: usize, const STREAM: bool>(
+fn multiply_edge<S: Simd, E: Float>(
     simd: S,
-    tile: Tile<'_, E>,
+    tile: &mut Tile<'_, E>,
+    rows: usize,
+    cols: usize,
 ) -> Sums {
-    let Tile { x, x_stride, w, w_stride, len, carry, last } = tile;
-    assert!(x.len() >= (R - 1) * x_stride + len && w.len() >= (C - 1) * w_stride + len);
-    let mut acc = [[simd.splat(0.0); C]; R];
-    if let Some(carry) = &carry {
-        load_carry(simd, carry, &mut acc);
+    let mut results = [[0.0; TILE_COLS]; MAX_TILE_ROWS];
+    for (r, results) in results.iter_mut().enumerate().take(rows) {
+        for (c, result) in results.iter_mut().enumerate().take(cols) {
+            let slot = (r * cols + c) * S::LANES;
+            let mut element = Tile {
+                x: &tile.x[r * tile.x_stride..],
+                w: &tile.w[c * tile.w_stride..],
+                sums: &mut tile.sums[slot..slot + S::LANES],
+                ..*tile
+            };
+            *result = multiply_tile::<S, E, 1, 1>(simd, &mut element)[0][0];
+        }
     }
-    let whole = len - len % S::LANES;
-    for k in (0..whole).step_by(S::LANES) {
+    results
+}
+
+/// `R` rows by `C` columns.
+#[inline(always)]
+fn multiply_tile<S: Simd, E: Float, const R: usize, const C: usize>(
+    simd: S,
+    tile: &mut Tile<'_, E>,
+) -> Sums {
+    whole_vectors::<S, E, R, C>(simd, tile);
+    if !tile.len.is_multiple_of(S::LANES) {
+        tail::<S, E, R, C>(simd, tile);
+    }
+    let mut results = [[0.0; TILE_COLS]; MAX_TILE_ROWS];
+    if tile.last {
+        for (r, results) in results.iter_mut().enumerate().take(R) {
+            let mut four = [simd.splat(0.0); TILE_COLS];
+            for (c, four) in four.iter_mut().enumerate().take(C) {
+                *four = load(simd, tile.sums, (r * C + c) * S::LANES);
+            }
+            *results = simd.sum4(four);
+        }
+    }
+    results
+}
+
+/// The hot loop. Accumulators live in registers only here: the compiler keeps an array in
+/// registers when nothing but fully unrolled loops touches it.
+#[inline(always)]
+fn whole_vectors<S: Simd, E: Float, const R: usize, const C: usize>(
+    simd: S,
+    tile: &mut Tile<'_, E>,
+) {
+    let Tile { x_stride, w_stride, len, ahead, .. } = *tile;
+    assert!(tile.x.len() >= (R - 1) * x_stride + len);
+    assert!(tile.w.len() >= (C - 1) * w_stride + len);
+    assert!(tile.sums.len() >= R * C * S::LANES);
+    let (x, w, sums) = (tile.x.as_ptr(), tile.w.as_ptr(), tile.sums.as_mut_ptr());
+    let mut acc = [[simd.splat(0.0); C]; R];
+    if !tile.first {
+        for (r, acc) in acc.iter_mut().enumerate() {
+            for (c, acc) in acc.iter_mut().enumerate() {
+                // SAFETY: within `sums`, checked above.
+                *acc = unsafe { simd.load_f32(sums.add((r * C + c) * S::LANES)) };
+            }
+        }
+    }
+    for k in (0..len - len % S::LANES).step_by(S::LANES) {
         let mut wide = [simd.splat(0.0); C];
         for (c, wide) in wide.iter_mut().enumerate() {
             // SAFETY: `c * w_stride + k + LANES` is within `w`, checked above.
-            let at = unsafe { w.as_ptr().add(c * w_stride + k) };
-            if STREAM && (k * size_of::<E>()).is_multiple_of(64) {
-                simd.prefetch(at.wrapping_add(C * w_stride));
-            }
+            let at = unsafe { w.add(c * w_stride + k) };
+            let line = ahead.start.wrapping_add(c * ahead.row_bytes + k * ahead.element_bytes);
+            simd.prefetch(line);
             // SAFETY: as above.
             *wide = unsafe { E::load_lanes(simd, at) };
         }
         for (r, acc) in acc.iter_mut().enumerate() {
             // SAFETY: `r * x_stride + k + LANES` is within `x`, checked above.
-            let x = unsafe { simd.load_f32(x.as_ptr().add(r * x_stride + k)) };
+            let x = unsafe { simd.load_f32(x.add(r * x_stride + k)) };
             for (acc, &wide) in acc.iter_mut().zip(&wide) {
                 *acc = simd.mul_add(x, wide, *acc);
             }
         }
     }
-    if whole < len {
-        for (r, acc) in acc.iter_mut().enumerate() {
-            let x = load(simd, &x[r * x_stride..r * x_stride + len], whole);
-            for (c, acc) in acc.iter_mut().enumerate() {
-                let wide = load(simd, &w[c * w_stride..c * w_stride + len], whole);
-                *acc = simd.mul_add(x, wide, *acc);
-            }
+    for (r, acc) in acc.iter().enumerate() {
+        for (c, acc) in acc.iter().enumerate() {
+            // SAFETY: within `sums`, checked above.
+            unsafe { simd.store_f32(sums.add((r * C + c) * S::LANES), *acc) };
         }
     }
-    let mut sums = [[0.0; TILE_COLS]; 6];
-    if last {
-        reduce(simd, &acc, &mut sums);
-    } else if let Some(carry) = carry {
-        store_carry(simd, carry.sums, &acc);
-    }
-    sums
 }
 
+/// The last, partial vector of k; lanes beyond it multiply zeros.
 #[inline(always)]
-fn reduce<S: Simd, const R: usize, const C: usize>(simd: S, acc: &[[S::V; C]; R], sums: &mut Sums) {
-    for (sums, acc) in sums.iter_mut().zip(acc) {
-        let mut four = [simd.splat(0.0); TILE_COLS];
-        four[..C].copy_from_slice(acc);
-        *sums = simd.sum4(four);
-    }
-}
-
-#[inline(always)]
-fn load_carry<S: Simd, const R: usize, const C: usize>(
-    simd: S,
-    carry: &Carry<'_>,
-    acc: &mut [[S::V; C]; R],
-) {
-    if carry.first {
-        return;
-    }
-    for (i, acc) in acc.as_flattened_mut().iter_mut().enumerate() {
-        *acc = load(simd, carry.sums, i * S::LANES);
+fn tail<S: Simd, E: Float, const R: usize, const C: usize>(simd: S, tile: &mut Tile<'_, E>) {
+    let Tile { x_stride, w_stride, len, .. } = *tile;
+    let at = len - len % S::LANES;
+    for r in 0..R {
+        let x = load(simd, &tile.x[r * x_stride..r * x_stride + len], at);
+        for c in 0..C {
+            let wide = load(simd, &tile.w[c * w_stride..c * w_stride + len], at);
+            let slot = (r * C + c) * S::LANES;
+            let sum = simd.mul_add(x, wide, load(simd, tile.sums, slot));
+            store(simd, tile.sums, slot, sum);
+        }
     }
 }
 
+/// Writes `sums + bias` to the output.
 #[inline(always)]
-fn store_carry<S: Simd, const R: usize, const C: usize>(
-    simd: S,
-    sums: &mut [f32],
-    acc: &[[S::V; C]; R],
-) {
-    for (i, acc) in acc.as_flattened().iter().enumerate() {
-        store(simd, sums, i * S::LANES, *acc);
-    }
-}
-
-/// Writes `sums + bias` to `out[rows, col..col + width]`.
-#[inline(always)]
-fn write_tile(
-    sums: &Sums,
-    out: &Parts<'_, f32>,
-    rows: Range<usize>,
-    (num_cols, col, width): (usize, usize, usize),
-    bias: &[f32],
-) {
+fn write_tile(sums: &Sums, out: &Parts<'_, f32>, place: Place, bias: &[f32]) {
+    let Place { rows, cols, num_cols } = place;
     for (row, sums) in rows.zip(sums) {
-        let at = row * num_cols + col;
         // SAFETY: this task alone writes these columns.
-        let out = unsafe { out.part(at..at + width) };
+        let out = unsafe { out.part(row * num_cols + cols.start..row * num_cols + cols.end) };
         for ((out, sum), bias) in out.iter_mut().zip(sums).zip(bias) {
             *out = sum + bias;
         }

@@ -194,7 +194,7 @@ impl Ops for CpuOps {
 
     fn attention(&self, args: AttentionArgs<'_>) {
         args.check();
-        with_float!(args.k_cache.dtype(), E => self.attend::<E>(args));
+        self.attend(args);
     }
 
     fn gather_rows(&self, args: GatherRowsArgs<'_>) {

@@ -1,0 +1,91 @@
+//! Paged attention with the heads of a 0.5 B model: decode at a context of 1,024, and prefill.
+//!
+//! Beside criterion's times it prints GB/s of keys and values, and GFLOP/s, of the best call.
+
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use tokenmill::config::CpuIsa;
+use tokenmill::ops::Ops;
+use tokenmill::ops::args::AttentionArgs;
+use tokenmill::ops::cpu::CpuOps;
+use tokenmill::tensor::{DType, Tensor};
+
+const HEADS: usize = 14;
+const KV_HEADS: usize = 2;
+const HEAD_DIM: usize = 64;
+const BLOCK: usize = 16;
+/// Caches to take turns, as layers do; more than the processor's caches hold.
+const CACHES_BYTES: usize = 300 << 20;
+
+/// `(name, sequences, queries per sequence, context)`.
+const CASES: [(&str, usize, usize, usize); 4] = [
+    ("decode 1", 1, 1, 1024),
+    ("decode 16", 16, 1, 1024),
+    ("prefill 512", 1, 512, 512),
+    ("prefill 512 after 1536", 1, 512, 2048),
+];
+
+fn attention(criterion: &mut Criterion) {
+    let ops = CpuOps::new(None, CpuIsa::Auto).expect("the machine has a thread");
+    println!("{}", ops.name());
+    for (name, seqs, queries, context) in CASES {
+        let num_blocks = seqs * context / BLOCK;
+        let cache_bytes = 2 * 2 * num_blocks * KV_HEADS * BLOCK * HEAD_DIM;
+        let cache = || {
+            let len = num_blocks * KV_HEADS * BLOCK * HEAD_DIM;
+            let values: Vec<half::bf16> =
+                (0..len).map(|i| half::bf16::from_f32((i % 89) as f32 / 89.0 - 0.5)).collect();
+            Tensor::from_slice(&values, [num_blocks, KV_HEADS, BLOCK, HEAD_DIM])
+        };
+        let caches: Vec<_> =
+            (0..(CACHES_BYTES / cache_bytes).max(1)).map(|_| (cache(), cache())).collect();
+        let tables: Vec<u32> = (0..num_blocks as u32).rev().collect();
+        let tables = Tensor::from_slice(&tables, [seqs, context / BLOCK]);
+        let cu_seqlens: Vec<u32> = (0..=seqs).map(|seq| (seq * queries) as u32).collect();
+        let cu_seqlens = Tensor::from_slice(&cu_seqlens, [seqs + 1]);
+        let contexts = Tensor::from_slice(&vec![context as u32; seqs], [seqs]);
+        let q = vec![0.1f32; seqs * queries * HEADS * HEAD_DIM];
+        let q = Tensor::from_slice(&q, [seqs * queries, HEADS, HEAD_DIM]);
+        let mut out = Tensor::zeros(DType::F32, q.shape().sizes());
+        let (best, turn) = (Cell::new(Duration::MAX), Cell::new(0));
+        criterion.bench_function(&format!("attention {name} bf16"), |bencher| {
+            bencher.iter(|| {
+                let (k_cache, v_cache) = &caches[turn.get() % caches.len()];
+                turn.set(turn.get() + 1);
+                let start = Instant::now();
+                ops.attention(AttentionArgs {
+                    out: out.view_mut(),
+                    q: q.view(),
+                    k_cache: k_cache.view(),
+                    v_cache: v_cache.view(),
+                    block_tables: tables.view(),
+                    cu_seqlens_q: cu_seqlens.view(),
+                    context_lens: contexts.view(),
+                    scale: 0.125,
+                    sliding_window: None,
+                });
+                best.set(best.get().min(start.elapsed()));
+            });
+        });
+        let seconds = best.get().as_secs_f64();
+        let visible: usize = (context - queries + 1..=context).sum();
+        println!(
+            "    best {:.3} ms: {:.1} GB/s of keys and values, {:.1} GFLOP/s",
+            seconds * 1e3,
+            cache_bytes as f64 / seconds / 1e9,
+            (4 * seqs * visible * HEADS * HEAD_DIM) as f64 / seconds / 1e9,
+        );
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_millis(800));
+    targets = attention
+}
+criterion_main!(benches);
