@@ -117,6 +117,13 @@ pub struct ChatJob {
     /// For the engine.
     pub request: GenerateRequest,
     /// How to answer.
+    pub answer: ChatAnswer,
+}
+
+/// How to answer a validated chat completion.
+#[derive(Clone, Debug)]
+pub struct ChatAnswer {
+    /// What every endpoint knows.
     pub reply: ReplyOptions,
     /// How to read tool calls in the output.
     pub tools: ToolUse,
@@ -177,7 +184,7 @@ impl ChatCompletionRequest {
         let prompt = self.template.validate(self.tools.definitions)?;
         let echo = self.echo.then(|| last_assistant_text(&prompt.messages)).flatten();
         let request = validated.request(0, Prompt::Chat(prompt));
-        Ok(ChatJob { request, reply: validated.reply, tools, echo })
+        Ok(ChatJob { request, answer: ChatAnswer { reply: validated.reply, tools, echo } })
     }
 
     fn num_logprobs(&self, limits: &ApiLimits) -> Result<Option<u32>, ApiError> {
@@ -216,12 +223,12 @@ mod tests {
     #[test]
     fn an_empty_request_gets_the_documented_defaults() {
         let job = job(&json!({})).expect("valid");
-        assert_eq!(job.reply.id, "chatcmpl-tag");
-        assert_eq!(job.reply.model, "m");
+        assert_eq!(job.answer.reply.id, "chatcmpl-tag");
+        assert_eq!(job.answer.reply.model, "m");
         assert_eq!(job.request.sampling.temperature, 1.0);
         assert_eq!(job.request.stop.max_tokens, None);
-        assert!(job.reply.shrinks_to_fit);
-        assert_eq!(job.tools, ToolUse::Off);
+        assert!(job.answer.reply.shrinks_to_fit);
+        assert_eq!(job.answer.tools, ToolUse::Off);
         let Prompt::Chat(prompt) = job.request.prompt else { panic!("a chat") };
         assert!(prompt.add_generation_prompt && !prompt.add_special_tokens);
     }
@@ -230,7 +237,7 @@ mod tests {
     fn max_completion_tokens_wins_over_max_tokens() {
         let job = job(&json!({"max_tokens": 5, "max_completion_tokens": 7})).expect("valid");
         assert_eq!(job.request.stop.max_tokens, Some(7));
-        assert!(!job.reply.shrinks_to_fit);
+        assert!(!job.answer.reply.shrinks_to_fit);
     }
 
     #[test]
@@ -324,13 +331,13 @@ mod tests {
     #[test]
     fn fields_without_effect_are_reported() {
         let job = job(&json!({"store": true, "stream_interval": 3, "user": "me"})).expect("valid");
-        assert_eq!(job.reply.ignored, ["store", "stream_interval"]);
+        assert_eq!(job.answer.reply.ignored, ["store", "stream_interval"]);
     }
 
     #[test]
     fn equal_request_ids_stay_distinct_in_the_engine() {
         let ids = [(); 2].map(|()| job(&json!({"request_id": "same"})).expect("valid"));
-        assert_eq!(ids[0].reply.id, "chatcmpl-same");
+        assert_eq!(ids[0].answer.reply.id, "chatcmpl-same");
         assert_ne!(ids[0].request.id, ids[1].request.id);
     }
 
@@ -339,7 +346,7 @@ mod tests {
         let messages = json!([{"role": "assistant", "content": "Once"}]);
         let job = job(&json!({"continue_final_message": true, "echo": true, "messages": messages}));
         let job = job.expect("valid");
-        assert_eq!(job.echo.as_deref(), Some("Once"));
+        assert_eq!(job.answer.echo.as_deref(), Some("Once"));
         let Prompt::Chat(prompt) = job.request.prompt else { panic!("a chat") };
         assert!(!prompt.add_generation_prompt);
     }

@@ -31,11 +31,11 @@ impl StopReason {
 
 /// A whole answer.
 #[derive(Debug, Serialize)]
-pub struct ChatCompletion {
-    id: String,
+pub struct ChatCompletion<'a> {
+    id: &'a str,
     object: &'static str,
     created: u64,
-    model: String,
+    model: &'a str,
     choices: Vec<ChatChoice>,
     system_fingerprint: &'static str,
     usage: Usage,
@@ -47,15 +47,15 @@ pub struct ChatCompletion {
     pub prompt_token_ids: Option<Vec<u32>>,
 }
 
-impl ChatCompletion {
+impl<'a> ChatCompletion<'a> {
     /// An answer with these choices.
     pub fn new(
-        id: String,
+        id: &'a str,
         created: u64,
-        model: String,
+        model: &'a str,
         choices: Vec<ChatChoice>,
         usage: Usage,
-    ) -> ChatCompletion {
+    ) -> ChatCompletion<'a> {
         ChatCompletion {
             id,
             object: "chat.completion",

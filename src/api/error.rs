@@ -45,7 +45,7 @@ impl ErrorKind {
             ErrorKind::NotFound => "NotFoundError",
             ErrorKind::MethodNotAllowed => "MethodNotAllowedError",
             ErrorKind::Internal => "InternalServerError",
-            ErrorKind::Unavailable => "ServiceUnavailableError",
+            ErrorKind::Unavailable => "ServiceUnavailable",
         }
     }
 }

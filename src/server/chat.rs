@@ -12,7 +12,7 @@ use super::outputs::Outputs;
 use super::router::with_ignored;
 use super::sse;
 use super::state::App;
-use crate::api::chat::ChatCompletionRequest;
+use crate::api::chat::{ChatCompletionRequest, ChatJob};
 
 /// Answers a conversation, whole or as a stream.
 pub(super) async fn chat_completions(
@@ -22,16 +22,16 @@ pub(super) async fn chat_completions(
     body: JsonBody,
 ) -> Result<Response, ServerError> {
     let request = body.parse(ChatCompletionRequest::parse).await?;
-    let mut job = request.validate(&app.limits, &tag.0)?;
-    let ignored = std::mem::take(&mut job.reply.ignored);
-    let generation = app.submit(job.request.clone(), job.reply.shrinks_to_fit).await;
+    let ChatJob { request, mut answer } = request.validate(&app.limits, &tag.0)?;
+    let ignored = std::mem::take(&mut answer.reply.ignored);
+    let generation = app.submit(request, answer.reply.shrinks_to_fit).await;
     let generation = generation.map_err(ServerError::in_chat)?;
     let prompt_token_ids = generation.prompt_token_ids.clone();
-    let outputs = Outputs::new(vec![generation], job.reply.n);
-    let response = if job.reply.stream {
-        sse::respond(outputs, ChatStream::new(&job, &prompt_token_ids), exchange)
+    let outputs = Outputs::new(vec![generation], answer.reply.n);
+    let response = if answer.reply.stream {
+        sse::respond(outputs, ChatStream::new(answer, &prompt_token_ids), exchange)
     } else {
-        chat_collect::collect(outputs, &job, &prompt_token_ids).await?
+        chat_collect::collect(outputs, answer, &prompt_token_ids).await?
     };
     Ok(with_ignored(response, &ignored))
 }

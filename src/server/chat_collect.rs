@@ -8,24 +8,25 @@ use super::error::ServerError;
 use super::outputs::Outputs;
 use super::state::unix_now;
 use super::tool_calls::{OutputReader, Piece};
-use crate::api::chat::ChatJob;
+use crate::api::chat::ChatAnswer;
 use crate::api::chat_response::{ChatChoice, ChatCompletion, ChatMessage, StopReason, ToolCall};
 use crate::api::logprobs::{self, ChatLogprobs, LogprobStyle};
 use crate::api::options::ReplyOptions;
 use crate::api::usage::Usage;
-use crate::output::{FinishReason, LogprobEntry, TextDelta};
+use crate::output::{FinishReason, TextDelta};
 
 /// Waits for all outputs and answers with them.
 pub(super) async fn collect(
     mut outputs: Outputs,
-    job: &ChatJob,
+    answer: ChatAnswer,
     prompt_token_ids: &[u32],
 ) -> Result<Response, ServerError> {
     let created = unix_now();
     let mut usage = Usage::default();
     usage.add_prompt(prompt_token_ids.len());
     let mut prompt_entries = Vec::new();
-    let mut partials: Vec<Partial> = (0..job.reply.n).map(|_| Partial::new(job)).collect();
+    let mut partials: Vec<Partial> = (0..answer.reply.n).map(|_| Partial::new(&answer)).collect();
+    let reply = answer.reply;
     while let Some(item) = outputs.next().await {
         let (_, mut delta) = item?;
         if let Some(prompt) = delta.prompt.take() {
@@ -33,22 +34,15 @@ pub(super) async fn collect(
             prompt_entries = prompt.logprobs;
         }
         usage.add_completion(delta.token_ids.len());
-        partials[delta.index as usize].push(delta, &job.reply);
+        partials[delta.index as usize].push(delta, &reply);
     }
-    let choices =
-        (0..).zip(partials).map(|(index, partial)| partial.into_choice(index, &job.reply));
-    let ReplyOptions { id, model, .. } = job.reply.clone();
-    let mut answer = ChatCompletion::new(id, created, model, choices.collect(), usage);
-    answer.prompt_logprobs = prompt_logprobs(&prompt_entries, &job.reply);
-    answer.prompt_token_ids = job.reply.return_token_ids.then(|| prompt_token_ids.to_vec());
+    let choices = (0..).zip(partials).map(|(index, partial)| partial.into_choice(index, &reply));
+    let choices = choices.collect();
+    let mut answer = ChatCompletion::new(&reply.id, created, &reply.model, choices, usage);
+    answer.prompt_logprobs =
+        reply.prompt_logprobs.map(|top| logprobs::prompt_logprobs(&prompt_entries, top));
+    answer.prompt_token_ids = reply.return_token_ids.then(|| prompt_token_ids.to_vec());
     Ok(Json(answer).into_response())
-}
-
-fn prompt_logprobs(
-    entries: &[LogprobEntry],
-    reply: &ReplyOptions,
-) -> Option<Vec<Option<serde_json::Map<String, serde_json::Value>>>> {
-    reply.prompt_logprobs.map(|top| logprobs::prompt_logprobs(entries, top))
 }
 
 /// A message so far.
@@ -62,10 +56,10 @@ struct Partial {
 }
 
 impl Partial {
-    fn new(job: &ChatJob) -> Partial {
+    fn new(answer: &ChatAnswer) -> Partial {
         Partial {
-            reader: OutputReader::new(job.tools),
-            content: job.echo.clone().unwrap_or_default(),
+            reader: OutputReader::new(answer.tools),
+            content: answer.echo.clone().unwrap_or_default(),
             calls: Vec::new(),
             logprobs: ChatLogprobs::default(),
             token_ids: Vec::new(),

@@ -4,7 +4,7 @@ use super::sse::{EventWriter, Outbox};
 use super::state::unix_now;
 use super::tool_calls::OutputReader;
 use crate::api::SYSTEM_FINGERPRINT;
-use crate::api::chat::ChatJob;
+use crate::api::chat::ChatAnswer;
 use crate::api::chat_response::{ChatCompletionChunk, ChatDelta, ChunkChoice, StopReason};
 use crate::api::logprobs::{ChatLogprobs, LogprobStyle};
 use crate::api::options::ReplyOptions;
@@ -28,17 +28,18 @@ struct Choice {
 }
 
 impl ChatStream {
-    pub fn new(job: &ChatJob, prompt_token_ids: &[u32]) -> ChatStream {
+    pub fn new(answer: ChatAnswer, prompt_token_ids: &[u32]) -> ChatStream {
+        let ChatAnswer { reply, tools, echo } = answer;
         let mut usage = Usage::default();
         usage.add_prompt(prompt_token_ids.len());
-        let choice = |_| Choice { opened: false, reader: OutputReader::new(job.tools) };
+        let choice = |_| Choice { opened: false, reader: OutputReader::new(tools) };
         ChatStream {
             created: unix_now(),
             usage,
-            echo: job.echo.clone(),
-            prompt_token_ids: job.reply.return_token_ids.then(|| prompt_token_ids.to_vec()),
-            choices: (0..job.reply.n).map(choice).collect(),
-            reply: job.reply.clone(),
+            echo,
+            prompt_token_ids: reply.return_token_ids.then(|| prompt_token_ids.to_vec()),
+            choices: (0..reply.n).map(choice).collect(),
+            reply,
         }
     }
 

@@ -29,8 +29,9 @@ pub(super) async fn completions(
     let mut generations = Vec::with_capacity(requests.len());
     let mut prompts = Vec::with_capacity(requests.len());
     for request in requests {
-        let generation = app.submit(request.clone(), reply.shrinks_to_fit).await?;
-        prompts.push(SubmittedPrompt::new(&app, request, &generation, echo));
+        let echo = echo.then(|| Echo::of(&request));
+        let generation = app.submit(request, reply.shrinks_to_fit).await?;
+        prompts.push(SubmittedPrompt::new(&app, &generation, echo));
         generations.push(generation);
     }
     let outputs = Outputs::new(generations, reply.n);
@@ -51,18 +52,33 @@ pub(super) struct SubmittedPrompt {
 }
 
 impl SubmittedPrompt {
-    fn new(
-        app: &App,
-        request: GenerateRequest,
-        generation: &Generation,
-        echo: bool,
-    ) -> SubmittedPrompt {
+    fn new(app: &App, generation: &Generation, echo: Option<Echo>) -> SubmittedPrompt {
         let token_ids = generation.prompt_token_ids.to_vec();
-        let skips_special = request.output.skip_special_tokens;
-        let echo = echo.then(|| match request.prompt {
-            Prompt::Text { text, .. } if request.truncate_prompt_tokens.is_none() => text,
-            _ => app.engine.text().tokenizer().decode(&token_ids, skips_special),
+        let echo = echo.map(|echo| match echo {
+            Echo::Text(text) => text,
+            Echo::Decoded { skip_special_tokens } => {
+                app.engine.text().tokenizer().decode(&token_ids, skip_special_tokens)
+            }
         });
         SubmittedPrompt { token_ids, echo }
+    }
+}
+
+/// Where the text of an echoed prompt comes from.
+enum Echo {
+    /// From the request, to the letter.
+    Text(String),
+    /// From the tokens, because there was no text or not all of it was used.
+    Decoded { skip_special_tokens: bool },
+}
+
+impl Echo {
+    fn of(request: &GenerateRequest) -> Echo {
+        match &request.prompt {
+            Prompt::Text { text, .. } if request.truncate_prompt_tokens.is_none() => {
+                Echo::Text(text.clone())
+            }
+            _ => Echo::Decoded { skip_special_tokens: request.output.skip_special_tokens },
+        }
     }
 }
