@@ -116,7 +116,7 @@ impl StepLoop {
         let started = Instant::now();
         self.note_plan(started);
         let results = self.runner.execute(&batch)?;
-        let events = self.scheduler.commit(&batch, &results);
+        let events = self.scheduler.commit(&batch, results);
         let report = self.scheduler.step_report();
         self.shared.metrics.record_step(&report);
         debug!(

@@ -7,22 +7,22 @@ use super::Scheduler;
 use super::batch::{ScheduledBatch, ScheduledSequence, SequenceId, StepTokens};
 use super::sequence::{Sequence, State};
 use crate::kv::BlockPool;
-use crate::output::{FinishReason, SampledToken, TokenEvent};
+use crate::output::{FinishReason, SampledToken, TokenEvent, TokenLogprobs};
 
 impl Scheduler {
     /// Takes the results of the latest plan, one entry per scheduled sequence, and tells what
     /// happened to whom. Sequences aborted since the plan are skipped.
-    pub fn commit(&mut self, batch: &ScheduledBatch, results: &[StepTokens]) -> Vec<TokenEvent> {
+    pub fn commit(&mut self, batch: &ScheduledBatch, results: Vec<StepTokens>) -> Vec<TokenEvent> {
         assert_eq!(batch.sequences.len(), results.len(), "one result per scheduled sequence");
         let mut events = Vec::with_capacity(results.len());
         let mut num_finished = 0;
         for (scheduled, result) in batch.sequences.iter().zip(results) {
             let Some(sequence) = self.sequences.get_mut(scheduled.id) else { continue };
-            sequence.advance(scheduled, result);
+            sequence.advance(scheduled, result.scores);
             if self.params.enable_prefix_caching {
                 sequence.publish_full_blocks(&mut self.kv);
             }
-            let event = sequence.accept(scheduled, result, &self.params.eos_token_ids);
+            let event = sequence.accept(scheduled, result.sampled, &self.params.eos_token_ids);
             let computed_prompt = sequence.leads && sequence.has_computed_prompt();
             if computed_prompt {
                 sequence.leads = false;
@@ -68,15 +68,15 @@ impl Scheduler {
 }
 
 impl Sequence {
-    fn advance(&mut self, scheduled: &ScheduledSequence, result: &StepTokens) {
+    fn advance(&mut self, scheduled: &ScheduledSequence, scores: Vec<TokenLogprobs>) {
         let start = scheduled.start_position as usize;
         self.num_computed = start + scheduled.tokens.len();
         if let Some(progress) = &mut self.prompt_progress
-            && !result.scores.is_empty()
+            && !scores.is_empty()
         {
             // After a preemption the first ones are known already.
             let known = progress.scores.len() - start;
-            progress.scores.extend(result.scores.iter().skip(known).cloned());
+            progress.scores.extend(scores.into_iter().skip(known));
         }
     }
 
@@ -94,24 +94,25 @@ impl Sequence {
     fn accept(
         &mut self,
         scheduled: &ScheduledSequence,
-        result: &StepTokens,
+        mut tokens: Vec<SampledToken>,
         eos_token_ids: &[u32],
     ) -> Option<TokenEvent> {
         if !scheduled.samples {
             let done = self.num_computed == self.len() && self.limits.max_output_len == 0;
             return done.then(|| self.event(Vec::new(), Some(FinishReason::Length)));
         }
-        assert!(!result.sampled.is_empty(), "a runner returns a token where one is sampled");
-        let mut tokens = Vec::with_capacity(result.sampled.len());
+        assert!(!tokens.is_empty(), "a runner returns a token where one is sampled");
         let mut finish = None;
-        for token in &result.sampled {
+        let mut num_accepted = 0;
+        for token in &tokens {
             self.output.push(token.token_id);
-            tokens.push(token.clone());
+            num_accepted += 1;
             finish = self.finish_reason(eos_token_ids);
             if finish.is_some() {
                 break;
             }
         }
+        tokens.truncate(num_accepted);
         Some(self.event(tokens, finish))
     }
 

@@ -53,7 +53,7 @@ fn answer(batch: &ScheduledBatch, token: u32) -> Vec<StepTokens> {
 
 fn step(scheduler: &mut Scheduler, token: u32) -> (ScheduledBatch, Vec<TokenEvent>) {
     let batch = scheduler.plan();
-    let events = scheduler.commit(&batch, &answer(&batch, token));
+    let events = scheduler.commit(&batch, answer(&batch, token));
     (batch, events)
 }
 
@@ -323,7 +323,7 @@ fn results_for_sequences_aborted_since_the_plan_are_dropped() {
     let batch = scheduler.plan();
     assert_eq!(scheduler.newly_started(), [id("a")]);
     scheduler.abort(&id("a"), None);
-    assert!(scheduler.commit(&batch, &answer(&batch, 5)).is_empty());
+    assert!(scheduler.commit(&batch, answer(&batch, 5)).is_empty());
     assert!(!scheduler.has_work());
     assert!(scheduler.plan().is_empty());
 }

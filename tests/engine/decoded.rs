@@ -145,7 +145,7 @@ fn run(
         }
         let batch = scheduler.plan();
         let results = runner.execute(&batch).expect("the step succeeds");
-        for event in scheduler.commit(&batch, &results) {
+        for event in scheduler.commit(&batch, results) {
             finished += usize::from(note(&mut traces, event));
         }
         if finished == expected {
@@ -234,7 +234,7 @@ fn scoring_a_text_agrees_with_having_generated_it() {
         while scheduler.has_work() {
             let batch = scheduler.plan();
             let results = runner.execute(&batch).expect("the step succeeds");
-            for event in scheduler.commit(&batch, &results) {
+            for event in scheduler.commit(&batch, results) {
                 report = event.prompt.or(report);
             }
         }

@@ -117,7 +117,7 @@ impl Simulation {
             *self.num_started.entry(id.clone()).or_default() += 1;
         }
         let results = self.runner.execute(&batch).expect("the plan is sound");
-        let events = self.scheduler.commit(&batch, &results);
+        let events = self.scheduler.commit(&batch, results);
         let generated: usize = events.iter().map(|event| event.tokens.len()).sum();
         assert_eq!(self.scheduler.step_report().num_generated_tokens, generated);
         self.record(events);
