@@ -160,15 +160,16 @@ test("refusals are the client's own errors", async () => {
   await assert.rejects(stranger.models.list(), OpenAI.AuthenticationError);
 });
 
-test("a stream can be aborted", async () => {
+test("an aborted stream ends early and leaves the server well", async () => {
   const before = contentOf(await chat(SHORT));
-  const stream = await chat(STORY, { max_tokens: 400, stream: true, ignore_eos: true });
+  const stream = await chat(STORY, { max_tokens: 1200, stream: true, ignore_eos: true });
   let count = 0;
   for await (const _chunk of stream) {
     count += 1;
     if (count === 5) stream.controller.abort();
   }
-  assert.equal(count, 5);
+  // What had arrived by then is still delivered, but the rest never comes.
+  assert.ok(count >= 5 && count < 1200, `${count} chunks`);
   assert.equal(contentOf(await chat(SHORT)), before);
 });
 
