@@ -6,6 +6,7 @@
 
 mod families;
 
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use prometheus::{Encoder, Registry, TextEncoder};
@@ -160,7 +161,10 @@ impl Metrics {
 /// as text or as JSON lines. A second call changes nothing.
 pub fn init_logging(json: bool) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     // The only error is that a subscriber is already installed, which is what is wanted.
     let _ = if json {
         builder.json().flatten_event(true).try_init()

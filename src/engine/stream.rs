@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use super::step::Command;
 use crate::output::{
     FinishReason, LogprobEntry, PromptReport, PromptText, SampledToken, TextDelta, TokenEvent,
-    TokenLogprobs, TokenText,
+    TokenLogprobs,
 };
 use crate::request::{OutputOptions, RequestId, TokenizedRequest};
 use crate::text::{Detokenizer, StopMatcher, TextPipeline};
@@ -40,6 +40,9 @@ struct Choice {
     detokenizer: Detokenizer,
     matcher: StopMatcher,
     include_stop: bool,
+    /// Tokens that must come before a stop string counts.
+    min_tokens: u32,
+    num_tokens: u32,
     open: bool,
 }
 
@@ -62,6 +65,8 @@ impl Generation {
             ),
             matcher: StopMatcher::new(&request.stop.stop, include_stop),
             include_stop,
+            min_tokens: request.stop.min_tokens,
+            num_tokens: 0,
             open: true,
         };
         Generation {
@@ -113,6 +118,11 @@ impl Choice {
     /// Adds the text that `token_id` completes; returns the stop string that it completes.
     fn push(&mut self, token_id: u32, text: &mut String) -> Option<String> {
         let piece = self.detokenizer.push(token_id);
+        self.num_tokens += 1;
+        if self.num_tokens <= self.min_tokens {
+            text.push_str(&piece);
+            return None;
+        }
         self.release(&piece, text)
     }
 
@@ -170,18 +180,16 @@ fn hides_last_token(finish: Option<&FinishReason>) -> bool {
     matches!(finish, Some(FinishReason::EndOfText | FinishReason::StopToken(_)))
 }
 
-fn token_text(text: &TextPipeline, token_id: u32) -> TokenText {
-    let bytes = text.tokenizer().token_bytes(token_id);
-    TokenText { token_id, text: String::from_utf8_lossy(&bytes).into_owned(), bytes }
-}
-
 fn entry(text: &TextPipeline, token_id: u32, logprobs: Option<TokenLogprobs>) -> LogprobEntry {
     let logprob = logprobs.as_ref().map(|l| l.logprob);
     let top = logprobs.map(|l| l.top).unwrap_or_default();
     LogprobEntry {
-        token: token_text(text, token_id),
+        token: text.tokenizer().token_text(token_id),
         logprob,
-        top: top.into_iter().map(|(id, logprob)| (token_text(text, id), logprob)).collect(),
+        top: top
+            .into_iter()
+            .map(|(id, logprob)| (text.tokenizer().token_text(id), logprob))
+            .collect(),
     }
 }
 

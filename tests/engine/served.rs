@@ -123,6 +123,17 @@ async fn a_stop_string_ends_the_output_and_frees_the_sequence() {
 }
 
 #[tokio::test]
+async fn a_stop_string_counts_only_after_min_tokens() {
+    let engine = start(spelling("abc"));
+    let mut request = request("a", "q", 60);
+    request.stop.stop = vec!["bc".to_owned()];
+    request.stop.min_tokens = 4;
+    let deltas = collect(engine.submit(request).await.expect("accepted")).await;
+    assert_eq!(text_of(&deltas), "abca");
+    wait_until_idle(&engine).await;
+}
+
+#[tokio::test]
 async fn the_end_token_is_counted_but_not_shown() {
     let script = vec![u32::from(b'o'), u32::from(b'k'), support::EOS];
     let engine = start(ScriptedRunner::cycling(script));
