@@ -110,7 +110,7 @@ export TOKENMILL_GUARDED_URL=$url TOKENMILL_GUARDED_KEY=sdk-suite-key
 
 failed=0
 echo "== openai for Python ($("$venv/bin/pip" --disable-pip-version-check list --format=freeze | grep '^openai=='))"
-PYTHONDONTWRITEBYTECODE=1 "$venv/bin/pytest" -q "$here/python" || failed=1
+PYTHONDONTWRITEBYTECODE=1 "$venv/bin/pytest" -q -rs "$here/python" || failed=1
 echo "== openai for JavaScript ($(node -p "require('$node_dir/node_modules/openai/package.json').version"))"
 (cd "$node_dir" && node --test --test-reporter=spec sdk.test.js) || failed=1
 exit "$failed"
