@@ -10,7 +10,7 @@ use tracing::info;
 use crate::checkpoint::files::{self, ModelFiles};
 use crate::checkpoint::hub::Progress;
 use crate::checkpoint::{ExpectedTensor, TensorSource, supported_dtype};
-use crate::config::{EngineConfig, ModelSource};
+use crate::config::{EngineConfig, LoadFormat, ModelSource};
 use crate::device::RankContext;
 use crate::engine::{Engine, EngineOptions, ModelInfo};
 use crate::model::check::check;
@@ -22,7 +22,7 @@ use crate::runner::memory_plan::{MemoryPlan, free_memory_bytes};
 use crate::scheduler::SchedulerParams;
 use crate::telemetry::Metrics;
 use crate::tensor::DType;
-use crate::text::TextPipeline;
+use crate::text::{self, TextPipeline};
 
 /// A running engine and how it came to be.
 pub struct Opened {
@@ -57,7 +57,7 @@ pub fn open(config: &EngineConfig) -> anyhow::Result<Opened> {
     )?;
     info!("memory plan: {plan}");
     let decoder = Decoder::load(&spec, &*source, plan.max_model_len)?;
-    let text = Arc::new(text_pipeline(&files, config)?);
+    let text = Arc::new(text_pipeline(&files, config, spec.vocab_size)?);
     let backend = rank.ops.name();
     let runner = ModelRunner::new(decoder, &spec, rank, &plan);
     let options = engine_options(config, &files, &spec, &plan)?;
@@ -74,7 +74,11 @@ fn weights_bytes(source: &dyn TensorSource, spec: &ModelSpec) -> usize {
     spec.expected_tensors().iter().map(|t| len(t) * element_bytes(&t.name)).sum()
 }
 
-fn text_pipeline(files: &ModelFiles, config: &EngineConfig) -> anyhow::Result<TextPipeline> {
+fn text_pipeline(
+    files: &ModelFiles,
+    config: &EngineConfig,
+    vocab_size: usize,
+) -> anyhow::Result<TextPipeline> {
     let override_template = match &config.model.chat_template {
         Some(path) => Some(
             std::fs::read_to_string(path)
@@ -82,6 +86,10 @@ fn text_pipeline(files: &ModelFiles, config: &EngineConfig) -> anyhow::Result<Te
         ),
         None => None,
     };
+    let is_dummy = config.model.load_format == LoadFormat::Dummy;
+    if is_dummy && files.text(files::TOKENIZER).is_none() {
+        return Ok(text::dummy::pipeline(vocab_size)?);
+    }
     let tokenizer = files.required_text(files::TOKENIZER)?;
     let tokenizer_config = files.text(files::TOKENIZER_CONFIG).transpose()?;
     let jinja = files.text(files::CHAT_TEMPLATE).transpose()?;

@@ -7,6 +7,7 @@
 //! blocking thread.
 
 pub mod detokenizer;
+pub mod dummy;
 pub mod error;
 pub mod messages;
 pub mod pipeline;
