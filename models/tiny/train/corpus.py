@@ -28,10 +28,10 @@ TASKS: dict[str, Callable[[random.Random], Unit]] = {
 }
 
 MIXTURES: dict[str, dict[str, float]] = {
-    "early": {"smalltalk": 5, "arithmetic": 12, "strings": 14, "facts": 14, "units": 5, "json": 12, "tools": 2,
-              "story": 0.5, "repeat": 14, "copy": 14, "recall": 6, "dialogue": 1.5},
-    "main": {"smalltalk": 8, "arithmetic": 18, "strings": 18, "facts": 20, "units": 7, "json": 9, "tools": 9,
-             "story": 2.5, "repeat": 7, "lookup": 3, "recall": 5, "dialogue": 10},
+    "early": {"smalltalk": 5, "arithmetic": 12, "strings": 16, "facts": 16, "units": 5, "json": 12, "tools": 3,
+              "story": 0.5, "repeat": 8, "copy": 4, "recall": 5, "dialogue": 2},
+    "main": {"smalltalk": 9, "arithmetic": 20, "strings": 20, "facts": 24, "units": 8, "json": 9, "tools": 5,
+             "story": 1.5, "repeat": 4, "lookup": 1.2, "recall": 3, "dialogue": 5},
 }
 """Relative number of samples by task; ``recall`` is a look-up in a short text, ``copy`` a long repeat."""
 

@@ -15,11 +15,11 @@ class Config:
 
     vocab_size: int = 4096
     hidden_size: int = 384
-    num_hidden_layers: int = 6
+    num_hidden_layers: int = 4
     num_attention_heads: int = 6
     num_key_value_heads: int = 2
     head_dim: int = 64
-    intermediate_size: int = 768
+    intermediate_size: int = 1152
     max_position_embeddings: int = 2048
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5
@@ -32,6 +32,9 @@ class Config:
 TARGET = Config()
 DRAFT = Config(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=512)
 CONFIGS = {"target": TARGET, "draft": DRAFT}
+
+OUTPUT_SCALE = 0.03
+"""Embeddings start with unit variance, so what reads them out must start small."""
 
 Cache = list[tuple[Tensor, Tensor]]
 
@@ -150,9 +153,10 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        nn.init.normal_(self.embed_tokens.weight, std=1.0)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        nn.init.constant_(self.norm.weight, OUTPUT_SCALE)
         cos, sin = rope_tables(config, dtype)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)

@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 from corpus import held_out_keys
 from data import Batch, Loader
+from init import look_back
 from model import CONFIGS, Llama
 from optim import Muon
 
 WARMUP, DECAY_FROM = 0.015, 0.5
-MUON_LR, ADAM_LR = 0.02, 0.002
-EARLY_UNTIL = 0.25
+MUON_LR, EMBED_LR, NORM_LR, SCALE_LR = 0.02, 0.02, 0.004, 0.0003
+EARLY_UNTIL, HELD_UNTIL = 0.12, 0.3
 
 
 def rate(progress: float) -> float:
@@ -48,13 +49,18 @@ class Trainer:
         self.args, self.rank = args, rank
         torch.manual_seed(args.seed)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = Llama(CONFIGS[args.model], torch.bfloat16).to(self.device)
+        self.model = Llama(CONFIGS[args.model], torch.bfloat16)
+        self.held = look_back(self.model)
+        self.model.to(self.device)
         for layer in self.model.layers if args.compile else ():
             layer.compile(dynamic=True)
         matrices = [p for p in self.model.layers.parameters() if p.ndim == 2]
-        others = [p for p in self.model.parameters() if not any(p is m for m in matrices)]
+        norms = [p for p in self.model.layers.parameters() if p.ndim == 1]
         self.muon = Muon(matrices, MUON_LR, rank, args.workers)
-        self.adam = torch.optim.AdamW(others, ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)
+        self.adam = torch.optim.AdamW(
+            [{"params": self.model.embed_tokens.parameters(), "lr": EMBED_LR}, {"params": norms, "lr": NORM_LR},
+             {"params": self.model.norm.parameters(), "lr": SCALE_LR}], betas=(0.9, 0.95), weight_decay=0.0)
+        self.bases = [group["lr"] for group in self.muon.param_groups + self.adam.param_groups]
         self.gradients = self._flat_gradients()
         self.teacher = self._load_teacher() if args.teacher else None
         self.step, self.seconds, self.seen = 0, 0.0, 0
@@ -116,11 +122,12 @@ class Trainer:
     def advance(self, progress: float) -> float:
         """One optimizer step; returns this worker's share of the mean loss of a learned token."""
         self.loader.mixture = "early" if progress < EARLY_UNTIL else "main"
-        for optimizer, base in ((self.muon, MUON_LR), (self.adam, ADAM_LR)):
-            for group in optimizer.param_groups:
-                group["lr"] = base * rate(progress)
-        growth = 1 if progress < EARLY_UNTIL else 2
-        batches = [self.loader.next() for _ in range(growth * self.args.batches)]
+        while progress >= HELD_UNTIL and self.held:
+            self.held.pop().remove()
+        for group, base in zip(self.muon.param_groups + self.adam.param_groups, self.bases):
+            group["lr"] = base * rate(progress)
+        wanted = self.args.batches * (2 if progress >= DECAY_FROM else 1)
+        batches = [self.loader.next() for _ in range(wanted)]
         count = sum(len(batch.labels) for batch in batches)
         self.gradients.zero_()
         total = 0.0
@@ -195,7 +202,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=29517, help="where workers meet")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the layers (needs a C++ compiler)")
     parser.add_argument("--tokens", type=int, default=2048, help="padded tokens in a batch")
-    parser.add_argument("--batches", type=int, default=2, help="batches in an early step; later steps have twice as many")
+    parser.add_argument("--batches", type=int, default=2, help="batches in a step, and twice as many once the rate falls")
     parser.add_argument("--save-every", type=float, default=4, help="minutes between checkpoints")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
