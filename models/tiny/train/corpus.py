@@ -32,6 +32,8 @@ MIXTURES: dict[str, dict[str, float]] = {
               "story": 0.5, "repeat": 8, "copy": 4, "recall": 5, "dialogue": 2},
     "main": {"smalltalk": 9, "arithmetic": 20, "strings": 20, "facts": 24, "units": 8, "json": 9, "tools": 5,
              "story": 1.5, "repeat": 4, "lookup": 1.2, "recall": 3, "dialogue": 5},
+    "late": {"smalltalk": 9, "arithmetic": 20, "strings": 22, "facts": 24, "units": 7, "json": 15, "tools": 6,
+             "story": 1.5, "repeat": 7, "lookup": 1, "recall": 4, "dialogue": 5},
 }
 """Relative number of samples by task; ``recall`` is a look-up in a short text, ``copy`` a long repeat."""
 

@@ -38,13 +38,13 @@ def prompts(rows: list[Row], encoder: Encoder) -> list[list[int]]:
 def replies(model: Llama, encoder: Encoder, ids: list[list[int]], rows: list[Row], batch: int) -> list[list[int]]:
     """Greedy replies to all prompts, stories and the rest apart so that none waits for the other."""
     eos, pad = encoder.tokenizer.token_to_id(IM_END), 0
-    order = sorted(range(len(ids)), key=lambda i: (rows[i]["task"] == "story", len(ids[i])))
     out: list[list[int]] = [[] for _ in ids]
-    for start in tqdm(range(0, len(order), batch), desc="replies"):
-        group = order[start : start + batch]
-        longest = 640 if any(rows[i]["task"] == "story" for i in group) else 160
-        for index, reply in zip(group, generate(model, [ids[i] for i in group], longest, eos, pad)):
-            out[index] = reply
+    for stories, longest in ((False, 128), (True, 448)):
+        order = sorted((i for i in range(len(ids)) if (rows[i]["task"] == "story") == stories), key=lambda i: len(ids[i]))
+        for start in tqdm(range(0, len(order), batch), desc="stories" if stories else "replies"):
+            group = order[start : start + batch]
+            for index, reply in zip(group, generate(model, [ids[i] for i in group], longest, eos, pad)):
+                out[index] = reply
     return out
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     ids = prompts(rows, encoder)
     answers = replies(load(args.target), encoder, ids, rows, args.batch)
     texts = [encoder.tokenizer.decode(answer, skip_special_tokens=False) for answer in answers]
-    result = report(rows, texts)
+    result = {"every": args.every} | report(rows, texts)
     if args.draft:
         same, total = agreement(load(args.draft), ids, answers, encoder.tokenizer.token_to_id(IM_END))
         result["draft_agreement"] = {"same": same, "tokens": total, "share": round(same / total, 4)}

@@ -121,7 +121,7 @@ class Trainer:
 
     def advance(self, progress: float) -> float:
         """One optimizer step; returns this worker's share of the mean loss of a learned token."""
-        self.loader.mixture = "early" if progress < EARLY_UNTIL else "main"
+        self.loader.mixture = "early" if progress < EARLY_UNTIL else "main" if progress < DECAY_FROM else "late"
         while progress >= HELD_UNTIL and self.held:
             self.held.pop().remove()
         for group, base in zip(self.muon.param_groups + self.adam.param_groups, self.bases):
