@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, with the place")]
 
+mod bundled;
 mod candle_referee;
 mod decoding;
 mod loading;

@@ -1,0 +1,86 @@
+//! The bundled model against what PyTorch generated with the same weights, token by token.
+//!
+//! `models/tiny/golden_smoke.json` is written by the training scripts, greedily in float32.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+use tokenmill::checkpoint::files::{CONFIG, ModelFiles};
+use tokenmill::checkpoint::hub::Progress;
+use tokenmill::config::{CpuIsa, LoadFormat, ModelSource};
+use tokenmill::device::RankContext;
+use tokenmill::model::batch::{BatchEntry, BatchLimits, ForwardBatch};
+use tokenmill::model::decoder::Decoder;
+use tokenmill::model::kv_cache::KvCache;
+use tokenmill::model::spec::ModelSpec;
+use tokenmill::model::workspace::Workspace;
+use tokenmill::ops::cpu::CpuOps;
+use tokenmill::tensor::DType;
+
+const SMOKE: &str = include_str!("../../models/tiny/golden_smoke.json");
+const BLOCK_SIZE: usize = 16;
+const MAX_LEN: usize = 2048;
+
+/// The bundled model with a cache for one sequence.
+struct Greedy {
+    decoder: Decoder,
+    rank: RankContext,
+    cache: KvCache,
+    workspace: Workspace,
+    batch: ForwardBatch,
+    block_ids: Vec<u32>,
+}
+
+impl Greedy {
+    fn new() -> Greedy {
+        let files = ModelFiles::open(&ModelSource::Bundled, Progress::Hidden).unwrap();
+        let spec = ModelSpec::from_config(&files.required_text(CONFIG).unwrap()).unwrap();
+        let source = files.weights(LoadFormat::Auto, spec.expected_tensors(), spec.dtype).unwrap();
+        let num_blocks = MAX_LEN / BLOCK_SIZE;
+        let limits = BatchLimits {
+            max_num_tokens: MAX_LEN,
+            max_num_seqs: 1,
+            max_blocks_per_seq: num_blocks,
+        };
+        Greedy {
+            decoder: Decoder::load(&spec, &*source, MAX_LEN).unwrap(),
+            rank: RankContext::solo(Arc::new(CpuOps::new(None, CpuIsa::Auto).unwrap())),
+            cache: KvCache::new(&spec, num_blocks, BLOCK_SIZE, DType::F32),
+            workspace: Workspace::new(&spec, DType::F32, MAX_LEN, 1),
+            batch: ForwardBatch::new(limits),
+            block_ids: (0..num_blocks as u32).collect(),
+        }
+    }
+
+    /// The most likely token after `token_ids`, which start at `start_position`.
+    fn next(&mut self, token_ids: &[u32], start_position: usize) -> u32 {
+        let start_position = start_position as u32;
+        let entry = BatchEntry { token_ids, start_position, block_ids: &self.block_ids };
+        self.batch.fill(BLOCK_SIZE, [entry].into_iter());
+        self.decoder.forward(&self.rank, &self.batch, &mut self.cache, &mut self.workspace);
+        let last = token_ids.len() as u32 - 1;
+        self.decoder.logits(&self.rank, &[last], &mut self.workspace);
+        let logits = self.workspace.logits.as_slice::<f32>();
+        let best = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
+        (0..logits.len()).fold(0, best) as u32
+    }
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+#[test]
+fn the_bundled_model_says_what_it_said_in_pytorch() {
+    let cases: Vec<Value> = serde_json::from_str(SMOKE).unwrap();
+    assert!(cases.len() >= 12);
+    let mut model = Greedy::new();
+    for case in cases {
+        let (prompt, expected) = (ids(&case["prompt_ids"]), ids(&case["output_ids"]));
+        let mut token = model.next(&prompt, 0);
+        for (i, &expected) in expected.iter().enumerate() {
+            assert_eq!(token, expected, "{}: token {i}", case["id"]);
+            token = model.next(&[expected], prompt.len() + i);
+        }
+    }
+}
