@@ -84,6 +84,8 @@ def _dialogue(rng: random.Random, accept: Accept) -> Dialogue:
         messages = told + messages + asked
         check = {"kind": "text", "any_of": [asked[-1]["content"]]}
         keys = ["dialogue|" + text_key(" ".join(m["content"] for m in messages if m["role"] == "user"))]
+        if not accept(keys[0]):
+            return _dialogue(rng, accept)
     return Dialogue(task, _with_system(rng, messages, task), keys, check, list(by_name.values()))
 
 
