@@ -55,6 +55,8 @@ pub enum CpuIsa {
     Avx2,
     /// AVX-512.
     Avx512,
+    /// AMX tiles beside AVX-512.
+    Amx,
 }
 
 /// Flags about the model and how it is computed.

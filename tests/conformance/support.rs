@@ -79,6 +79,16 @@ pub fn cast(values: &[f32], dtype: DType, shape: impl Into<Shape>) -> Tensor {
     }
 }
 
+/// The elements of a float tensor.
+pub fn widened(tensor: &Tensor) -> Vec<f32> {
+    match tensor.dtype() {
+        DType::F32 => tensor.as_slice::<f32>().to_vec(),
+        DType::BF16 => tensor.as_slice::<bf16>().iter().map(|x| x.to_f32()).collect(),
+        DType::F16 => tensor.as_slice::<f16>().iter().map(|x| x.to_f32()).collect(),
+        DType::U32 => panic!("floats only"),
+    }
+}
+
 pub fn ids(values: &[u32]) -> Tensor {
     Tensor::from_slice(values, [values.len()])
 }

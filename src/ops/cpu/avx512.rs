@@ -173,32 +173,43 @@ impl Simd for Avx512 {
             for (i, row) in rows.iter_mut().enumerate() {
                 *row = _mm512_loadu_ps(from.add(i * from_stride));
             }
-            // Within groups of four rows: 2 × 2 squares, then 4 × 4 squares in each quarter.
-            for i in [0, 4, 8, 12] {
-                let (a, b, c, d) = (rows[i], rows[i + 1], rows[i + 2], rows[i + 3]);
-                let (ab, cd) = (_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d));
-                let (ab_high, cd_high) = (_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d));
-                rows[i] = _mm512_shuffle_ps::<0b01_00_01_00>(ab, cd);
-                rows[i + 1] = _mm512_shuffle_ps::<0b11_10_11_10>(ab, cd);
-                rows[i + 2] = _mm512_shuffle_ps::<0b01_00_01_00>(ab_high, cd_high);
-                rows[i + 3] = _mm512_shuffle_ps::<0b11_10_11_10>(ab_high, cd_high);
-            }
-            // Quarter q of rows[4 g + c] holds column 4 q + c of rows 4 g .. 4 g + 4.
-            for c in 0..4 {
-                let upper_even = _mm512_shuffle_f32x4::<0x88>(rows[c], rows[c + 4]);
-                let upper_odd = _mm512_shuffle_f32x4::<0xdd>(rows[c], rows[c + 4]);
-                let lower_even = _mm512_shuffle_f32x4::<0x88>(rows[c + 8], rows[c + 12]);
-                let lower_odd = _mm512_shuffle_f32x4::<0xdd>(rows[c + 8], rows[c + 12]);
-                let columns = [
-                    _mm512_shuffle_f32x4::<0x88>(upper_even, lower_even),
-                    _mm512_shuffle_f32x4::<0x88>(upper_odd, lower_odd),
-                    _mm512_shuffle_f32x4::<0xdd>(upper_even, lower_even),
-                    _mm512_shuffle_f32x4::<0xdd>(upper_odd, lower_odd),
-                ];
-                for (q, column) in columns.into_iter().enumerate() {
-                    _mm512_storeu_ps(to.add((4 * q + c) * to_stride), column);
-                }
+            for (i, column) in transpose16(rows).into_iter().enumerate() {
+                _mm512_storeu_ps(to.add(i * to_stride), column);
             }
         }
+    }
+}
+
+/// The columns of sixteen rows of sixteen 32-bit elements of any kind.
+///
+/// # Safety
+/// The machine must have AVX-512 F.
+#[inline(always)]
+pub unsafe fn transpose16(mut rows: [__m512; 16]) -> [__m512; 16] {
+    // SAFETY: the caller vouches for the instructions.
+    unsafe {
+        // Within groups of four rows: 2 × 2 squares, then 4 × 4 squares in each quarter.
+        for i in [0, 4, 8, 12] {
+            let (a, b, c, d) = (rows[i], rows[i + 1], rows[i + 2], rows[i + 3]);
+            let (ab, cd) = (_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d));
+            let (ab_high, cd_high) = (_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d));
+            rows[i] = _mm512_shuffle_ps::<0b01_00_01_00>(ab, cd);
+            rows[i + 1] = _mm512_shuffle_ps::<0b11_10_11_10>(ab, cd);
+            rows[i + 2] = _mm512_shuffle_ps::<0b01_00_01_00>(ab_high, cd_high);
+            rows[i + 3] = _mm512_shuffle_ps::<0b11_10_11_10>(ab_high, cd_high);
+        }
+        // Quarter q of rows[4 g + c] holds column 4 q + c of rows 4 g .. 4 g + 4.
+        let mut columns = rows;
+        for c in 0..4 {
+            let upper_even = _mm512_shuffle_f32x4::<0x88>(rows[c], rows[c + 4]);
+            let upper_odd = _mm512_shuffle_f32x4::<0xdd>(rows[c], rows[c + 4]);
+            let lower_even = _mm512_shuffle_f32x4::<0x88>(rows[c + 8], rows[c + 12]);
+            let lower_odd = _mm512_shuffle_f32x4::<0xdd>(rows[c + 8], rows[c + 12]);
+            columns[c] = _mm512_shuffle_f32x4::<0x88>(upper_even, lower_even);
+            columns[4 + c] = _mm512_shuffle_f32x4::<0x88>(upper_odd, lower_odd);
+            columns[8 + c] = _mm512_shuffle_f32x4::<0xdd>(upper_even, lower_even);
+            columns[12 + c] = _mm512_shuffle_f32x4::<0xdd>(upper_odd, lower_odd);
+        }
+        columns
     }
 }

@@ -2,6 +2,8 @@
 
 use super::CpuError;
 #[cfg(target_arch = "x86_64")]
+use super::amx::Amx;
+#[cfg(target_arch = "x86_64")]
 use super::avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 use super::avx512::Avx512;
@@ -20,6 +22,9 @@ pub enum Isa {
     /// AVX-512 F, BW, DQ, VL.
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    /// Tiles for bf16 and int8, AVX-512 for everything else.
+    #[cfg(target_arch = "x86_64")]
+    Amx(Amx),
 }
 
 impl Isa {
@@ -28,6 +33,7 @@ impl Isa {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
+            found.extend(Amx::detect().map(Isa::Amx));
             found.extend(Avx512::detect().map(Isa::Avx512));
             found.extend(Avx2::detect().map(Isa::Avx2));
         }
@@ -53,6 +59,8 @@ impl Isa {
             Isa::Avx2(_) => CpuIsa::Avx2,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(_) => CpuIsa::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx(_) => CpuIsa::Amx,
         }
     }
 
@@ -64,6 +72,8 @@ impl Isa {
             Isa::Avx2(_) => "avx2",
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(_) => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx(_) => "amx",
         }
     }
 
@@ -75,6 +85,8 @@ impl Isa {
             Isa::Avx2(simd) => simd.run(kernel),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(simd) => simd.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx(amx) => amx.run(kernel),
         }
     }
 }

@@ -10,6 +10,8 @@
 //! Activations are f32. No result depends on the number of threads, nor on which other rows
 //! or sequences are in the batch: that is part of every kernel's contract and tested bit by bit.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -24,6 +26,8 @@ mod sample;
 mod scalar;
 mod share;
 mod simd;
+#[cfg(target_arch = "x86_64")]
+mod tile_matmul;
 mod topology;
 
 use std::sync::Mutex;
@@ -68,6 +72,7 @@ pub struct CpuOps {
     pool: Pool,
     scratch: PerThread<Scratch>,
     samplers: PerThread<sample::SampleScratch>,
+    packed: Mutex<Scratch>,
     query_tiles: Mutex<Vec<launch::QueryTile>>,
 }
 
@@ -86,6 +91,7 @@ impl CpuOps {
             pool,
             scratch: PerThread::new(threads),
             samplers: PerThread::new(threads),
+            packed: Mutex::default(),
             query_tiles: Mutex::default(),
         })
     }
@@ -172,6 +178,10 @@ impl Ops for CpuOps {
 
     fn matmul(&self, args: MatmulArgs<'_>) {
         args.check();
+        #[cfg(target_arch = "x86_64")]
+        if let (Isa::Amx(amx), DType::BF16) = (self.isa, args.weight.data.dtype()) {
+            return self.multiply_tiles(amx, args);
+        }
         with_float!(args.weight.data.dtype(), E => self.multiply::<E>(args));
     }
 

@@ -57,6 +57,15 @@ impl Scratch {
     }
 }
 
+impl Scratch {
+    /// `len` words with any content, aligned to a cache line.
+    pub fn take_words(&mut self, len: usize) -> &mut [u32] {
+        let floats = self.take(len);
+        // SAFETY: any f32 is a valid u32 of the same size and alignment.
+        unsafe { std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast::<u32>(), len) }
+    }
+}
+
 /// One `T` per thread of a pool.
 pub struct PerThread<T> {
     slots: Vec<Mutex<T>>,
