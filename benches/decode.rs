@@ -17,6 +17,7 @@ use tokenmill::model::spec::ModelSpec;
 use tokenmill::request::SamplingParams;
 use tokenmill::runner::{MemoryPlan, ModelRunner, StepRunner};
 use tokenmill::scheduler::batch::{ScheduledBatch, ScheduledSequence, SequenceId};
+use tokenmill::weights::Loader;
 
 const TINY: &str = include_str!("../models/tiny/config.json");
 
@@ -57,7 +58,8 @@ fn runner(config_json: &str) -> (ModelRunner, usize) {
     plan.num_blocks = MAX_NUM_SEQS * MAX_CONTEXT / BLOCK_SIZE;
     let rank = RankContext::cpu(&cache).expect("this machine has a CPU");
     let source = DummySource::new(expected, spec.dtype);
-    let decoder = Decoder::load(&spec, &source, MAX_CONTEXT).expect("dummy weights fit");
+    let decoder =
+        Decoder::load(&spec, &Loader::new(&source), MAX_CONTEXT).expect("dummy weights fit");
     (ModelRunner::new(decoder, &spec, rank, &plan), weights_bytes)
 }
 

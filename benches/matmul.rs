@@ -11,7 +11,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use tokenmill::config::CpuIsa;
 use tokenmill::formats::{PackedMatrix, dense};
 use tokenmill::ops::Ops;
-use tokenmill::ops::args::MatmulArgs;
+use tokenmill::ops::args::{MatmulArgs, Projection};
 use tokenmill::ops::cpu::CpuOps;
 use tokenmill::tensor::{DType, Tensor};
 
@@ -43,7 +43,10 @@ fn matmul(criterion: &mut Criterion) {
                     turn.set(turn.get() + 1);
                     let start = Instant::now();
                     let (out, x) = (out.view_mut(), x.view());
-                    ops.matmul(MatmulArgs { out, x, weight, bias: None });
+                    ops.matmul(MatmulArgs {
+                        x,
+                        projections: vec![Projection { out, weight, bias: None }],
+                    });
                     best.set(best.get().min(start.elapsed()));
                 });
             });

@@ -22,6 +22,32 @@ pub enum LoadFormat {
     Dummy,
 }
 
+/// Formats to which floating-point weights can be quantized while they are loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Quantization {
+    /// 8-bit weights with a scale per row, activations quantized per token (W8A8).
+    Int8,
+    /// 8-bit weights with a scale per row, activations as they are.
+    #[value(name = "w8a16")]
+    W8A16,
+    /// 4-bit weights with a scale per 64.
+    Int4,
+    /// 4-bit weights with a scale per 32.
+    #[value(name = "int4-g32")]
+    Int4G32,
+    /// 4-bit weights with a scale per 128.
+    #[value(name = "int4-g128")]
+    Int4G128,
+    /// FP8 E4M3 weights with a scale per row.
+    Fp8,
+    /// 8-bit weights with a scale per 32.
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// 4-bit weights with a scale per 32, as `int4-g32`.
+    #[value(name = "q4_0")]
+    Q4_0,
+}
+
 /// Order in which waiting requests are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum SchedulingPolicy {
@@ -82,6 +108,10 @@ pub struct ModelArgs {
     /// Read the checkpoint, or make up random weights from config.json alone
     #[arg(long, value_enum, default_value = "auto")]
     pub load_format: LoadFormat,
+
+    /// Quantize the weights while they are loaded
+    #[arg(long, value_enum)]
+    pub quantization: Option<Quantization>,
 
     /// Longest prompt plus output, in tokens (accepts 32k); default: what the model supports
     #[arg(long, value_parser = parse_tokens)]
@@ -239,6 +269,8 @@ pub struct ModelConfig {
     pub source: ModelSource,
     /// Read or make up the weights.
     pub load_format: LoadFormat,
+    /// Quantize floating-point weights to this.
+    pub quantization: Option<Quantization>,
     /// Longest prompt plus output; `None` takes the model's own limit.
     pub max_model_len: Option<usize>,
     /// Replaces the model's template.
@@ -400,6 +432,7 @@ impl EngineConfig {
             model: ModelConfig {
                 source: ModelSource::resolve(named, model.revision, model.download_dir),
                 load_format: model.load_format,
+                quantization: model.quantization,
                 max_model_len: model.max_model_len,
                 chat_template: model.chat_template,
                 use_generation_config: model.generation_config == "auto",

@@ -25,6 +25,10 @@ pub enum DType {
     F16,
     /// Token ids, positions, block ids and slots.
     U32,
+    /// Quantized weights.
+    I8,
+    /// Quantized weights, packed codes.
+    U8,
 }
 
 impl DType {
@@ -33,7 +37,13 @@ impl DType {
         match self {
             DType::F32 | DType::U32 => 4,
             DType::BF16 | DType::F16 => 2,
+            DType::I8 | DType::U8 => 1,
         }
+    }
+
+    /// Whether elements are floating-point numbers.
+    pub const fn is_float(self) -> bool {
+        matches!(self, DType::F32 | DType::BF16 | DType::F16)
     }
 }
 
@@ -44,6 +54,8 @@ impl fmt::Display for DType {
             DType::BF16 => "bf16",
             DType::F16 => "f16",
             DType::U32 => "u32",
+            DType::I8 => "i8",
+            DType::U8 => "u8",
         })
     }
 }
@@ -72,6 +84,15 @@ unsafe impl Element for half::bf16 {
 // SAFETY: f16 is a transparent u16.
 unsafe impl Element for half::f16 {
     const DTYPE: DType = DType::F16;
+}
+
+// SAFETY: any byte is a valid i8.
+unsafe impl Element for i8 {
+    const DTYPE: DType = DType::I8;
+}
+// SAFETY: any byte is a valid u8.
+unsafe impl Element for u8 {
+    const DTYPE: DType = DType::U8;
 }
 
 /// Up to four sizes, outermost first.
@@ -217,6 +238,14 @@ impl Tensor {
         Some(Tensor { ptr, dtype, shape, writable: false, _owner: owner })
     }
 
+    /// The same elements in memory of their own.
+    pub fn to_owned_memory(&self) -> Tensor {
+        let copy = Tensor::zeros(self.dtype, self.shape);
+        // SAFETY: both have `size_bytes` bytes, and the copy's memory is its own.
+        unsafe { copy.ptr.copy_from_nonoverlapping(self.ptr, self.size_bytes()) };
+        copy
+    }
+
     /// Element type.
     pub fn dtype(&self) -> DType {
         self.dtype
@@ -235,6 +264,12 @@ impl Tensor {
     /// The whole tensor, borrowed.
     pub fn view(&self) -> View<'_> {
         View { ptr: self.ptr, dtype: self.dtype, shape: self.shape, _borrow: PhantomData }
+    }
+
+    /// The bytes of all elements.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the owner keeps `size_bytes` bytes alive, and any byte is a valid u8.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.size_bytes()) }
     }
 
     /// The whole tensor, mutably borrowed; panics on read-only memory.

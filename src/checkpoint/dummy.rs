@@ -20,7 +20,7 @@ pub struct DummySource {
 impl DummySource {
     /// Random weights of these names and shapes; panics for an integer dtype.
     pub fn new(expected: Vec<ExpectedTensor>, dtype: DType) -> DummySource {
-        assert_ne!(dtype, DType::U32, "weights are floating-point");
+        assert!(dtype.is_float(), "weights are floating-point");
         let expected = expected.into_iter().map(|t| (t.name.clone(), t)).collect();
         DummySource { expected, dtype }
     }
@@ -37,7 +37,7 @@ impl TensorSource for DummySource {
             DType::F32 => StoredDType::F32,
             DType::BF16 => StoredDType::BF16,
             DType::F16 => StoredDType::F16,
-            DType::U32 => StoredDType::U32,
+            DType::U32 | DType::I8 | DType::U8 => unreachable!("weights are floating-point"),
         };
         Some(TensorInfo { dtype, shape: tensor.shape.clone(), file: "random weights".to_owned() })
     }
@@ -62,7 +62,7 @@ fn fill_ones(tensor: &mut Tensor) {
         DType::F32 => tensor.as_mut_slice::<f32>().fill(1.0),
         DType::BF16 => tensor.as_mut_slice::<bf16>().fill(bf16::ONE),
         DType::F16 => tensor.as_mut_slice::<f16>().fill(f16::ONE),
-        DType::U32 => tensor.as_mut_slice::<u32>().fill(1),
+        DType::U32 | DType::I8 | DType::U8 => unreachable!("weights are floating-point"),
     }
 }
 
@@ -82,7 +82,7 @@ fn fill_random(tensor: &mut Tensor, seed: u64) {
             let word = (word & 0x87ff_87ff_87ff_87ff) | 0x2000_2000_2000_2000;
             [0, 16, 32, 48].map(|shift| f16::from_bits((word >> shift) as u16))
         }),
-        DType::U32 => {}
+        DType::U32 | DType::I8 | DType::U8 => unreachable!("weights are floating-point"),
     }
 }
 
@@ -141,7 +141,7 @@ mod tests {
             DType::F32 => tensor.as_slice::<f32>().to_vec(),
             DType::BF16 => tensor.as_slice::<bf16>().iter().map(|v| v.to_f32()).collect(),
             DType::F16 => tensor.as_slice::<f16>().iter().map(|v| v.to_f32()).collect(),
-            DType::U32 => unreachable!("weights are floating-point"),
+            _ => unreachable!("weights are floating-point"),
         }
     }
 

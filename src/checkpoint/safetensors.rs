@@ -229,6 +229,12 @@ fn copy_misaligned(bytes: &[u8], dtype: crate::tensor::DType, shape: Shape) -> T
                 *out = half::bf16::from_le_bytes([raw[0], raw[1]]);
             }
         }
+        DType::I8 => {
+            for (out, &byte) in tensor.as_mut_slice::<i8>().iter_mut().zip(bytes) {
+                *out = byte.cast_signed();
+            }
+        }
+        DType::U8 => tensor.as_mut_slice::<u8>().copy_from_slice(bytes),
         DType::F16 => {
             let values = tensor.as_mut_slice::<half::f16>();
             for (out, raw) in values.iter_mut().zip(bytes.chunks_exact(2)) {

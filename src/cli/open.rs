@@ -9,20 +9,20 @@ use tracing::info;
 
 use crate::checkpoint::files::{self, ModelFiles};
 use crate::checkpoint::hub::Progress;
-use crate::checkpoint::{ExpectedTensor, TensorSource, supported_dtype};
 use crate::config::{EngineConfig, LoadFormat, ModelSource};
 use crate::device::RankContext;
 use crate::engine::{Engine, EngineOptions, ModelInfo};
 use crate::model::check::check;
 use crate::model::decoder::Decoder;
 use crate::model::spec::ModelSpec;
+use crate::ops::cpu::physical_cores;
 use crate::request::SamplingDefaults;
 use crate::runner::ModelRunner;
 use crate::runner::memory_plan::{MemoryPlan, free_memory_bytes};
 use crate::scheduler::SchedulerParams;
 use crate::telemetry::Metrics;
-use crate::tensor::DType;
 use crate::text::{self, TextPipeline};
+use crate::weights::Loader;
 
 /// A running engine and how it came to be.
 pub struct Opened {
@@ -47,31 +47,24 @@ pub fn open(config: &EngineConfig) -> anyhow::Result<Opened> {
     let rank = RankContext::cpu(&config.cache)?;
     info!(family = %spec.family, backend = %rank.ops.name(), "opening the model");
     let free = free_memory_bytes();
+    let threads = config.cache.threads.unwrap_or_else(physical_cores);
+    let loader = Loader::new(&*source).quantized(config.model.quantization, threads);
     let plan = MemoryPlan::new(
         &spec,
-        weights_bytes(&*source, &spec),
+        loader.size_bytes(&spec.expected_tensors()),
         config.model.max_model_len,
         &config.cache,
         &config.scheduler,
         free,
     )?;
     info!("memory plan: {plan}");
-    let decoder = Decoder::load(&spec, &*source, plan.max_model_len)?;
+    let decoder = Decoder::load(&spec, &loader, plan.max_model_len)?;
     let text = Arc::new(text_pipeline(&files, config, spec.vocab_size)?);
     let backend = rank.ops.name();
     let runner = ModelRunner::new(decoder, &spec, rank, &plan);
     let options = engine_options(config, &files, &spec, &plan)?;
     let engine = Engine::start(Box::new(runner), text, options);
     Ok(Opened { engine, plan, backend, load_time: started.elapsed() })
-}
-
-fn weights_bytes(source: &dyn TensorSource, spec: &ModelSpec) -> usize {
-    let element_bytes = |name: &str| {
-        let dtype = source.info(name).and_then(|info| supported_dtype(info.dtype));
-        dtype.map_or(0, DType::size_bytes)
-    };
-    let len = |tensor: &ExpectedTensor| tensor.shape.iter().product::<usize>();
-    spec.expected_tensors().iter().map(|t| len(t) * element_bytes(&t.name)).sum()
 }
 
 fn text_pipeline(

@@ -9,20 +9,20 @@ use super::kv_cache::KvLayer;
 use super::rope::RopeTable;
 use super::spec::{AttentionSpec, LinearSpec};
 use super::workspace::Workspace;
-use crate::checkpoint::TensorSource;
 use crate::device::RankContext;
 use crate::ops::args::{AttentionArgs, NormArgs, RopeArgs, RopeStyle, WriteKvArgs};
 use crate::tensor::{Tensor, View, ViewMut};
+use crate::weights::Loader;
 use crate::weights::linear::{Linear, Partition};
 
 /// Loads the linear layer that `spec` names.
 pub(super) fn load_linear(
     spec: &LinearSpec,
     partition: Partition,
-    source: &dyn TensorSource,
+    loader: &Loader<'_>,
 ) -> Result<Linear, ModelError> {
     let shape = [spec.out_features, spec.in_features];
-    Ok(Linear::load(source, &spec.name, shape, spec.bias, partition)?)
+    Ok(Linear::load(loader, &spec.name, shape, spec.bias, partition)?)
 }
 
 /// One layer's attention weights.
@@ -44,17 +44,17 @@ impl Attention {
         spec: &AttentionSpec,
         norm_eps: f32,
         rope_style: RopeStyle,
-        source: &dyn TensorSource,
+        loader: &Loader<'_>,
     ) -> Result<Attention, ModelError> {
         let qk_norm = match &spec.qk_norm {
-            Some(names) => Some((source.tensor(&names.q_norm)?, source.tensor(&names.k_norm)?)),
+            Some(names) => Some((loader.tensor(&names.q_norm)?, loader.tensor(&names.k_norm)?)),
             None => None,
         };
         Ok(Attention {
-            q: load_linear(&spec.q, Partition::Column, source)?,
-            k: load_linear(&spec.k, Partition::Column, source)?,
-            v: load_linear(&spec.v, Partition::Column, source)?,
-            o: load_linear(&spec.o, Partition::Row, source)?,
+            q: load_linear(&spec.q, Partition::Column, loader)?,
+            k: load_linear(&spec.k, Partition::Column, loader)?,
+            v: load_linear(&spec.v, Partition::Column, loader)?,
+            o: load_linear(&spec.o, Partition::Row, loader)?,
             qk_norm,
             norm_eps,
             rope_style,
@@ -108,15 +108,18 @@ impl Attention {
     /// Queries, keys and values of the new tokens, with their norms.
     fn project(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
         let Workspace { hidden, q, k, v, attended, raw_k, .. } = workspace;
-        let hidden = hidden.rows(num_tokens);
-        self.v.forward(&*rank.ops, &*rank.comm, hidden, v.rows_mut(num_tokens));
-        let Some((q_weight, k_weight)) = &self.qk_norm else {
-            self.q.forward(&*rank.ops, &*rank.comm, hidden, q.rows_mut(num_tokens));
-            self.k.forward(&*rank.ops, &*rank.comm, hidden, k.rows_mut(num_tokens));
-            return;
+        // With norms, projections pause in tensors that are free at this moment.
+        let (q_out, k_out) = match self.qk_norm {
+            None => (&mut *q, &mut *k),
+            Some(_) => (&mut *attended, &mut *raw_k),
         };
-        self.q.forward(&*rank.ops, &*rank.comm, hidden, attended.rows_mut(num_tokens));
-        self.k.forward(&*rank.ops, &*rank.comm, hidden, raw_k.rows_mut(num_tokens));
+        let layers = [
+            (&self.q, q_out.rows_mut(num_tokens)),
+            (&self.k, k_out.rows_mut(num_tokens)),
+            (&self.v, v.rows_mut(num_tokens)),
+        ];
+        Linear::forward_all(&*rank.ops, &*rank.comm, hidden.rows(num_tokens), layers);
+        let Some((q_weight, k_weight)) = &self.qk_norm else { return };
         self.head_norm(rank, attended.rows(num_tokens), q_weight, q.rows_mut(num_tokens));
         self.head_norm(rank, raw_k.rows(num_tokens), k_weight, k.rows_mut(num_tokens));
     }

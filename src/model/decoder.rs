@@ -13,10 +13,10 @@ use super::mlp::Mlp;
 use super::rope::RopeTable;
 use super::spec::{LayerSpec, ModelSpec};
 use super::workspace::Workspace;
-use crate::checkpoint::TensorSource;
 use crate::device::RankContext;
 use crate::ops::args::{AddNormArgs, GatherRowsArgs, NormArgs};
 use crate::tensor::Tensor;
+use crate::weights::Loader;
 
 /// One layer.
 struct Layer {
@@ -40,26 +40,26 @@ impl Decoder {
     /// computed.
     pub fn load(
         spec: &ModelSpec,
-        source: &dyn TensorSource,
+        loader: &Loader<'_>,
         max_position: usize,
     ) -> Result<Decoder, ModelError> {
         let layer = |layer: &LayerSpec| -> Result<Layer, ModelError> {
             Ok(Layer {
-                input_norm: source.tensor(&layer.input_norm)?,
+                input_norm: loader.tensor(&layer.input_norm)?,
                 attention: Attention::load(
                     &layer.attention,
                     spec.norm_eps,
                     spec.rope.style,
-                    source,
+                    loader,
                 )?,
-                post_attention_norm: source.tensor(&layer.post_attention_norm)?,
-                mlp: Mlp::load(&layer.mlp, source)?,
+                post_attention_norm: loader.tensor(&layer.post_attention_norm)?,
+                mlp: Mlp::load(&layer.mlp, loader)?,
             })
         };
         Ok(Decoder {
-            embedding: Embedding::load(spec, source)?,
+            embedding: Embedding::load(spec, loader)?,
             layers: spec.layers.iter().map(layer).collect::<Result<_, _>>()?,
-            final_norm: source.tensor(&spec.final_norm)?,
+            final_norm: loader.tensor(&spec.final_norm)?,
             rope: RopeTable::new(&spec.rope, max_position),
             norm_eps: spec.norm_eps,
         })

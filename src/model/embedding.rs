@@ -3,10 +3,10 @@
 use super::attention::load_linear;
 use super::error::ModelError;
 use super::spec::ModelSpec;
-use crate::checkpoint::TensorSource;
 use crate::device::RankContext;
 use crate::ops::args::EmbedArgs;
 use crate::tensor::{View, ViewMut};
+use crate::weights::Loader;
 use crate::weights::linear::{Linear, Partition};
 
 /// The first and the last matrix of a decoder.
@@ -18,19 +18,19 @@ pub struct Embedding {
 
 impl Embedding {
     /// Loads the table, and the head when it is not tied.
-    pub fn load(spec: &ModelSpec, source: &dyn TensorSource) -> Result<Embedding, ModelError> {
+    pub fn load(spec: &ModelSpec, loader: &Loader<'_>) -> Result<Embedding, ModelError> {
         let shape = [spec.vocab_size, spec.hidden_size];
-        let table = Linear::of_table(source, &spec.embedding, shape)?;
+        let table = Linear::of_table(loader, &spec.embedding, shape)?;
         let head = match spec.tied {
             true => None,
-            false => Some(load_linear(&spec.lm_head, Partition::Replicated, source)?),
+            false => Some(load_linear(&spec.lm_head, Partition::Replicated, loader)?),
         };
         Ok(Embedding { table, head })
     }
 
     /// `out[t, :] = table[token_ids[t], :]`.
     pub fn embed(&self, rank: &RankContext, token_ids: View<'_>, out: ViewMut<'_>) {
-        rank.ops.embed(EmbedArgs { out, table: self.table.weight.data.view(), token_ids });
+        rank.ops.embed(EmbedArgs { out, table: &self.table.weight, token_ids });
     }
 
     /// `logits = hidden · headᵀ`.

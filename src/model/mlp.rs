@@ -4,9 +4,9 @@ use super::attention::load_linear;
 use super::error::ModelError;
 use super::spec::MlpSpec;
 use super::workspace::Workspace;
-use crate::checkpoint::TensorSource;
 use crate::device::RankContext;
 use crate::ops::args::{Activation, GatedActivationArgs};
+use crate::weights::Loader;
 use crate::weights::linear::{Linear, Partition};
 
 /// One layer's feed-forward weights.
@@ -19,11 +19,11 @@ pub struct Mlp {
 
 impl Mlp {
     /// Loads the weights that `spec` names.
-    pub fn load(spec: &MlpSpec, source: &dyn TensorSource) -> Result<Mlp, ModelError> {
+    pub fn load(spec: &MlpSpec, loader: &Loader<'_>) -> Result<Mlp, ModelError> {
         Ok(Mlp {
-            gate: load_linear(&spec.gate, Partition::Column, source)?,
-            up: load_linear(&spec.up, Partition::Column, source)?,
-            down: load_linear(&spec.down, Partition::Row, source)?,
+            gate: load_linear(&spec.gate, Partition::Column, loader)?,
+            up: load_linear(&spec.up, Partition::Column, loader)?,
+            down: load_linear(&spec.down, Partition::Row, loader)?,
             activation: spec.activation,
         })
     }
@@ -31,13 +31,8 @@ impl Mlp {
     /// Replaces `workspace.hidden` (normalised input) by the block's output.
     pub fn forward(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
         let Workspace { hidden, gate, up, activated, .. } = workspace;
-        self.gate.forward(
-            &*rank.ops,
-            &*rank.comm,
-            hidden.rows(num_tokens),
-            gate.rows_mut(num_tokens),
-        );
-        self.up.forward(&*rank.ops, &*rank.comm, hidden.rows(num_tokens), up.rows_mut(num_tokens));
+        let layers = [(&self.gate, gate.rows_mut(num_tokens)), (&self.up, up.rows_mut(num_tokens))];
+        Linear::forward_all(&*rank.ops, &*rank.comm, hidden.rows(num_tokens), layers);
         rank.ops.gated_activation(GatedActivationArgs {
             out: activated.rows_mut(num_tokens),
             gate: gate.rows(num_tokens),

@@ -11,8 +11,8 @@ use crate::tensor::{DType, View, ViewMut};
 pub struct EmbedArgs<'a> {
     /// `[num_tokens, hidden_size]`, activation dtype.
     pub out: ViewMut<'a>,
-    /// `[vocab_size, hidden_size]`, any float dtype.
-    pub table: View<'a>,
+    /// `[vocab_size, hidden_size]` in any format.
+    pub table: &'a PackedMatrix,
     /// `[num_tokens]`, u32; each below `vocab_size`.
     pub token_ids: View<'a>,
 }
@@ -21,7 +21,7 @@ impl EmbedArgs<'_> {
     /// Panics unless the shapes agree.
     pub fn check(&self) {
         assert_eq!(self.out.size(0), self.token_ids.size(0), "embed: rows of out and token_ids");
-        assert_eq!(self.out.size(1), self.table.size(1), "embed: hidden size");
+        assert_eq!(self.out.size(1), self.table.num_cols, "embed: hidden size");
         assert_eq!(self.token_ids.dtype(), DType::U32, "embed: token_ids");
     }
 }
@@ -106,12 +106,18 @@ impl RopeArgs<'_> {
     }
 }
 
-/// See [`super::Ops::matmul`].
+/// See [`super::Ops::matmul`]: products of the same activations with one or more matrices.
 pub struct MatmulArgs<'a> {
+    /// `[num_rows, in_features]`.
+    pub x: View<'a>,
+    /// What to multiply by.
+    pub projections: Vec<Projection<'a>>,
+}
+
+/// One product of a [`MatmulArgs`].
+pub struct Projection<'a> {
     /// `[num_rows, weight.num_rows]`.
     pub out: ViewMut<'a>,
-    /// `[num_rows, weight.num_cols]`.
-    pub x: View<'a>,
     /// `[out_features, in_features]` in any format.
     pub weight: &'a PackedMatrix,
     /// `[out_features]`, any float dtype.
@@ -121,11 +127,14 @@ pub struct MatmulArgs<'a> {
 impl MatmulArgs<'_> {
     /// Panics unless the shapes agree.
     pub fn check(&self) {
-        assert_eq!(self.out.size(0), self.x.size(0), "matmul: rows");
-        assert_eq!(self.out.size(1), self.weight.num_rows, "matmul: out features");
-        assert_eq!(self.x.size(1), self.weight.num_cols, "matmul: in features");
-        if let Some(bias) = &self.bias {
-            assert_eq!(bias.shape().sizes(), &[self.weight.num_rows], "matmul: bias");
+        for projection in &self.projections {
+            let Projection { out, weight, bias } = projection;
+            assert_eq!(out.size(0), self.x.size(0), "matmul: rows");
+            assert_eq!(out.size(1), weight.num_rows, "matmul: out features");
+            assert_eq!(self.x.size(1), weight.num_cols, "matmul: in features");
+            if let Some(bias) = bias {
+                assert_eq!(bias.shape().sizes(), &[weight.num_rows], "matmul: bias");
+            }
         }
     }
 }

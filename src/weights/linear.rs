@@ -1,10 +1,10 @@
 //! A linear layer: a packed matrix, an optional bias, and how it is split over ranks.
 
-use super::{load_matrix, plain};
-use crate::checkpoint::{CheckpointError, TensorSource};
-use crate::formats::{PackedMatrix, dense};
+use super::Loader;
+use crate::checkpoint::CheckpointError;
+use crate::formats::PackedMatrix;
 use crate::ops::Ops;
-use crate::ops::args::MatmulArgs;
+use crate::ops::args::{MatmulArgs, Projection};
 use crate::parallel::Communicator;
 use crate::tensor::{Tensor, View, ViewMut};
 
@@ -34,50 +34,53 @@ impl Linear {
     /// Reads the layer `name` (without `.weight`) of `[out_features, in_features]`, with a
     /// bias when `bias` is set.
     pub fn load(
-        source: &dyn TensorSource,
+        loader: &Loader<'_>,
         name: &str,
         shape: [usize; 2],
         bias: bool,
         partition: Partition,
     ) -> Result<Linear, CheckpointError> {
-        let weight = load_matrix(source, name, shape)?;
-        let bias = bias
-            .then(|| plain::load_float(source, &format!("{name}.bias"), &shape[..1]))
-            .transpose()?;
+        let weight = loader.matrix(name, shape)?;
+        let bias = bias.then(|| loader.floats(&format!("{name}.bias"), &shape[..1])).transpose()?;
         Ok(Linear { weight, bias, partition })
     }
 
-    /// Reads a table, such as tied embeddings, as the matrix of a layer without a bias. The
-    /// table itself stays readable as `weight.data`.
+    /// Reads a table, such as tied embeddings, as the matrix of a layer without a bias.
     pub fn of_table(
-        source: &dyn TensorSource,
+        loader: &Loader<'_>,
         name: &str,
         shape: [usize; 2],
     ) -> Result<Linear, CheckpointError> {
-        let weight = dense::pack(plain::load_float(source, name, &shape)?);
+        let weight = loader.table(name, shape)?;
         Ok(Linear { weight, bias: None, partition: Partition::Replicated })
     }
 
     /// Multiplies `x` `[num_rows, in_features]` into `out` `[num_rows, out_features]`.
-    pub fn forward(
-        &self,
+    pub fn forward(&self, ops: &dyn Ops, comm: &dyn Communicator, x: View<'_>, out: ViewMut<'_>) {
+        Linear::forward_all(ops, comm, x, [(self, out)]);
+    }
+
+    /// Multiplies `x` by several layers in one operation.
+    pub fn forward_all<const N: usize>(
         ops: &dyn Ops,
         comm: &dyn Communicator,
         x: View<'_>,
-        mut out: ViewMut<'_>,
+        mut layers: [(&Linear, ViewMut<'_>); N],
     ) {
-        // Rank 0 alone adds the bias of a row partition, because the sum would repeat it.
-        let is_summed = self.partition == Partition::Row;
-        let bias = self.bias.as_ref().filter(|_| !is_summed || comm.rank() == 0);
-        ops.matmul(MatmulArgs {
-            out: out.reborrow(),
-            x,
-            weight: &self.weight,
-            bias: bias.map(Tensor::view),
-        });
-        if is_summed {
-            comm.all_reduce(out);
+        let projections = layers.iter_mut().map(|(layer, out)| layer.project(comm, out));
+        ops.matmul(MatmulArgs { x, projections: projections.collect() });
+        for (layer, out) in layers {
+            if layer.partition == Partition::Row {
+                comm.all_reduce(out);
+            }
         }
+    }
+
+    fn project<'a>(&'a self, comm: &dyn Communicator, out: &'a mut ViewMut<'_>) -> Projection<'a> {
+        // Rank 0 alone adds the bias of a row partition, because the sum would repeat it.
+        let adds_bias = self.partition != Partition::Row || comm.rank() == 0;
+        let bias = self.bias.as_ref().filter(|_| adds_bias).map(Tensor::view);
+        Projection { out: out.reborrow(), weight: &self.weight, bias }
     }
 }
 
@@ -87,7 +90,8 @@ mod tests {
 
     use super::*;
     use crate::checkpoint::dummy::DummySource;
-    use crate::checkpoint::{ExpectedTensor, TensorInfo, TensorRole};
+    use crate::checkpoint::{ExpectedTensor, TensorInfo, TensorRole, TensorSource};
+    use crate::formats::dense;
     use crate::ops::reference::ReferenceOps;
     use crate::tensor::DType;
 
@@ -165,7 +169,8 @@ mod tests {
             role: TensorRole::Matrix,
         });
         let source = DummySource::new(expected.to_vec(), DType::BF16);
-        let load = |name: &str, shape| Linear::load(&source, name, shape, true, Partition::Column);
+        let loader = Loader::new(&source);
+        let load = |name: &str, shape| Linear::load(&loader, name, shape, true, Partition::Column);
         assert!(load("a", [4, 3]).is_ok());
         assert_eq!(
             load("a", [3, 4]).unwrap_err().to_string(),
@@ -175,7 +180,7 @@ mod tests {
             load("b", [4, 3]).unwrap_err().to_string(),
             "the checkpoint has no tensor b.weight"
         );
-        let integers = Linear::load(&Integers, "a", [2, 3], false, Partition::Column);
+        let integers = Linear::load(&Loader::new(&Integers), "a", [2, 3], false, Partition::Column);
         assert!(integers.unwrap_err().to_string().contains("has dtype u32"));
     }
 }

@@ -1,13 +1,19 @@
 //! How checkpoints store a matrix: one file per scheme.
 //!
 //! A scheme recognises its tensors by their names and turns them into a [`PackedMatrix`] of
-//! some format; [`linear::Linear`] is what the model multiplies by. Knows nothing of layers.
+//! some format; [`linear::Linear`] is what the model multiplies by. [`Loader`] reads them, and
+//! quantizes on the way if asked to. Knows nothing of layers.
 
 pub mod linear;
 pub mod plain;
+mod quantize;
 
-use crate::checkpoint::{CheckpointError, TensorSource};
+use crate::checkpoint::{
+    CheckpointError, ExpectedTensor, TensorRole, TensorSource, supported_dtype,
+};
+use crate::config::Quantization;
 use crate::formats::PackedMatrix;
+use crate::tensor::{DType, Tensor};
 
 /// One way of storing the matrix of a linear layer.
 pub struct Scheme {
@@ -22,15 +28,81 @@ pub struct Scheme {
 /// All schemes; the first that holds a layer loads it.
 pub const SCHEMES: [Scheme; 1] = [Scheme { name: "plain", holds: plain::holds, load: plain::load }];
 
-/// Reads the `[out_features, in_features]` matrix of a linear layer in whichever scheme the
-/// source stores it.
-pub fn load_matrix(
-    source: &dyn TensorSource,
-    name: &str,
-    shape: [usize; 2],
-) -> Result<PackedMatrix, CheckpointError> {
-    let scheme = SCHEMES.iter().find(|scheme| (scheme.holds)(source, name));
-    let scheme =
-        scheme.ok_or_else(|| CheckpointError::MissingTensor { name: plain::weight_name(name) })?;
-    (scheme.load)(source, name, shape)
+/// Reads a model's tensors.
+#[derive(Clone, Copy)]
+pub struct Loader<'a> {
+    source: &'a dyn TensorSource,
+    quantization: Option<Quantization>,
+    threads: usize,
+}
+
+impl<'a> Loader<'a> {
+    /// Reads tensors as they are.
+    pub fn new(source: &'a dyn TensorSource) -> Loader<'a> {
+        Loader { source, quantization: None, threads: 1 }
+    }
+
+    /// Quantizes floating-point matrices, on `threads` threads.
+    pub fn quantized(self, quantization: Option<Quantization>, threads: usize) -> Loader<'a> {
+        Loader { quantization, threads, ..self }
+    }
+
+    /// Where the tensors come from.
+    pub fn source(&self) -> &'a dyn TensorSource {
+        self.source
+    }
+
+    /// A norm's weight or another small tensor. With quantization it is copied: a matrix that
+    /// was replaced must not be kept in memory by a neighbour in the same file.
+    pub fn tensor(&self, name: &str) -> Result<Tensor, CheckpointError> {
+        Ok(self.detached(self.source.tensor(name)?))
+    }
+
+    /// A bias or another small tensor of floats.
+    fn floats(&self, name: &str, shape: &[usize]) -> Result<Tensor, CheckpointError> {
+        Ok(self.detached(plain::load_float(self.source, name, shape)?))
+    }
+
+    /// The `[out_features, in_features]` matrix of a linear layer in whichever scheme the source
+    /// stores it.
+    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<PackedMatrix, CheckpointError> {
+        let scheme = SCHEMES.iter().find(|scheme| (scheme.holds)(self.source, name));
+        let scheme = scheme
+            .ok_or_else(|| CheckpointError::MissingTensor { name: plain::weight_name(name) })?;
+        Ok(self.quantize((scheme.load)(self.source, name, shape)?))
+    }
+
+    /// A table of floats, such as tied embeddings, as a matrix.
+    fn table(&self, name: &str, shape: [usize; 2]) -> Result<PackedMatrix, CheckpointError> {
+        let table = plain::load_float(self.source, name, &shape)?;
+        Ok(self.quantize(crate::formats::dense::pack(table)))
+    }
+
+    fn quantize(&self, matrix: PackedMatrix) -> PackedMatrix {
+        match self.quantization {
+            Some(wanted) => quantize::quantize(matrix, wanted, self.threads),
+            None => matrix,
+        }
+    }
+
+    fn detached(&self, tensor: Tensor) -> Tensor {
+        if self.quantization.is_none() { tensor } else { tensor.to_owned_memory() }
+    }
+
+    /// Bytes that these tensors will take in memory.
+    pub fn size_bytes(&self, tensors: &[ExpectedTensor]) -> usize {
+        tensors.iter().map(|tensor| self.tensor_bytes(tensor)).sum()
+    }
+
+    fn tensor_bytes(&self, tensor: &ExpectedTensor) -> usize {
+        let dtype = self.source.info(&tensor.name).and_then(|info| supported_dtype(info.dtype));
+        match (self.quantization, tensor.role, tensor.shape.as_slice()) {
+            (Some(wanted), TensorRole::Matrix, &[rows, cols])
+                if dtype.is_some_and(DType::is_float) =>
+            {
+                quantize::size_bytes(wanted, [rows, cols])
+            }
+            _ => tensor.shape.iter().product::<usize>() * dtype.map_or(0, DType::size_bytes),
+        }
+    }
 }

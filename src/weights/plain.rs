@@ -2,7 +2,7 @@
 
 use crate::checkpoint::{CheckpointError, TensorSource};
 use crate::formats::{PackedMatrix, dense};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::Tensor;
 
 /// Name of the tensor that holds the matrix of a layer.
 pub fn weight_name(name: &str) -> String {
@@ -30,7 +30,7 @@ pub fn load_float(
     shape: &[usize],
 ) -> Result<Tensor, CheckpointError> {
     let tensor = source.tensor_of_shape(name, shape)?;
-    if tensor.dtype() == DType::U32 {
+    if !tensor.dtype().is_float() {
         return Err(CheckpointError::UnsupportedDType {
             name: name.to_owned(),
             dtype: tensor.dtype().to_string(),

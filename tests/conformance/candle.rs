@@ -36,12 +36,13 @@ fn matmul_is_candles() {
         let want = want.broadcast_add(&candle(&bias, &[cols])).unwrap();
         let mut out = vec![f32::NAN; rows * cols];
         let weight = tokenmill::formats::dense::pack(cast(&w, dtype, [cols, k]));
-        ReferenceOps.matmul(MatmulArgs {
+        let projection = Projection {
             out: ViewMut::of(&mut out, [rows, cols]),
-            x: View::of(&x, [rows, k]),
             weight: &weight,
             bias: Some(View::of(&bias, [cols])),
-        });
+        };
+        let x = View::of(&x, [rows, k]);
+        ReferenceOps.matmul(MatmulArgs { x, projections: vec![projection] });
         assert_close("matmul", &out, &values(&want), TOLERANCE);
     }
 }

@@ -10,8 +10,12 @@ use crate::support::*;
 
 pub fn check(ops: &dyn Ops) {
     for (cols, k) in [(1, 1), (5, 17), (63, 65), (130, 100), (33, 1100), (70, 64)] {
+        let rng = &mut Rng::new((cols * k) as u64);
         for dtype in FLOATS {
-            matmul(ops, (cols, k), dtype);
+            matmul(ops, &dtype.to_string(), &rng.matrix(dtype, cols, k));
+        }
+        for (name, weight) in quantized(rng, cols, k) {
+            matmul(ops, name, &weight);
         }
     }
     norm(ops);
@@ -24,9 +28,12 @@ pub fn check_equal(one: &dyn Ops, two: &dyn Ops) {
     let rng = &mut Rng::new(3);
     for (rows, cols, k) in [(1, 3000, 256), (16, 515, 1100), (130, 70, 300)] {
         let x = rng.tensor(DType::F32, [rows, k]);
-        let weight = rng.matrix(DType::BF16, cols, k);
-        let (a, b) = (multiply(one, x.view(), &weight), multiply(two, x.view(), &weight));
-        assert_same(&format!("{} matmul {rows} x {cols} x {k}", two.name()), &a, &b);
+        let mut weights = quantized(rng, cols, k);
+        weights.push(("bf16", rng.matrix(DType::BF16, cols, k)));
+        for (name, weight) in weights {
+            let (a, b) = (multiply(one, x.view(), &weight), multiply(two, x.view(), &weight));
+            assert_same(&format!("{} matmul {rows} x {cols} x {k} {name}", two.name()), &a, &b);
+        }
     }
     for window in [None, Some(40)] {
         let problem = Problem::new(&case(DType::BF16, window), 4);
@@ -37,21 +44,22 @@ pub fn check_equal(one: &dyn Ops, two: &dyn Ops) {
 
 fn multiply(ops: &dyn Ops, x: View<'_>, weight: &PackedMatrix) -> Vec<f32> {
     let mut out = Guarded::poisoned([x.size(0), weight.num_rows]);
-    ops.matmul(MatmulArgs { out: out.view(), x, weight, bias: None });
+    ops.matmul(MatmulArgs {
+        x,
+        projections: vec![Projection { out: out.view(), weight, bias: None }],
+    });
     out.finish("matmul")
 }
 
 /// Every batch size from 1 to 40, and more rows than are kept at once.
-fn matmul(ops: &dyn Ops, (cols, k): (usize, usize), dtype: DType) {
-    let rng = &mut Rng::new((cols * k) as u64);
-    let most = 101;
-    let x = rng.tensor(DType::F32, [most, k]);
-    let weight = rng.matrix(dtype, cols, k);
+fn matmul(ops: &dyn Ops, name: &str, weight: &PackedMatrix) {
+    let (cols, k, most) = (weight.num_rows, weight.num_cols, 101);
+    let x = Rng::new(k as u64).tensor(DType::F32, [most, k]);
     let alone: Vec<f32> =
-        (0..most).flat_map(|row| multiply(ops, x.view().rows(row..row + 1), &weight)).collect();
+        (0..most).flat_map(|row| multiply(ops, x.view().rows(row..row + 1), weight)).collect();
     for rows in (1..=40).chain([96, 97, most]) {
-        let what = format!("{} matmul {rows} x {cols} x {k} {dtype}", ops.name());
-        let batched = multiply(ops, x.view().rows(0..rows), &weight);
+        let what = format!("{} matmul {rows} x {cols} x {k} {name}", ops.name());
+        let batched = multiply(ops, x.view().rows(0..rows), weight);
         assert_same(&what, &batched, &alone[..rows * cols]);
     }
 }

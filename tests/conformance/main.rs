@@ -26,6 +26,7 @@ fn row_operations_agree_with_the_referee() {
 #[test]
 fn matmul_agrees_with_the_referee() {
     for_each_backend(matmul::check);
+    for_each_backend(matmul::check_quantized);
 }
 
 #[test]

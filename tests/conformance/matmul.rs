@@ -1,9 +1,10 @@
-//! Dense matmul, every dtype, sizes around every tile boundary.
+//! Matmul in every format, sizes around every tile boundary.
 
+use tokenmill::formats::{Format, PackedMatrix};
 use tokenmill::ops::Ops;
-use tokenmill::ops::args::MatmulArgs;
+use tokenmill::ops::args::{MatmulArgs, Projection};
 use tokenmill::ops::reference::ReferenceOps;
-use tokenmill::tensor::DType;
+use tokenmill::tensor::{DType, Tensor};
 
 use crate::support::*;
 
@@ -28,23 +29,100 @@ const SHAPES: [(usize, usize, usize); 17] = [
     (2, 600, 3),
 ];
 
+/// Rows, columns and lengths of the summed axis that do not fill tiles, groups or vectors.
+const QUANTIZED_SHAPES: [(usize, usize, usize); 12] = [
+    (1, 1, 1),
+    (1, 65, 130),
+    (2, 63, 64),
+    (3, 31, 95),
+    (15, 63, 300),
+    (16, 65, 128),
+    (17, 33, 31),
+    (32, 32, 256),
+    (33, 65, 200),
+    (1, 96, 1100),
+    (70, 100, 640),
+    (200, 40, 1040),
+];
+
+/// How far results in a format may be from the referee's, relative to the largest result that
+/// is possible (`x` and weights are below 1 in magnitude).
+fn tolerance(ops: &dyn Ops, format: Format, k: usize) -> (f32, f32) {
+    match format {
+        // Integers are exact, and scales are multiplied in one order.
+        Format::Int8 => (0.0, 0.0),
+        // Tiles round weight × scale, below 2, to bf16: at most 2⁻⁸ each, √k in all.
+        _ if ops.name().contains("amx") => (4e-3 * (k as f32).sqrt() + 1e-4, 1e-5),
+        _ => (1e-6 + 1e-7 * k as f32, 1e-6),
+    }
+}
+
+pub fn check_quantized(ops: &dyn Ops) {
+    for (seed, (rows, cols, k)) in QUANTIZED_SHAPES.into_iter().enumerate() {
+        for (name, weight) in quantized(&mut Rng::new(seed as u64), cols, k) {
+            let rng = &mut Rng::new(100 + seed as u64);
+            let x = rounded_x(rng, ops, &weight, [rows, k]);
+            let bias = rng.tensor(DType::F32, [cols]);
+            let what = format!("{} matmul {rows} x {cols} x {k} {name}", ops.name());
+            let run = |ops: &dyn Ops| {
+                let mut out = Guarded::poisoned([rows, cols]);
+                let bias = (seed % 2 == 0).then(|| bias.view());
+                let projection = Projection { out: out.view(), weight: &weight, bias };
+                ops.matmul(MatmulArgs { x: x.view(), projections: vec![projection] });
+                out.finish(&what)
+            };
+            let tolerance = tolerance(ops, weight.format, k);
+            assert_close(&what, &run(ops), &run(&ReferenceOps), tolerance);
+        }
+    }
+    several_projections(ops);
+}
+
+/// Projections of one operation equal projections one by one, whatever their formats.
+fn several_projections(ops: &dyn Ops) {
+    let rng = &mut Rng::new(77);
+    let (rows, k) = (19, 192);
+    let mut weights: Vec<PackedMatrix> =
+        quantized(rng, 70, k).into_iter().map(|(_, weight)| weight).collect();
+    weights.extend(FLOATS.map(|dtype| rng.matrix(dtype, 33, k)));
+    let x = rng.tensor(DType::F32, [rows, k]);
+    let mut outs: Vec<Guarded> =
+        weights.iter().map(|w| Guarded::poisoned([rows, w.num_rows])).collect();
+    let project = |(out, weight)| Projection { out: Guarded::view(out), weight, bias: None };
+    let projections = outs.iter_mut().zip(&weights).map(project).collect();
+    ops.matmul(MatmulArgs { x: x.view(), projections });
+    for (out, weight) in outs.into_iter().zip(&weights) {
+        let mut alone = Guarded::poisoned([rows, weight.num_rows]);
+        let projection = Projection { out: alone.view(), weight, bias: None };
+        ops.matmul(MatmulArgs { x: x.view(), projections: vec![projection] });
+        let what = format!("{} projections {:?}", ops.name(), weight.format);
+        assert_same(&what, &out.finish(&what), &alone.finish(&what));
+    }
+}
+
+/// Tiles round activations to bf16; what is compared is the arithmetic after that.
+fn rounded_x(rng: &mut Rng, ops: &dyn Ops, weight: &PackedMatrix, shape: [usize; 2]) -> Tensor {
+    let is_exact = weight.format == Format::Int8
+        || weight.format == Format::Dense && weight.data.dtype() != DType::BF16;
+    let rounds = ops.name().contains("amx") && !is_exact;
+    let x = rng.tensor(if rounds { DType::BF16 } else { DType::F32 }, shape);
+    cast(&widened(&x), DType::F32, shape)
+}
+
 pub fn check(ops: &dyn Ops) {
     for (seed, (rows, cols, k)) in SHAPES.into_iter().enumerate() {
         for dtype in FLOATS {
             let rng = &mut Rng::new(seed as u64);
-            // Tiles round activations to bf16; what is compared is the arithmetic after that.
-            let rounds = dtype == DType::BF16 && ops.name().contains("amx");
-            let x = rng.tensor(if rounds { DType::BF16 } else { DType::F32 }, [rows, k]);
-            let x = cast(&widened(&x), DType::F32, [rows, k]);
             let weight = rng.matrix(dtype, cols, k);
+            let x = rounded_x(rng, ops, &weight, [rows, k]);
             for bias_dtype in [None, Some(dtype)] {
                 let bias = bias_dtype.map(|dtype| rng.tensor(dtype, [cols]));
                 let what = format!("{} matmul {rows} x {cols} x {k} {dtype}", ops.name());
                 let run = |ops: &dyn Ops| {
                     let mut out = Guarded::poisoned([rows, cols]);
                     let bias = bias.as_ref().map(|bias| bias.view());
-                    let args = MatmulArgs { out: out.view(), x: x.view(), weight: &weight, bias };
-                    ops.matmul(args);
+                    let projection = Projection { out: out.view(), weight: &weight, bias };
+                    ops.matmul(MatmulArgs { x: x.view(), projections: vec![projection] });
                     out.finish(&what)
                 };
                 // f32 sums of k products below 1 against f64: the error grows like a random

@@ -1,7 +1,10 @@
 //! Backends, reproducible data, guarded outputs, comparison.
 
 use half::{bf16, f16};
-use tokenmill::formats::{PackedMatrix, dense};
+use tokenmill::formats::{
+    Format, PackedMatrix, Quantized, ROW_ALIGN, RowQuantizer, ScaleGrid, dense, fp8, int4, int8,
+    q8, quantize,
+};
 use tokenmill::ops::Ops;
 use tokenmill::ops::cpu::{CpuOps, Isa};
 use tokenmill::tensor::{DType, Shape, Tensor, ViewMut};
@@ -64,6 +67,56 @@ impl Rng {
     }
 }
 
+/// A matrix in every quantized format, with its name.
+pub fn quantized(rng: &mut Rng, rows: usize, cols: usize) -> Vec<(&'static str, PackedMatrix)> {
+    let values = rng.floats(rows * cols);
+    let read = |row: usize, to: &mut [f32]| to.copy_from_slice(&values[row * cols..][..cols]);
+    fn packed<Q: RowQuantizer>(
+        quantizer: &Q,
+        shape: [usize; 2],
+        read: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> PackedMatrix {
+        quantize(quantizer, shape, 1, read)
+    }
+    let shape = [rows, cols];
+    vec![
+        ("int8", packed(&int8::PerRow, shape, read)),
+        ("w8a16", packed(&q8::Grouped(None), shape, read)),
+        ("q8_0", packed(&q8::Grouped(Some(32)), shape, read)),
+        ("int4 32", packed(&int4::Grouped(32), shape, read)),
+        ("int4 64", packed(&int4::Grouped(64), shape, read)),
+        ("int4 128", packed(&int4::Grouped(128), shape, read)),
+        ("int4 with zero points", with_zero_points(rng, packed(&int4::Grouped(64), shape, read))),
+        ("fp8", packed(&fp8::PerRow, shape, read)),
+        ("fp8 in blocks", fp8_blocks(rng, rows, cols)),
+    ]
+}
+
+fn with_zero_points(rng: &mut Rng, mut matrix: PackedMatrix) -> PackedMatrix {
+    let quantized = matrix.quantized.as_mut().unwrap();
+    let shape = quantized.scales.shape();
+    let zeros: Vec<u8> = (0..shape.len()).map(|_| rng.below(16) as u8).collect();
+    quantized.zero_points = Some(Tensor::from_slice(&zeros, shape));
+    matrix
+}
+
+/// Random codes under a scale per 128 × 128 block, as published FP8 checkpoints have them.
+fn fp8_blocks(rng: &mut Rng, rows: usize, cols: usize) -> PackedMatrix {
+    let width = cols.next_multiple_of(ROW_ALIGN);
+    let codes: Vec<u8> = (0..rows * width).map(|_| fp8::encode(rng.float() * 448.0)).collect();
+    let grid = ScaleGrid { rows: 128, cols: 128 };
+    let shape = grid.shape(rows, cols);
+    let scales: Vec<f32> = (0..shape[0] * shape[1]).map(|_| (1.0 + rng.float()) / 448.0).collect();
+    let scales = Tensor::from_slice(&scales, shape);
+    PackedMatrix {
+        format: Format::Fp8,
+        num_rows: rows,
+        num_cols: cols,
+        data: Tensor::from_slice(&codes, [rows, width]),
+        quantized: Some(Quantized { grid, scales, zero_points: None }),
+    }
+}
+
 pub fn cast(values: &[f32], dtype: DType, shape: impl Into<Shape>) -> Tensor {
     match dtype {
         DType::F32 => Tensor::from_slice(values, shape),
@@ -75,7 +128,7 @@ pub fn cast(values: &[f32], dtype: DType, shape: impl Into<Shape>) -> Tensor {
             let values: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
             Tensor::from_slice(&values, shape)
         }
-        DType::U32 => panic!("floats only"),
+        _ => panic!("floats only"),
     }
 }
 
@@ -85,7 +138,7 @@ pub fn widened(tensor: &Tensor) -> Vec<f32> {
         DType::F32 => tensor.as_slice::<f32>().to_vec(),
         DType::BF16 => tensor.as_slice::<bf16>().iter().map(|x| x.to_f32()).collect(),
         DType::F16 => tensor.as_slice::<f16>().iter().map(|x| x.to_f32()).collect(),
-        DType::U32 => panic!("floats only"),
+        _ => panic!("floats only"),
     }
 }
 

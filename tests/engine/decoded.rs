@@ -15,6 +15,7 @@ use tokenmill::output::{FinishReason, TokenEvent};
 use tokenmill::request::{RequestId, SamplingParams, StopConditions, TokenizedRequest};
 use tokenmill::runner::{MemoryPlan, ModelRunner, StepRunner};
 use tokenmill::scheduler::{Scheduler, SchedulerParams};
+use tokenmill::weights::Loader;
 
 const CONFIG: &str = r#"{
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
@@ -68,7 +69,7 @@ fn runner(setting: &Setting) -> ModelRunner {
     plan.num_blocks = setting.num_blocks;
     let rank = RankContext::cpu(&cache).expect("this machine has a CPU");
     let source = DummySource::new(spec.expected_tensors(), spec.dtype);
-    let decoder = Decoder::load(&spec, &source, 256).expect("dummy weights fit");
+    let decoder = Decoder::load(&spec, &Loader::new(&source), 256).expect("dummy weights fit");
     ModelRunner::new(decoder, &spec, rank, &plan)
 }
 

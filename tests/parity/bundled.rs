@@ -16,6 +16,7 @@ use tokenmill::model::spec::ModelSpec;
 use tokenmill::model::workspace::Workspace;
 use tokenmill::ops::cpu::CpuOps;
 use tokenmill::tensor::DType;
+use tokenmill::weights::Loader;
 
 const SMOKE: &str = include_str!("../../models/tiny/golden_smoke.json");
 const BLOCK_SIZE: usize = 16;
@@ -43,7 +44,7 @@ impl Greedy {
             max_blocks_per_seq: num_blocks,
         };
         Greedy {
-            decoder: Decoder::load(&spec, &*source, MAX_LEN).unwrap(),
+            decoder: Decoder::load(&spec, &Loader::new(&*source), MAX_LEN).unwrap(),
             rank: RankContext::solo(Arc::new(CpuOps::new(None, CpuIsa::Auto).unwrap())),
             cache: KvCache::new(&spec, num_blocks, BLOCK_SIZE, DType::F32),
             workspace: Workspace::new(&spec, DType::F32, MAX_LEN, 1),

@@ -14,6 +14,7 @@ use tokenmill::ops::Ops;
 use tokenmill::ops::cpu::CpuOps;
 use tokenmill::ops::reference::ReferenceOps;
 use tokenmill::tensor::DType;
+use tokenmill::weights::Loader;
 
 use crate::recorded::Case;
 
@@ -26,7 +27,7 @@ fn decode(case: &Case, ops: Arc<dyn Ops>, chunk: usize) -> Vec<f32> {
     let spec = ModelSpec::from_config(&case.config_json).unwrap();
     let source = Checkpoint::open(&case.folder).unwrap();
     let prompt_len = case.token_ids.len();
-    let decoder = Decoder::load(&spec, &source, prompt_len).unwrap();
+    let decoder = Decoder::load(&spec, &Loader::new(&source), prompt_len).unwrap();
     let num_blocks = prompt_len.div_ceil(BLOCK_SIZE);
     let block_ids: Vec<u32> = (0..num_blocks as u32).rev().collect();
     let mut cache = KvCache::new(&spec, num_blocks, BLOCK_SIZE, DType::F32);

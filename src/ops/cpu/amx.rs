@@ -42,6 +42,11 @@ impl Amx {
         found.then_some(Amx(vectors))
     }
 
+    /// The vectors beside the tiles.
+    pub fn vectors(self) -> Avx512 {
+        self.0
+    }
+
     /// Runs a kernel on the vectors beside the tiles.
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
         self.0.run(kernel)

@@ -69,7 +69,9 @@ impl<'a> Floats<'a> {
             DType::F32 => Floats::F32(view.as_slice()),
             DType::BF16 => Floats::Bf16(view.as_slice()),
             DType::F16 => Floats::F16(view.as_slice()),
-            DType::U32 => panic!("an integer tensor where floats are needed"),
+            DType::U32 | DType::I8 | DType::U8 => {
+                panic!("an integer tensor where floats are needed")
+            }
         }
     }
 }

@@ -138,6 +138,64 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
     }
     #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> __m256 {
+        // SAFETY: see `load_f32`.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_low_nibbles(self, from: *const u8) -> __m256 {
+        // SAFETY: see `load_f32`.
+        unsafe {
+            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
+            _mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(15)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_high_nibbles(self, from: *const u8) -> __m256 {
+        // SAFETY: see `load_f32`.
+        unsafe {
+            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
+            _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(bytes))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(self, from: *const u8) -> __m256 {
+        // The bits of an E4M3 number are those of an f16 that is 2⁸ times smaller.
+        // SAFETY: see `load_f32`.
+        unsafe {
+            let bytes = _mm_cvtepu8_epi16(_mm_loadl_epi64(from.cast()));
+            let magnitude = _mm_slli_epi16::<7>(_mm_and_si128(bytes, _mm_set1_epi16(0x7f)));
+            let sign = _mm_slli_epi16::<8>(_mm_and_si128(bytes, _mm_set1_epi16(0x80)));
+            let halves = _mm256_cvtph_ps(_mm_or_si128(magnitude, sign));
+            _mm256_mul_ps(halves, _mm256_set1_ps(256.0))
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot4_i8(self, x: *const i8, rows: [*const i8; 4], len: usize) -> [i32; 4] {
+        // SAFETY: see `load_f32`; pairs of 16-bit products fit 32 bits.
+        unsafe {
+            let mut sums = [_mm256_setzero_si256(); 4];
+            for at in (0..len).step_by(16) {
+                let wide =
+                    |from: *const i8| _mm256_cvtepi8_epi16(_mm_loadu_si128(from.add(at).cast()));
+                let x = wide(x);
+                for (sum, row) in sums.iter_mut().zip(rows) {
+                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(x, wide(row)));
+                }
+            }
+            sums.map(|sum| {
+                let mut lanes = [0i32; 8];
+                _mm256_storeu_si256(lanes.as_mut_ptr().cast(), sum);
+                lanes.iter().sum()
+            })
+        }
+    }
+    #[inline(always)]
+    fn splat_f16(self, x: f16) -> __m256 {
+        // SAFETY: see `splat`.
+        unsafe { _mm256_cvtph_ps(_mm_set1_epi16(x.to_bits() as i16)) }
+    }
+    #[inline(always)]
     unsafe fn store_f32(self, to: *mut f32, v: __m256) {
         // SAFETY: see `load_f32`.
         unsafe { _mm256_storeu_ps(to, v) }

@@ -9,7 +9,9 @@ use super::simd::{Kernel, Simd};
 
 /// Proof that the machine has AVX-512 F, BW, DQ and VL, and AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Avx512(());
+pub struct Avx512 {
+    has_vnni: bool,
+}
 
 impl Avx512 {
     /// The token, on a machine that has the instructions.
@@ -19,7 +21,17 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl");
-        found.then_some(Avx512(()))
+        let has_vnni = is_x86_feature_detected!("avx512vnni");
+        found.then_some(Avx512 { has_vnni })
+    }
+
+    /// The token, inside a function that is compiled for the instructions and was entered with it.
+    ///
+    /// # Safety
+    /// The machine must have the instructions.
+    #[inline(always)]
+    pub unsafe fn assume() -> Avx512 {
+        Avx512 { has_vnni: false }
     }
 
     /// Runs a kernel compiled for these instructions.
@@ -133,6 +145,64 @@ impl Simd for Avx512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
     }
     #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> __m512 {
+        // SAFETY: see `load_f32`.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn load_low_nibbles(self, from: *const u8) -> __m512 {
+        // SAFETY: see `load_f32`.
+        unsafe {
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+            _mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(15)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_high_nibbles(self, from: *const u8) -> __m512 {
+        // SAFETY: see `load_f32`.
+        unsafe {
+            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+            _mm512_cvtepi32_ps(_mm512_srli_epi32::<4>(bytes))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(self, from: *const u8) -> __m512 {
+        // The bits of an E4M3 number are those of an f16 that is 2⁸ times smaller.
+        // SAFETY: see `load_f32`.
+        unsafe {
+            let bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(from.cast()));
+            let magnitude =
+                _mm256_slli_epi16::<7>(_mm256_and_si256(bytes, _mm256_set1_epi16(0x7f)));
+            let sign = _mm256_slli_epi16::<8>(_mm256_and_si256(bytes, _mm256_set1_epi16(0x80)));
+            let halves = _mm512_cvtph_ps(_mm256_or_si256(magnitude, sign));
+            _mm512_mul_ps(halves, _mm512_set1_ps(256.0))
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot4_i8(self, x: *const i8, rows: [*const i8; 4], len: usize) -> [i32; 4] {
+        // SAFETY: see `load_f32`; pairs of 16-bit products fit 32 bits.
+        unsafe {
+            if self.has_vnni {
+                return dot4_vnni(x, rows, len);
+            }
+            let mut sums = [_mm512_setzero_si512(); 4];
+            for at in (0..len).step_by(32) {
+                let wide =
+                    |from: *const i8| _mm512_cvtepi8_epi16(_mm256_loadu_si256(from.add(at).cast()));
+                let x = wide(x);
+                for (sum, row) in sums.iter_mut().zip(rows) {
+                    *sum = _mm512_add_epi32(*sum, _mm512_madd_epi16(x, wide(row)));
+                }
+            }
+            sums.map(|sum| _mm512_reduce_add_epi32(sum))
+        }
+    }
+    #[inline(always)]
+    fn splat_f16(self, x: f16) -> __m512 {
+        // SAFETY: see `splat`.
+        unsafe { _mm512_cvtph_ps(_mm256_set1_epi16(x.to_bits() as i16)) }
+    }
+    #[inline(always)]
     unsafe fn store_f32(self, to: *mut f32, v: __m512) {
         // SAFETY: see `load_f32`.
         unsafe { _mm512_storeu_ps(to, v) }
@@ -178,6 +248,30 @@ impl Simd for Avx512 {
             }
         }
     }
+}
+
+/// As [`Simd::dot4_i8`]. The instruction multiplies unsigned by signed bytes: 128 is added to `x`,
+/// and 128 times the sum of the row taken off again.
+///
+/// # Safety
+/// That of [`Simd::dot4_i8`], and the machine must have AVX-512 VNNI.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn dot4_vnni(x: *const i8, rows: [*const i8; 4], len: usize) -> [i32; 4] {
+    let offset = _mm512_set1_epi8(-128);
+    let mut sums = [_mm512_setzero_si512(); 4];
+    let mut surplus = [_mm512_setzero_si512(); 4];
+    for at in (0..len).step_by(64) {
+        // SAFETY: inside the caller's bytes.
+        unsafe {
+            let x = _mm512_xor_si512(_mm512_loadu_si512(x.add(at).cast()), offset);
+            for ((sum, surplus), row) in sums.iter_mut().zip(&mut surplus).zip(rows) {
+                let row = _mm512_loadu_si512(row.add(at).cast());
+                *sum = _mm512_dpbusd_epi32(*sum, x, row);
+                *surplus = _mm512_dpbusd_epi32(*surplus, offset, row);
+            }
+        }
+    }
+    std::array::from_fn(|i| _mm512_reduce_add_epi32(_mm512_sub_epi32(sums[i], surplus[i])))
 }
 
 /// The columns of sixteen rows of sixteen 32-bit elements of any kind.

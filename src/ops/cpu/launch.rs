@@ -7,30 +7,18 @@ use std::cmp::Reverse;
 use std::ops::Range;
 use std::sync::PoisonError;
 
-#[cfg(target_arch = "x86_64")]
-use super::amx::{Amx, Bf16};
 use super::attention::{AttendTile, Floats, Sizes, queries_per_tile};
-use super::matmul::{Operands, PANEL, multiply_columns};
-use super::rows::{Convert, GatedActivation, Norm, Rotate};
-use super::share::{Parts, Scratch};
+use super::rows::{Convert, GatedActivation, Norm, ReadRow, Rotate};
+use super::share::Parts;
 use super::simd::Float;
-#[cfg(target_arch = "x86_64")]
-use super::tile_matmul::{AddBias, DenseRows, PAIR, PackedRows, TileTask, pack_bf16, panel_cols};
-use super::{CpuOps, sample, with_float};
-use crate::ops::args::{AttentionArgs, GatedActivationArgs, MatmulArgs, RopeArgs, SampleArgs};
+use super::weight_rows::WeightRows;
+use super::{CpuOps, sample};
+use crate::formats::PackedMatrix;
+use crate::ops::args::{AttentionArgs, GatedActivationArgs, RopeArgs, SampleArgs};
 use crate::output::SampledToken;
-use crate::tensor::{DType, View};
 
 /// Elements per task of a row-wise operation: a few microseconds.
 const TASK_ELEMENTS: usize = 16_384;
-/// Weight bytes per task of a matmul: long enough to stream, short enough to balance.
-const TASK_WEIGHT_BYTES: usize = 512 << 10;
-/// Most columns per task of a matmul.
-const TASK_COLS: usize = 256;
-/// Multiplications below which a matmul is one task.
-const MATMUL_INLINE: usize = 1 << 16;
-/// Tasks per thread that let a fast thread take over from a slow one.
-const TASKS_PER_THREAD: usize = 4;
 
 /// Some queries of one sequence, for all heads.
 pub struct QueryTile {
@@ -64,6 +52,27 @@ impl CpuOps {
                 // SAFETY: tasks have different rows.
                 let out = unsafe { out.part(row * width..(row + 1) * width) };
                 self.isa.run(Convert { out, from });
+            }
+        });
+    }
+
+    /// `out[i]` = row `ids[i]` of a matrix of any format; panics on an id beyond it.
+    pub(super) fn embed_rows(
+        &self,
+        out: &mut [f32],
+        rows: impl WeightRows,
+        ids: &[u32],
+        table: &PackedMatrix,
+    ) {
+        let width = table.num_cols;
+        let out = Parts::new(out);
+        self.for_rows(ids.len(), width, |tokens| {
+            for token in tokens {
+                let row = ids[token] as usize;
+                assert!(row < table.num_rows, "token {row} of {}", table.num_rows);
+                // SAFETY: tasks have different tokens.
+                let out = unsafe { out.part(token * width..(token + 1) * width) };
+                self.isa.run(ReadRow { out, rows, row });
             }
         });
     }
@@ -141,104 +150,6 @@ impl CpuOps {
                 self.isa.run(Convert { out: &mut cache[row * head_dim..][..head_dim], from });
             }
         }
-    }
-
-    pub(super) fn multiply<E: Float>(&self, args: MatmulArgs<'_>) {
-        let (num_rows, k, num_cols) = (args.x.size(0), args.x.size(1), args.out.size(1));
-        assert!(k > 0, "matmul: nothing to sum over");
-        let out = Parts::new(args.out.into_mut_slice::<f32>());
-        let operands = Operands {
-            x: args.x.as_slice(),
-            weight: args.weight.data.as_slice::<E>(),
-            k,
-            num_cols,
-            out: &out,
-        };
-        let cols_per_task = self.cols_per_task(num_rows, k * size_of::<E>(), num_cols);
-        self.pool.run(num_cols.div_ceil(cols_per_task), |thread, i| {
-            let cols = i * cols_per_task..num_cols.min((i + 1) * cols_per_task);
-            let mut bias = [0.0; TASK_COLS];
-            let bias = &mut bias[..cols.len()];
-            if let Some(all) = args.bias {
-                self.widen(bias, all.rows(cols.clone()));
-            }
-            let scratch = &mut self.scratch.lock(thread);
-            multiply_columns(self.isa, operands, cols, bias, scratch);
-        });
-    }
-
-    /// As `multiply`, on tiles.
-    #[cfg(target_arch = "x86_64")]
-    pub(super) fn multiply_tiles(&self, amx: Amx, args: MatmulArgs<'_>) {
-        let (num_rows, k, num_cols) = (args.x.size(0), args.x.size(1), args.out.size(1));
-        assert!(k > 0, "matmul: nothing to sum over");
-        let mut packed = self.packed.lock().unwrap_or_else(PoisonError::into_inner);
-        let x = self.pack_rows(amx, &mut packed, args.x.as_slice(), k);
-        let mut bias = Vec::new();
-        if let Some(all) = args.bias {
-            bias.resize(num_cols, 0.0);
-            self.widen(&mut bias, all);
-        }
-        let out = Parts::new(args.out.into_mut_slice::<f32>());
-        let task = TileTask {
-            x,
-            weights: DenseRows { elements: args.weight.data.as_slice(), k },
-            epilogue: AddBias { bias: args.bias.map(|_| &*bias) },
-            num_cols,
-            out: &out,
-        };
-        let cols_per_task = self.tile_cols_per_task(num_rows, k, num_cols);
-        self.pool.run(num_cols.div_ceil(cols_per_task), |thread, i| {
-            let cols = i * cols_per_task..num_cols.min((i + 1) * cols_per_task);
-            task.run(amx, cols, &mut self.scratch.lock(thread));
-        });
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    fn pack_rows<'a>(
-        &self,
-        amx: Amx,
-        packed: &'a mut Scratch,
-        x: &[f32],
-        k: usize,
-    ) -> PackedRows<'a> {
-        let num_rows = x.len() / k;
-        let words = packed.take_words(PackedRows::len::<Bf16>(num_rows, k));
-        let tile_words = k.div_ceil(32) * 256;
-        {
-            let words = Parts::new(words);
-            self.pool.run(num_rows.div_ceil(16), |_, tile| {
-                let rows = tile * 16 * k..x.len().min((tile + 1) * 16 * k);
-                // SAFETY: tasks have different tiles.
-                let words = unsafe { words.part(tile * tile_words..(tile + 1) * tile_words) };
-                pack_bf16(amx, &x[rows], k, words);
-            });
-        }
-        PackedRows::new::<Bf16>(words, num_rows, k)
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    fn tile_cols_per_task(&self, num_rows: usize, k: usize, num_cols: usize) -> usize {
-        if num_rows * k * num_cols < 4 * MATMUL_INLINE {
-            return num_cols.max(1);
-        }
-        let balanced = num_cols.div_ceil(self.threads() * TASKS_PER_THREAD);
-        let most =
-            if num_rows <= 32 { TASK_WEIGHT_BYTES / (2 * k) } else { panel_cols(k.div_ceil(32)) };
-        balanced.min(most).max(1).next_multiple_of(PAIR)
-    }
-
-    fn cols_per_task(&self, num_rows: usize, row_bytes: usize, num_cols: usize) -> usize {
-        if num_rows * row_bytes * num_cols < MATMUL_INLINE {
-            return num_cols.clamp(1, TASK_COLS);
-        }
-        let balanced = num_cols.div_ceil(self.threads() * TASKS_PER_THREAD).next_multiple_of(8);
-        let streamed = (TASK_WEIGHT_BYTES / row_bytes).max(1).next_multiple_of(PANEL);
-        balanced.min(streamed).min(TASK_COLS)
-    }
-
-    fn widen(&self, out: &mut [f32], from: View<'_>) {
-        with_float!(from.dtype(), E => self.isa.run(Convert { out, from: from.as_slice::<E>() }));
     }
 
     pub(super) fn attend(&self, args: AttentionArgs<'_>) {

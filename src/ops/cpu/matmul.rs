@@ -1,4 +1,4 @@
-//! `out = x · weightᵀ` for row-major weights, straight from the checkpoint's bytes.
+//! `out = x · weightᵀ` for row-major weights of any format, on vectors of f32.
 //!
 //! Every output element is one dot product with one fixed order of operations: lane `l` of an
 //! accumulator sums the products at `k ≡ l (mod LANES)` in ascending order, then the lanes are
@@ -13,7 +13,8 @@ use std::ops::Range;
 
 use super::isa::Isa;
 use super::share::{Parts, Scratch};
-use super::simd::{Float, Kernel, MAX_LANES, Simd, load, store};
+use super::simd::{Kernel, MAX_LANES, Simd, load, store};
+use super::weight_rows::{Dense, WeightRows};
 
 /// Output columns per panel.
 pub const PANEL: usize = 32;
@@ -29,11 +30,11 @@ const K_BLOCK: usize = 1024;
 const ROW_BLOCK: usize = 96;
 
 /// The operands, with shapes `x [num_rows, k]`, `weight [num_cols, k]`, `out [num_rows, num_cols]`.
-pub struct Operands<'a, E> {
+pub struct Operands<'a, W> {
     /// Activations.
     pub x: &'a [f32],
     /// Weights.
-    pub weight: &'a [E],
+    pub weight: W,
     /// Length of the summed axis.
     pub k: usize,
     /// Output columns.
@@ -42,31 +43,31 @@ pub struct Operands<'a, E> {
     pub out: &'a Parts<'a, f32>,
 }
 
-impl<E> Clone for Operands<'_, E> {
+impl<W: Copy> Clone for Operands<'_, W> {
     fn clone(&self) -> Self {
         *self
     }
 }
-impl<E> Copy for Operands<'_, E> {}
+impl<W: Copy> Copy for Operands<'_, W> {}
 
-impl<E> Operands<'_, E> {
+impl<W> Operands<'_, W> {
     fn num_rows(&self) -> usize {
         self.x.len() / self.k
     }
 }
 
-/// Computes the output columns `cols` for all rows; `bias` is added to each of them.
-pub fn multiply_columns<E: Float>(
+/// Computes the output columns `cols` for all rows; `bias`, one per output column, is added.
+pub fn multiply_columns<W: WeightRows>(
     isa: Isa,
-    o: Operands<'_, E>,
+    o: Operands<'_, W>,
     cols: Range<usize>,
-    bias: &[f32],
+    bias: Option<&[f32]>,
     scratch: &mut Scratch,
 ) {
     let few_rows = FEW_TILES * isa.run(TileRows);
     for start in cols.clone().step_by(PANEL) {
         let panel = start..cols.end.min(start + PANEL);
-        let bias = &bias[panel.start - cols.start..panel.end - cols.start];
+        let bias = bias.map_or(&[0.0; PANEL][..panel.len()], |bias| &bias[panel.clone()]);
         if o.num_rows() <= few_rows {
             isa.run(StreamPanel { o, panel, bias });
         } else {
@@ -76,9 +77,9 @@ pub fn multiply_columns<E: Float>(
 }
 
 /// Many rows: weights are widened into scratch, block by block of `k`, and reused by all tiles.
-fn multiply_panel<E: Float>(
+fn multiply_panel<W: WeightRows>(
     isa: Isa,
-    o: Operands<'_, E>,
+    o: Operands<'_, W>,
     panel: Range<usize>,
     bias: &[f32],
     scratch: &mut Scratch,
@@ -92,7 +93,7 @@ fn multiply_panel<E: Float>(
             let ks = from..o.k.min(from + stride);
             isa.run(Widen { o, panel: panel.clone(), ks: ks.clone(), wide, stride });
             // What is read next from memory: the next block of k, or the next panel.
-            let next = if ks.end < o.k { panel.start * o.k + ks.end } else { panel.end * o.k };
+            let (row, at) = if ks.end < o.k { (panel.start, ks.end) } else { (panel.end, 0) };
             isa.run(MultiplyBlock {
                 x: o.x,
                 k: o.k,
@@ -103,7 +104,7 @@ fn multiply_panel<E: Float>(
                 place: Place { rows: rows.clone(), cols: panel.clone(), num_cols: o.num_cols },
                 ks,
                 bias,
-                ahead: Ahead::of(o.weight.as_ptr().wrapping_add(next), o.k),
+                ahead: Ahead::of(&o.weight, row, at, o.k),
             });
         }
     }
@@ -123,13 +124,13 @@ impl Kernel for TileRows {
 
 /// Up to [`FEW_TILES`] tiles of rows: weights go from memory to registers, and the first tile
 /// leaves them in the first-level cache for the second.
-struct StreamPanel<'a, E> {
-    o: Operands<'a, E>,
+struct StreamPanel<'a, W> {
+    o: Operands<'a, W>,
     panel: Range<usize>,
     bias: &'a [f32],
 }
 
-impl<E: Float> Kernel for StreamPanel<'_, E> {
+impl<W: WeightRows> Kernel for StreamPanel<'_, W> {
     type Output = ();
 
     #[inline(always)]
@@ -140,19 +141,18 @@ impl<E: Float> Kernel for StreamPanel<'_, E> {
         let mut accumulators = [0.0; MAX_TILE_ROWS * TILE_COLS * MAX_LANES];
         for col in panel.clone().step_by(TILE_COLS) {
             let cols = col..panel.end.min(col + TILE_COLS);
-            let w = &o.weight[col * o.k..cols.end * o.k];
             for row in (0..num_rows).step_by(tile_rows) {
                 let rows = row..num_rows.min(row + tile_rows);
                 let tile = Tile {
                     x: &o.x[row * o.k..rows.end * o.k],
                     x_stride: o.k,
-                    w,
-                    w_stride: o.k,
+                    w: o.weight,
+                    w_row: col,
                     len: o.k,
                     sums: &mut accumulators,
                     first: true,
                     last: true,
-                    ahead: Ahead::of(w.as_ptr_range().end, o.k).unless(row > 0),
+                    ahead: Ahead::of(&o.weight, cols.end, 0, o.k).unless(row > 0),
                 };
                 let sums = dispatch_tile(simd, tile, rows.len(), cols.len());
                 let place = Place { rows, cols: cols.clone(), num_cols: o.num_cols };
@@ -163,24 +163,31 @@ impl<E: Float> Kernel for StreamPanel<'_, E> {
 }
 
 /// Copies `weight[panel, ks]` to `wide` as f32, rows padded with zeros to whole vectors.
-struct Widen<'a, E> {
-    o: Operands<'a, E>,
+struct Widen<'a, W> {
+    o: Operands<'a, W>,
     panel: Range<usize>,
     ks: Range<usize>,
     wide: &'a mut [f32],
     stride: usize,
 }
 
-impl<E: Float> Kernel for Widen<'_, E> {
+impl<W: WeightRows> Kernel for Widen<'_, W> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let Widen { o, panel, ks, wide, stride } = self;
         for (wide, col) in wide.chunks_exact_mut(stride).zip(panel) {
-            let row = &o.weight[col * o.k + ks.start..col * o.k + ks.end];
-            for at in (0..row.len()).step_by(S::LANES) {
-                store(simd, wide, at, load(simd, row, at));
+            let whole = ks.len() - ks.len() % S::LANES;
+            for at in (0..whole).step_by(S::LANES) {
+                // SAFETY: the row has all elements of `ks`, which starts at a multiple of lanes.
+                store(simd, wide, at, unsafe { o.weight.lanes(simd, col, ks.start + at) });
+            }
+            if whole < ks.len() {
+                // SAFETY: as above; the rest is the end of the row.
+                let last = unsafe { o.weight.tail(simd, col, ks.start + whole, ks.end) };
+                store(simd, &mut wide[..ks.len()], whole, last);
+                wide[ks.len()..].fill(0.0);
             }
         }
     }
@@ -225,12 +232,11 @@ impl Kernel for MultiplyBlock<'_> {
                 let at = col - panel.start;
                 let slot = ((row - all_rows.start) * PANEL + at * rows.len()) * MAX_LANES;
                 let slot_len = rows.len() * cols.len() * MAX_LANES;
-                let w = &self.wide[at * self.stride..(at + cols.len()) * self.stride];
                 let tile = Tile {
                     x: &self.x[x.clone()],
                     x_stride: self.k,
-                    w,
-                    w_stride: self.stride,
+                    w: Dense { elements: self.wide, stride: self.stride },
+                    w_row: at,
                     len: self.ks.len(),
                     sums: &mut self.accumulators[slot..slot + slot_len],
                     first,
@@ -251,11 +257,12 @@ impl Kernel for MultiplyBlock<'_> {
 type Sums = [[f32; TILE_COLS]; MAX_TILE_ROWS];
 
 /// A register tile: some rows of x times up to four rows of weights, over `len` elements.
-struct Tile<'a, E> {
+struct Tile<'a, W> {
     x: &'a [f32],
     x_stride: usize,
-    w: &'a [E],
-    w_stride: usize,
+    w: W,
+    /// The first row of weights.
+    w_row: usize,
     len: usize,
     /// Accumulators, one vector per output element, rows outermost.
     sums: &'a mut [f32],
@@ -273,15 +280,23 @@ struct Tile<'a, E> {
 struct Ahead {
     start: *const u8,
     row_bytes: usize,
-    element_bytes: usize,
+    /// Bytes of [`Ahead::PART`] elements.
+    part_bytes: usize,
 }
 
 impl Ahead {
-    /// Rows of `k` elements from `start` on; nothing is read, so the address may be anything.
+    /// Elements whose bytes are counted: a row of an int4 vector is a fraction of one.
+    const PART: usize = 16;
+
+    /// Rows from `row` on, from element `at` on; nothing is read, so they may not exist.
     #[inline(always)]
-    fn of<E>(start: *const E, k: usize) -> Ahead {
-        let element_bytes = size_of::<E>();
-        Ahead { start: start.cast(), row_bytes: k * element_bytes, element_bytes }
+    fn of<W: WeightRows>(weight: &W, row: usize, at: usize, k: usize) -> Ahead {
+        let row_bytes = weight.row_bytes();
+        Ahead {
+            start: weight.address(row, at),
+            row_bytes,
+            part_bytes: row_bytes * Self::PART / k.next_multiple_of(Self::PART),
+        }
     }
 
     #[inline(always)]
@@ -293,16 +308,16 @@ impl Ahead {
     /// version of the hot loop, and other lines in the cache.
     #[inline(always)]
     fn unless(self, enough: bool) -> Ahead {
-        if enough { Ahead { row_bytes: 0, element_bytes: 0, ..self } } else { self }
+        if enough { Ahead { row_bytes: 0, part_bytes: 0, ..self } } else { self }
     }
 }
 
 /// Calls the tile compiled for this number of rows; columns that do not fill a tile go one
 /// element at a time.
 #[inline(always)]
-fn dispatch_tile<S: Simd, E: Float>(
+fn dispatch_tile<S: Simd, W: WeightRows>(
     simd: S,
-    mut tile: Tile<'_, E>,
+    mut tile: Tile<'_, W>,
     rows: usize,
     cols: usize,
 ) -> Sums {
@@ -310,21 +325,21 @@ fn dispatch_tile<S: Simd, E: Float>(
         return multiply_edge(simd, &mut tile, rows, cols);
     }
     match rows {
-        1 => multiply_tile::<S, E, 1, TILE_COLS>(simd, &mut tile),
-        2 if S::TILE_ROWS >= 2 => multiply_tile::<S, E, 2, TILE_COLS>(simd, &mut tile),
-        3 if S::TILE_ROWS >= 3 => multiply_tile::<S, E, 3, TILE_COLS>(simd, &mut tile),
-        4 if S::TILE_ROWS >= 4 => multiply_tile::<S, E, 4, TILE_COLS>(simd, &mut tile),
-        5 if S::TILE_ROWS >= 5 => multiply_tile::<S, E, 5, TILE_COLS>(simd, &mut tile),
-        6 if S::TILE_ROWS >= 6 => multiply_tile::<S, E, 6, TILE_COLS>(simd, &mut tile),
+        1 => multiply_tile::<S, W, 1, TILE_COLS>(simd, &mut tile),
+        2 if S::TILE_ROWS >= 2 => multiply_tile::<S, W, 2, TILE_COLS>(simd, &mut tile),
+        3 if S::TILE_ROWS >= 3 => multiply_tile::<S, W, 3, TILE_COLS>(simd, &mut tile),
+        4 if S::TILE_ROWS >= 4 => multiply_tile::<S, W, 4, TILE_COLS>(simd, &mut tile),
+        5 if S::TILE_ROWS >= 5 => multiply_tile::<S, W, 5, TILE_COLS>(simd, &mut tile),
+        6 if S::TILE_ROWS >= 6 => multiply_tile::<S, W, 6, TILE_COLS>(simd, &mut tile),
         _ => unreachable!("a tile has 1 to {} rows", S::TILE_ROWS),
     }
 }
 
 /// The last columns of the output, where they do not fill a tile.
 #[inline(always)]
-fn multiply_edge<S: Simd, E: Float>(
+fn multiply_edge<S: Simd, W: WeightRows>(
     simd: S,
-    tile: &mut Tile<'_, E>,
+    tile: &mut Tile<'_, W>,
     rows: usize,
     cols: usize,
 ) -> Sums {
@@ -334,11 +349,11 @@ fn multiply_edge<S: Simd, E: Float>(
             let slot = (r * cols + c) * S::LANES;
             let mut element = Tile {
                 x: &tile.x[r * tile.x_stride..],
-                w: &tile.w[c * tile.w_stride..],
+                w_row: tile.w_row + c,
                 sums: &mut tile.sums[slot..slot + S::LANES],
                 ..*tile
             };
-            *result = multiply_tile::<S, E, 1, 1>(simd, &mut element)[0][0];
+            *result = multiply_tile::<S, W, 1, 1>(simd, &mut element)[0][0];
         }
     }
     results
@@ -346,13 +361,13 @@ fn multiply_edge<S: Simd, E: Float>(
 
 /// `R` rows by `C` columns.
 #[inline(always)]
-fn multiply_tile<S: Simd, E: Float, const R: usize, const C: usize>(
+fn multiply_tile<S: Simd, W: WeightRows, const R: usize, const C: usize>(
     simd: S,
-    tile: &mut Tile<'_, E>,
+    tile: &mut Tile<'_, W>,
 ) -> Sums {
-    whole_vectors::<S, E, R, C>(simd, tile);
+    whole_vectors::<S, W, R, C>(simd, tile);
     if !tile.len.is_multiple_of(S::LANES) {
-        tail::<S, E, R, C>(simd, tile);
+        tail::<S, W, R, C>(simd, tile);
     }
     let mut results = [[0.0; TILE_COLS]; MAX_TILE_ROWS];
     if tile.last {
@@ -370,15 +385,14 @@ fn multiply_tile<S: Simd, E: Float, const R: usize, const C: usize>(
 /// The hot loop. Accumulators live in registers only here: the compiler keeps an array in
 /// registers when nothing but fully unrolled loops touches it.
 #[inline(always)]
-fn whole_vectors<S: Simd, E: Float, const R: usize, const C: usize>(
+fn whole_vectors<S: Simd, W: WeightRows, const R: usize, const C: usize>(
     simd: S,
-    tile: &mut Tile<'_, E>,
+    tile: &mut Tile<'_, W>,
 ) {
-    let Tile { x_stride, w_stride, len, ahead, .. } = *tile;
+    let Tile { x_stride, w, w_row, len, ahead, .. } = *tile;
     assert!(tile.x.len() >= (R - 1) * x_stride + len);
-    assert!(tile.w.len() >= (C - 1) * w_stride + len);
     assert!(tile.sums.len() >= R * C * S::LANES);
-    let (x, w, sums) = (tile.x.as_ptr(), tile.w.as_ptr(), tile.sums.as_mut_ptr());
+    let (x, sums) = (tile.x.as_ptr(), tile.sums.as_mut_ptr());
     let mut acc = [[simd.splat(0.0); C]; R];
     if !tile.first {
         for (r, acc) in acc.iter_mut().enumerate() {
@@ -391,12 +405,10 @@ fn whole_vectors<S: Simd, E: Float, const R: usize, const C: usize>(
     for k in (0..len - len % S::LANES).step_by(S::LANES) {
         let mut wide = [simd.splat(0.0); C];
         for (c, wide) in wide.iter_mut().enumerate() {
-            // SAFETY: `c * w_stride + k + LANES` is within `w`, checked above.
-            let at = unsafe { w.add(c * w_stride + k) };
-            let line = ahead.start.wrapping_add(c * ahead.row_bytes + k * ahead.element_bytes);
-            simd.prefetch(line);
-            // SAFETY: as above.
-            *wide = unsafe { E::load_lanes(simd, at) };
+            let part = k / Ahead::PART * ahead.part_bytes;
+            simd.prefetch(ahead.start.wrapping_add(c * ahead.row_bytes + part));
+            // SAFETY: whoever made the tile vouches for `C` rows of `len` elements.
+            *wide = unsafe { w.lanes(simd, w_row + c, k) };
         }
         for (r, acc) in acc.iter_mut().enumerate() {
             // SAFETY: `r * x_stride + k + LANES` is within `x`, checked above.
@@ -416,13 +428,14 @@ fn whole_vectors<S: Simd, E: Float, const R: usize, const C: usize>(
 
 /// The last, partial vector of k; lanes beyond it multiply zeros.
 #[inline(always)]
-fn tail<S: Simd, E: Float, const R: usize, const C: usize>(simd: S, tile: &mut Tile<'_, E>) {
-    let Tile { x_stride, w_stride, len, .. } = *tile;
+fn tail<S: Simd, W: WeightRows, const R: usize, const C: usize>(simd: S, tile: &mut Tile<'_, W>) {
+    let Tile { x_stride, w, w_row, len, .. } = *tile;
     let at = len - len % S::LANES;
     for r in 0..R {
         let x = load(simd, &tile.x[r * x_stride..r * x_stride + len], at);
         for c in 0..C {
-            let wide = load(simd, &tile.w[c * w_stride..c * w_stride + len], at);
+            // SAFETY: as in `whole_vectors`.
+            let wide = unsafe { w.tail(simd, w_row + c, at, len) };
             let slot = (r * C + c) * S::LANES;
             let sum = simd.mul_add(x, wide, load(simd, tile.sums, slot));
             store(simd, tile.sums, slot, sum);

@@ -5,7 +5,10 @@
 //! | `isa`, `topology` | which instructions and how many threads, decided once at start-up |
 //! | `simd`; `scalar`, `avx2`, `avx512` | the vector vocabulary; one file per instruction set |
 //! | `pool`, `share` | fork-join threads; what they share |
-//! | `matmul`, `attention`, `rows`, `sample` | the kernels |
+//! | `weight_rows`, `tile_weights`, `tile_pack` | weights of every format, and activations, as kernels read them |
+//! | `matmul`, `int8_matmul`, `attention`, `rows`, `sample` | the kernels on vectors |
+//! | `amx`, `tile_matmul` | tiles, and the matmul on them |
+//! | `launch`, `launch_matmul` | how operations are cut into tasks |
 //!
 //! Activations are f32. No result depends on the number of threads, nor on which other rows
 //! or sequences are in the batch: that is part of every kernel's contract and tested bit by bit.
@@ -17,8 +20,10 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod int8_matmul;
 mod isa;
 mod launch;
+mod launch_matmul;
 mod matmul;
 pub mod pool;
 mod rows;
@@ -28,19 +33,26 @@ mod share;
 mod simd;
 #[cfg(target_arch = "x86_64")]
 mod tile_matmul;
+#[cfg(target_arch = "x86_64")]
+mod tile_pack;
+#[cfg(target_arch = "x86_64")]
+mod tile_weights;
 mod topology;
+mod weight_rows;
 
 use std::sync::Mutex;
 
 use super::Ops;
 use super::args::*;
 use crate::config::CpuIsa;
+use crate::formats::Format;
 use crate::output::SampledToken;
 use crate::tensor::DType;
 pub use isa::Isa;
 use pool::Pool;
 use share::{PerThread, Scratch};
 pub use topology::physical_cores;
+use weight_rows::{Bytes, Coded, Dense, E4m3, Nibbles, with_rows};
 
 /// The CPU backend cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +84,7 @@ pub struct CpuOps {
     pool: Pool,
     scratch: PerThread<Scratch>,
     samplers: PerThread<sample::SampleScratch>,
-    packed: Mutex<Scratch>,
+    prepared: Mutex<launch_matmul::Prepared>,
     query_tiles: Mutex<Vec<launch::QueryTile>>,
 }
 
@@ -91,7 +103,7 @@ impl CpuOps {
             pool,
             scratch: PerThread::new(threads),
             samplers: PerThread::new(threads),
-            packed: Mutex::default(),
+            prepared: Mutex::default(),
             query_tiles: Mutex::default(),
         })
     }
@@ -123,7 +135,9 @@ macro_rules! with_float {
                 type $E = half::f16;
                 $body
             }
-            DType::U32 => panic!("an integer tensor where floats are needed"),
+            DType::U32 | DType::I8 | DType::U8 => {
+                panic!("an integer tensor where floats are needed")
+            }
         }
     };
 }
@@ -141,12 +155,8 @@ impl Ops for CpuOps {
 
     fn embed(&self, args: EmbedArgs<'_>) {
         args.check();
-        with_float!(args.table.dtype(), E => self.copy_rows(
-            args.out.into_mut_slice(),
-            args.table.as_slice::<E>(),
-            args.token_ids.as_slice(),
-            args.table.size(1),
-        ));
+        let (out, token_ids) = (args.out.into_mut_slice(), args.token_ids.as_slice());
+        with_rows!(args.table, rows => self.embed_rows(out, rows, token_ids, args.table));
     }
 
     fn norm(&self, args: NormArgs<'_>) {
@@ -178,11 +188,7 @@ impl Ops for CpuOps {
 
     fn matmul(&self, args: MatmulArgs<'_>) {
         args.check();
-        #[cfg(target_arch = "x86_64")]
-        if let (Isa::Amx(amx), DType::BF16) = (self.isa, args.weight.data.dtype()) {
-            return self.multiply_tiles(amx, args);
-        }
-        with_float!(args.weight.data.dtype(), E => self.multiply::<E>(args));
+        self.multiply(args);
     }
 
     fn gated_activation(&self, args: GatedActivationArgs<'_>) {

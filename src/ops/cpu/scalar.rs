@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 
 use super::simd::Simd;
+use crate::formats::fp8;
 
 const LANES: usize = 8;
 
@@ -83,6 +84,37 @@ impl Simd for Scalar {
     unsafe fn load_f16(self, from: *const f16) -> Self::V {
         // SAFETY: the caller's contract.
         unsafe { *from.cast::<[f16; LANES]>() }.map(f16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn load_i8(self, from: *const i8) -> Self::V {
+        // SAFETY: the caller's contract.
+        unsafe { *from.cast::<[i8; LANES]>() }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn load_low_nibbles(self, from: *const u8) -> Self::V {
+        // SAFETY: the caller's contract.
+        unsafe { *from.cast::<[u8; LANES]>() }.map(|byte| f32::from(byte & 15))
+    }
+    #[inline(always)]
+    unsafe fn load_high_nibbles(self, from: *const u8) -> Self::V {
+        // SAFETY: the caller's contract.
+        unsafe { *from.cast::<[u8; LANES]>() }.map(|byte| f32::from(byte >> 4))
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3(self, from: *const u8) -> Self::V {
+        // SAFETY: the caller's contract.
+        unsafe { *from.cast::<[u8; LANES]>() }.map(fp8::decode)
+    }
+    #[inline(always)]
+    unsafe fn dot4_i8(self, x: *const i8, rows: [*const i8; 4], len: usize) -> [i32; 4] {
+        // SAFETY: the caller's contract.
+        let bytes = |from: *const i8| unsafe { std::slice::from_raw_parts(from, len) };
+        let x = bytes(x);
+        rows.map(|row| x.iter().zip(bytes(row)).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum())
+    }
+    #[inline(always)]
+    fn splat_f16(self, x: f16) -> Self::V {
+        [x.to_f32(); LANES]
     }
     #[inline(always)]
     unsafe fn store_f32(self, to: *mut f32, v: Self::V) {

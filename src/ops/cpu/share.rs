@@ -55,14 +55,19 @@ impl Scratch {
         // SAFETY: a line is sixteen f32 without padding, and the borrow is exclusive.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<f32>(), len) }
     }
-}
 
-impl Scratch {
     /// `len` words with any content, aligned to a cache line.
     pub fn take_words(&mut self, len: usize) -> &mut [u32] {
         let floats = self.take(len);
         // SAFETY: any f32 is a valid u32 of the same size and alignment.
         unsafe { std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast::<u32>(), len) }
+    }
+
+    /// `len` bytes with any content, aligned to a cache line.
+    pub fn take_bytes(&mut self, len: usize) -> &mut [i8] {
+        let floats = self.take(len.div_ceil(4));
+        // SAFETY: the words of any f32 are four valid i8.
+        unsafe { std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast::<i8>(), len) }
     }
 }
 

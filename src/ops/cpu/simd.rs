@@ -73,6 +73,33 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// They must be readable.
     unsafe fn load_f16(self, from: *const f16) -> Self::V;
+    /// Reads and widens `LANES` signed bytes.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load_i8(self, from: *const i8) -> Self::V;
+    /// Reads `LANES` bytes and widens their low halves.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load_low_nibbles(self, from: *const u8) -> Self::V;
+    /// Reads `LANES` bytes and widens their high halves.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load_high_nibbles(self, from: *const u8) -> Self::V;
+    /// Reads and widens `LANES` FP8 E4M3 numbers.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load_e4m3(self, from: *const u8) -> Self::V;
+    /// All lanes equal to `x`.
+    fn splat_f16(self, x: f16) -> Self::V;
+    /// The exact dot products of `x` with four rows of bytes.
+    ///
+    /// # Safety
+    /// `len`, a multiple of 64, bytes of each must be readable.
+    unsafe fn dot4_i8(self, x: *const i8, rows: [*const i8; 4], len: usize) -> [i32; 4];
     /// Writes `LANES` elements.
     ///
     /// # Safety

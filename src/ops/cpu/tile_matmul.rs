@@ -15,125 +15,20 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::amx::{
-    Amx, Left, ROW_BYTES, Right, TILE_BYTES, TILE_LEN, TILE_ROWS, TileElement, Tiles,
-};
+use super::amx::{Amx, Left, ROW_BYTES, Right, TILE_BYTES, TILE_LEN, TILE_ROWS, Tiles};
 use super::avx512::transpose16;
 use super::share::{Parts, Scratch};
+use super::tile_pack::{PackedRows, first_lanes};
+use super::tile_weights::TileWeights;
+use super::weight_rows::Scales;
 
 /// Output columns of a product: two tiles.
 pub const PAIR: usize = 2 * TILE_ROWS;
-/// Elements of `u32` in a tile.
-const TILE_WORDS: usize = TILE_BYTES / 4;
 /// Steps of `k` that are converted at a time for few rows: with two tiles of columns they fill
 /// two thirds of the first-level cache.
 const CHUNK_STEPS: usize = 16;
 /// Bytes of converted weights that stay in the second-level cache beside the activations.
 const PANEL_BYTES: usize = 1 << 20;
-
-/// A weight matrix whose rows can be put into tiles.
-pub trait TileWeights: Copy + Send + Sync {
-    /// What the tiles hold.
-    type Element: TileElement;
-
-    /// Address of a row and bytes to the next when rows can be read as tile rows where they
-    /// are.
-    fn in_place(&self, row: usize) -> Option<(*const u8, usize)>;
-
-    /// Fills consecutive tiles with `rows` (at most sixteen) over `steps`; what the matrix lacks
-    /// becomes 0.
-    ///
-    /// # Safety
-    /// Rows must exist, `to` must have room for the tiles, and the machine must have AMX.
-    unsafe fn fill(&self, rows: Range<usize>, steps: Range<usize>, to: *mut u8);
-}
-
-/// Activations as right operands.
-#[derive(Clone, Copy)]
-pub struct PackedRows<'a> {
-    words: &'a [u32],
-    num_rows: usize,
-    steps: usize,
-}
-
-/// Rows of `x` in the first tile that share a row of the tile's memory, padded to a power of
-/// two. A short tile is packed tighter: a single row must not cost the traffic of sixteen.
-fn columns_of(rows: usize) -> usize {
-    rows.next_power_of_two().min(TILE_ROWS)
-}
-
-impl<'a> PackedRows<'a> {
-    /// Words that `num_rows` rows of `k` elements take, with room for a tile's last reads.
-    pub fn len<E: TileElement>(num_rows: usize, k: usize) -> usize {
-        let steps = k.div_ceil(E::PER_ROW);
-        num_rows.div_ceil(TILE_ROWS) * steps * TILE_WORDS + TILE_ROWS
-    }
-
-    /// Rows that were packed into `words`.
-    pub fn new<E: TileElement>(words: &'a [u32], num_rows: usize, k: usize) -> PackedRows<'a> {
-        assert!(words.len() >= Self::len::<E>(num_rows, k));
-        PackedRows { words, num_rows, steps: k.div_ceil(E::PER_ROW) }
-    }
-
-    fn tile_stride(&self) -> usize {
-        self.steps * TILE_WORDS
-    }
-
-    fn right(&self, tile: usize) -> Right {
-        let columns = columns_of(self.num_rows - tile * TILE_ROWS);
-        let start = self.words[tile * self.tile_stride()..].as_ptr().cast();
-        Right { start, row_stride: 4 * columns }
-    }
-}
-
-/// Rounds tile `tile` of the rows of `x [num_rows, k]` to bf16 and packs it into its part of
-/// `words`: position `2 i` and `2 i + 1` of a step share word `i` of each row.
-pub fn pack_bf16(_: Amx, x: &[f32], k: usize, words: &mut [u32]) {
-    assert!(x.len() <= TILE_ROWS * k && words.len() >= k.div_ceil(32) * TILE_WORDS);
-    // SAFETY: the token proves that the instructions exist.
-    unsafe { pack_bf16_rows(x, k, words) }
-}
-
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-fn pack_bf16_rows(x: &[f32], k: usize, words: &mut [u32]) {
-    let num_rows = x.len() / k;
-    let columns = columns_of(num_rows);
-    let keep = ((1u32 << columns) - 1) as __mmask16;
-    for step in 0..k.div_ceil(32) {
-        let at = step * 32;
-        let (low, high) = (lanes_from(k - at), lanes_from((k - at).saturating_sub(16)));
-        let line = |row: usize| {
-            let from = x[row * k + at..].as_ptr();
-            // SAFETY: masked lanes are not read, the others lie inside the row.
-            unsafe {
-                let low = _mm512_maskz_loadu_ps(low, from);
-                let high = _mm512_maskz_loadu_ps(high, from.wrapping_add(16));
-                std::mem::transmute::<__m512bh, __m512>(_mm512_cvtne2ps_pbh(high, low))
-            }
-        };
-        let to = words[step * TILE_ROWS * columns..].as_mut_ptr();
-        if columns == 1 {
-            // SAFETY: sixteen words are in the slice, as the caller checked.
-            unsafe { _mm512_storeu_ps(to.cast(), line(0)) }
-            continue;
-        }
-        let mut lines = [_mm512_setzero_ps(); TILE_ROWS];
-        for (row, to) in lines.iter_mut().enumerate().take(num_rows) {
-            *to = line(row);
-        }
-        // SAFETY: the instructions exist here; a masked store writes `columns` words.
-        unsafe {
-            for (i, words) in transpose16(lines).into_iter().enumerate() {
-                _mm512_mask_storeu_ps(to.add(i * columns).cast(), keep, words);
-            }
-        }
-    }
-}
-
-/// A mask of the first `count` lanes.
-fn lanes_from(count: usize) -> __mmask16 {
-    if count >= 16 { !0 } else { (1 << count) - 1 }
-}
 
 /// What is done to an accumulator before it is written.
 pub trait Epilogue: Copy + Send + Sync {
@@ -146,6 +41,8 @@ pub trait Epilogue: Copy + Send + Sync {
 
 /// One task: output columns for all rows.
 pub struct TileTask<'a, W, E> {
+    /// The machine's tiles.
+    pub amx: Amx,
     /// Activations.
     pub x: PackedRows<'a>,
     /// Weights.
@@ -155,13 +52,13 @@ pub struct TileTask<'a, W, E> {
     /// Output columns of the whole matrix.
     pub num_cols: usize,
     /// Output; tasks write disjoint columns.
-    pub out: &'a Parts<'a, f32>,
+    pub out: Parts<'a, f32>,
 }
 
 impl<W: TileWeights, E: Epilogue> TileTask<'_, W, E> {
     /// Computes the output columns `cols` for all rows.
-    pub fn run(&self, amx: Amx, cols: Range<usize>, scratch: &mut Scratch) {
-        let mut tiles = Tiles::open(amx);
+    pub fn run_columns(&self, cols: Range<usize>, scratch: &mut Scratch) {
+        let mut tiles = Tiles::open(self.amx);
         let mut sums = Sums([[0; TILE_LEN]; 4]);
         if self.x.num_rows <= 2 * TILE_ROWS {
             for col in cols.clone().step_by(PAIR) {
@@ -190,7 +87,7 @@ impl<W: TileWeights, E: Epilogue> TileTask<'_, W, E> {
             let left = Left { upper, lower, row_stride, step: ROW_BYTES, ahead };
             return self.multiply(tiles, left, (0, 0..steps));
         }
-        let chunk = scratch.take(2 * CHUNK_STEPS * TILE_WORDS).as_mut_ptr().cast::<u8>();
+        let chunk = scratch.take(2 * CHUNK_STEPS * TILE_BYTES / 4).as_mut_ptr().cast::<u8>();
         for from in (0..steps).step_by(CHUNK_STEPS) {
             let part = from..steps.min(from + CHUNK_STEPS);
             let left = self.convert(cols.clone(), part.clone(), chunk);
@@ -230,11 +127,11 @@ impl<W: TileWeights, E: Epilogue> TileTask<'_, W, E> {
     fn convert(&self, cols: Range<usize>, steps: Range<usize>, to: *mut u8) -> Left {
         let middle = cols.end.min(cols.start + TILE_ROWS);
         let left = converted(to, steps.len());
-        // SAFETY: the caller's scratch has room for both; columns exist; tiles are open, so the
-        // machine has AMX.
+        let vectors = self.amx.vectors();
+        // SAFETY: the caller's scratch has room for both, and the columns exist.
         unsafe {
-            self.weights.fill(cols.start..middle, steps.clone(), left.upper.cast_mut());
-            self.weights.fill(middle..cols.end, steps, left.lower.cast_mut());
+            self.weights.fill(vectors, cols.start..middle, steps.clone(), left.upper.cast_mut());
+            self.weights.fill(vectors, middle..cols.end, steps, left.lower.cast_mut());
         }
         left
     }
@@ -275,7 +172,7 @@ impl<W: TileWeights, E: Epilogue> TileTask<'_, W, E> {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     fn write_tile(&self, sums: &[u32; TILE_LEN], rows: Range<usize>, cols: Range<usize>) {
-        let lanes = lanes_from(cols.len());
+        let lanes = first_lanes(cols.len());
         let mut lines = [_mm512_setzero_ps(); TILE_ROWS];
         for (line, sums) in lines.iter_mut().zip(sums.chunks_exact(TILE_ROWS)) {
             // SAFETY: a chunk has sixteen words.
@@ -334,59 +231,30 @@ impl Epilogue for AddBias<'_> {
     }
 }
 
-/// Dense rows of bf16.
+/// Sums of integers, multiplied by the scales of the row and of the column, a bias added: the
+/// referee's order.
 #[derive(Clone, Copy)]
-pub struct DenseRows<'a> {
-    /// `[num_cols of the output, k]`.
-    pub elements: &'a [half::bf16],
-    /// Length of a row.
-    pub k: usize,
+pub struct ScaleSums<'a> {
+    /// One per row of `x`.
+    pub row_scales: &'a [f32],
+    /// One per output column.
+    pub col_scales: Scales<'a>,
+    /// As in [`AddBias`].
+    pub bias: AddBias<'a>,
 }
 
-impl TileWeights for DenseRows<'_> {
-    type Element = super::amx::Bf16;
-
-    fn in_place(&self, row: usize) -> Option<(*const u8, usize)> {
-        let row = self.elements[row * self.k..].as_ptr().cast();
-        self.k.is_multiple_of(32).then_some((row, 2 * self.k))
-    }
-
-    unsafe fn fill(&self, rows: Range<usize>, steps: Range<usize>, to: *mut u8) {
-        // SAFETY: the same contract.
-        unsafe { copy_rows(self.elements, self.k, rows, steps, to) }
-    }
-}
-
-/// Copies rows of bf16 to tiles.
-///
-/// # Safety
-/// As [`TileWeights::fill`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn copy_rows(
-    elements: &[half::bf16],
-    k: usize,
-    rows: Range<usize>,
-    steps: Range<usize>,
-    to: *mut u8,
-) {
-    let num_rows = rows.len();
-    for i in 0..TILE_ROWS {
-        for (tile, step) in steps.clone().enumerate() {
-            let at = step * 32;
-            let lanes: __mmask32 = match k - at {
-                32.. => !0,
-                rest => (1 << rest) - 1,
-            };
-            // SAFETY: masked lanes are not read; `to` has room for the tiles.
-            unsafe {
-                let line = if i < num_rows {
-                    let from = elements[(rows.start + i) * k + at..].as_ptr();
-                    _mm512_maskz_loadu_epi16(lanes, from.cast())
-                } else {
-                    _mm512_setzero_si512()
-                };
-                _mm512_storeu_si512(to.add(tile * TILE_BYTES + i * ROW_BYTES).cast(), line);
-            }
+impl Epilogue for ScaleSums<'_> {
+    #[inline(always)]
+    unsafe fn finish(&self, sums: __m512i, row: usize, col: usize, lanes: __mmask16) -> __m512 {
+        let Scales::F32(scales) = self.col_scales else {
+            unreachable!("INT8 rows have f32 scales")
+        };
+        // SAFETY: masked lanes are not read; the caller vouches for the rest.
+        unsafe {
+            let cols = _mm512_maskz_loadu_ps(lanes, scales[col..].as_ptr());
+            let scales = _mm512_mul_ps(_mm512_set1_ps(self.row_scales[row]), cols);
+            let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales);
+            self.bias.finish(_mm512_castps_si512(scaled), row, col, lanes)
         }
     }
 }

@@ -10,6 +10,7 @@ use half::{bf16, f16};
 
 use super::Ops;
 use super::args::*;
+use crate::formats::{Format, PackedMatrix, int8};
 use crate::output::SampledToken;
 use crate::tensor::{DType, View, ViewMut};
 
@@ -28,10 +29,10 @@ impl Ops for ReferenceOps {
 
     fn embed(&self, args: EmbedArgs<'_>) {
         args.check();
-        let width = args.table.size(1);
         let out = args.out.into_mut_slice::<f32>();
-        for (row, &id) in out.chunks_exact_mut(width).zip(args.token_ids.as_slice::<u32>()) {
-            row.copy_from_slice(&read_row(args.table, id as usize));
+        let rows = out.chunks_exact_mut(args.table.num_cols);
+        for (row, &id) in rows.zip(args.token_ids.as_slice::<u32>()) {
+            row.copy_from_slice(&args.table.row(id as usize));
         }
     }
 
@@ -78,15 +79,20 @@ impl Ops for ReferenceOps {
 
     fn matmul(&self, args: MatmulArgs<'_>) {
         args.check();
-        let (num_cols, num_out) = (args.weight.num_cols, args.weight.num_rows);
-        let bias = args.bias.map(read);
-        let x = args.x.as_slice::<f32>();
-        let out = args.out.into_mut_slice::<f32>();
-        for n in 0..num_out {
-            let weight = read_row(args.weight.data.view(), n);
-            for (m, x) in x.chunks_exact(num_cols.max(1)).enumerate() {
+        let rows: Vec<&[f32]> = args.x.as_slice().chunks_exact(args.x.size(1).max(1)).collect();
+        for Projection { out, weight, bias } in args.projections {
+            let (num_out, bias) = (weight.num_rows, bias.map(read));
+            let out = out.into_mut_slice::<f32>();
+            for n in 0..num_out {
                 let bias = bias.as_ref().map_or(0.0, |bias| bias[n]);
-                out[m * num_out + n] = dot(x, &weight) as f32 + bias;
+                let weights = weight.row(n);
+                for (m, x) in rows.iter().enumerate() {
+                    let product = match weight.format {
+                        Format::Int8 => dot_bytes(x, weight, n),
+                        _ => dot(x, &weights) as f32,
+                    };
+                    out[m * num_out + n] = product + bias;
+                }
             }
         }
     }
@@ -268,13 +274,22 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
 }
 
+/// Row `n` of an INT8 matrix times activations that are quantized the same way.
+fn dot_bytes(x: &[f32], weight: &PackedMatrix, n: usize) -> f32 {
+    let mut codes = vec![0; x.len()];
+    let scale = int8::quantize_row(x, &mut codes);
+    let row = &weight.data.as_slice::<i8>()[n * weight.row_bytes()..];
+    let sum: i32 = codes.iter().zip(row).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum();
+    sum as f32 * (scale * weight.scale(n, 0))
+}
+
 /// All elements of a float tensor, widened.
 fn read(view: View<'_>) -> Vec<f32> {
     match view.dtype() {
         DType::F32 => view.as_slice::<f32>().to_vec(),
         DType::BF16 => view.as_slice::<bf16>().iter().map(|x| x.to_f32()).collect(),
         DType::F16 => view.as_slice::<f16>().iter().map(|x| x.to_f32()).collect(),
-        DType::U32 => panic!("an integer tensor where floats are needed"),
+        DType::U32 | DType::I8 | DType::U8 => panic!("an integer tensor where floats are needed"),
     }
 }
 
@@ -296,6 +311,6 @@ fn write(view: ViewMut<'_>, start: usize, values: &[f32]) {
             let out = &mut view.into_mut_slice::<f16>()[range];
             out.iter_mut().zip(values).for_each(|(out, &x)| *out = f16::from_f32(x));
         }
-        DType::U32 => panic!("an integer tensor where floats are needed"),
+        DType::U32 | DType::I8 | DType::U8 => panic!("an integer tensor where floats are needed"),
     }
 }

@@ -1,0 +1,342 @@
+//! How a matmul is cut into tasks: activations are prepared once, then tasks take columns of
+//! one projection each.
+
+use std::ops::Range;
+use std::sync::PoisonError;
+
+#[cfg(target_arch = "x86_64")]
+use super::amx::{Amx, Bf16, Int8};
+use super::int8_matmul::{Int8Columns, QuantizedRows, quantize_padded};
+use super::isa::Isa;
+use super::matmul::{Operands, PANEL, multiply_columns};
+use super::rows::Convert;
+use super::share::{Parts, Scratch};
+#[cfg(target_arch = "x86_64")]
+use super::tile_matmul::{AddBias, Epilogue, PAIR, ScaleSums, TileTask, panel_cols};
+#[cfg(target_arch = "x86_64")]
+use super::tile_pack::{PackedRows, TileActivations, num_words, words_per_tile};
+#[cfg(target_arch = "x86_64")]
+use super::tile_weights::{DenseRows, Int8Rows, TileWeights};
+use super::weight_rows::{Bytes, Coded, Dense, E4m3, Nibbles, WeightRows, with_rows};
+use super::{CpuOps, with_float};
+use crate::formats::{Format, PackedMatrix, ROW_ALIGN};
+use crate::ops::args::{MatmulArgs, Projection};
+use crate::tensor::{DType, View};
+
+/// Weight bytes per task: long enough to stream, short enough to balance.
+const TASK_WEIGHT_BYTES: usize = 512 << 10;
+/// Multiplications below which a matmul is one task.
+const MATMUL_INLINE: usize = 1 << 18;
+/// Tasks per thread that let a fast thread take over from a slow one.
+const TASKS_PER_THREAD: usize = 4;
+/// Up to this many rows, weights are read once; beyond, they are kept in a cache.
+const FEW_ROWS: usize = 32;
+
+/// Room for activations in the form that kernels want.
+#[derive(Default)]
+pub struct Prepared {
+    floats: Scratch,
+    bytes: Scratch,
+    scales: Vec<f32>,
+}
+
+/// Activations of one operation.
+#[derive(Clone, Copy)]
+struct Inputs<'a> {
+    x: &'a [f32],
+    k: usize,
+    num_rows: usize,
+    bytes: Option<QuantizedRows<'a>>,
+    #[cfg(target_arch = "x86_64")]
+    tiles: Option<Tiled<'a>>,
+}
+
+/// Activations for tiles, in the precisions that some projection needs.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+struct Tiled<'a> {
+    amx: Amx,
+    bf16: Option<PackedRows<'a>>,
+    int8: Option<PackedRows<'a>>,
+}
+
+/// One projection, ready to be computed by ranges of columns.
+struct Planned<'a> {
+    kernel: Box<dyn ColumnKernel + 'a>,
+    num_cols: usize,
+    cols_per_task: usize,
+}
+
+impl Planned<'_> {
+    fn num_tasks(&self) -> usize {
+        self.num_cols.div_ceil(self.cols_per_task)
+    }
+}
+
+/// Computes output columns for all rows; calls with different columns may run at once.
+trait ColumnKernel: Sync {
+    fn run(&self, cols: Range<usize>, scratch: &mut Scratch);
+}
+
+struct VectorKernel<'a, W> {
+    isa: Isa,
+    x: &'a [f32],
+    k: usize,
+    weights: W,
+    num_cols: usize,
+    bias: Option<&'a [f32]>,
+    out: Parts<'a, f32>,
+}
+
+impl<W: WeightRows> ColumnKernel for VectorKernel<'_, W> {
+    fn run(&self, cols: Range<usize>, scratch: &mut Scratch) {
+        let operands = Operands {
+            x: self.x,
+            weight: self.weights,
+            k: self.k,
+            num_cols: self.num_cols,
+            out: &self.out,
+        };
+        multiply_columns(self.isa, operands, cols, self.bias, scratch);
+    }
+}
+
+struct Int8Kernel<'a> {
+    isa: Isa,
+    x: QuantizedRows<'a>,
+    weights: Coded<'a, Bytes>,
+    num_cols: usize,
+    bias: Option<&'a [f32]>,
+    out: Parts<'a, f32>,
+}
+
+impl ColumnKernel for Int8Kernel<'_> {
+    fn run(&self, cols: Range<usize>, _: &mut Scratch) {
+        let Int8Kernel { x, weights, num_cols, bias, ref out, .. } = *self;
+        self.isa.run(Int8Columns { x, weights, bias, num_cols, cols, out });
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<W: TileWeights, E: Epilogue> ColumnKernel for TileTask<'_, W, E> {
+    fn run(&self, cols: Range<usize>, scratch: &mut Scratch) {
+        self.run_columns(cols, scratch);
+    }
+}
+
+impl CpuOps {
+    pub(super) fn multiply(&self, args: MatmulArgs<'_>) {
+        let MatmulArgs { x, projections } = args;
+        assert!(x.size(1) > 0, "matmul: nothing to sum over");
+        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        let inputs = self.prepare(&mut prepared, x, &projections);
+        let bias = |p: &Projection<'_>| p.bias.map(|bias| self.widened(bias));
+        let biases: Vec<Option<Vec<f32>>> = projections.iter().map(bias).collect();
+        let all_cols = projections.iter().map(|p| p.weight.num_rows).sum();
+        let planned: Vec<Planned<'_>> = projections
+            .into_iter()
+            .zip(&biases)
+            .map(|(projection, bias)| self.plan(inputs, projection, bias.as_deref(), all_cols))
+            .collect();
+        let num_tasks = planned.iter().map(Planned::num_tasks).sum();
+        self.pool.run(num_tasks, |thread, mut task| {
+            let found = planned.iter().find(|planned| {
+                let here = task < planned.num_tasks();
+                if !here {
+                    task -= planned.num_tasks();
+                }
+                here
+            });
+            let Planned { kernel, num_cols, cols_per_task } = found.expect("tasks were counted");
+            let cols = task * cols_per_task..*num_cols.min(&((task + 1) * cols_per_task));
+            kernel.run(cols, &mut self.scratch.lock(thread));
+        });
+    }
+
+    fn plan<'a>(
+        &self,
+        inputs: Inputs<'a>,
+        projection: Projection<'a>,
+        bias: Option<&'a [f32]>,
+        all_cols: usize,
+    ) -> Planned<'a> {
+        let Projection { out, weight, .. } = projection;
+        let num_cols = weight.num_rows;
+        let out = Parts::new(out.into_mut_slice::<f32>());
+        let kernel = self.kernel(inputs, weight, bias, out);
+        Planned { kernel, num_cols, cols_per_task: self.cols_per_task(inputs, weight, all_cols) }
+    }
+
+    fn kernel<'a>(
+        &self,
+        inputs: Inputs<'a>,
+        weight: &'a PackedMatrix,
+        bias: Option<&'a [f32]>,
+        out: Parts<'a, f32>,
+    ) -> Box<dyn ColumnKernel + 'a> {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(tiled) = inputs.tiles.filter(|_| runs_on_tiles(weight)) {
+            return tile_kernel(tiled, weight, bias, out);
+        }
+        let (isa, num_cols) = (self.isa, weight.num_rows);
+        if let (Format::Int8, Some(x)) = (weight.format, inputs.bytes) {
+            let weights = Coded::<Bytes>::of(weight);
+            return Box::new(Int8Kernel { isa, x, weights, num_cols, bias, out });
+        }
+        let Inputs { x, k, .. } = inputs;
+        with_rows!(weight, weights => {
+            Box::new(VectorKernel { isa, x, k, weights, num_cols, bias, out })
+        })
+    }
+
+    /// Brings activations into the forms that the projections need.
+    fn prepare<'a>(
+        &self,
+        prepared: &'a mut Prepared,
+        x: View<'a>,
+        projections: &[Projection<'_>],
+    ) -> Inputs<'a> {
+        let (num_rows, k) = (x.size(0), x.size(1));
+        let x = x.as_slice::<f32>();
+        let Prepared { floats, bytes, scales } = prepared;
+        let has_int8 = projections.iter().any(|p| p.weight.format == Format::Int8);
+        if has_int8 && scales.len() < num_rows {
+            scales.resize(num_rows, 0.0);
+        }
+        let mut inputs = Inputs {
+            x,
+            k,
+            num_rows,
+            bytes: None,
+            #[cfg(target_arch = "x86_64")]
+            tiles: None,
+        };
+        #[cfg(target_arch = "x86_64")]
+        if let Isa::Amx(amx) = self.isa {
+            let is_wide =
+                |p: &Projection<'_>| runs_on_tiles(p.weight) && p.weight.format != Format::Int8;
+            let bf16 = projections.iter().any(is_wide);
+            let bf16 = bf16.then(|| self.pack::<Bf16>(amx, floats, &mut [], (x, k)));
+            let int8 = has_int8.then(|| self.pack::<Int8>(amx, bytes, scales, (x, k)));
+            inputs.tiles = Some(Tiled { amx, bf16, int8 });
+            return inputs;
+        }
+        let _ = floats;
+        inputs.bytes = has_int8.then(|| self.quantize_rows(bytes, scales, (x, k)));
+        inputs
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn pack<'a, E: TileActivations>(
+        &self,
+        amx: Amx,
+        words: &'a mut Scratch,
+        scales: &'a mut [f32],
+        (x, k): (&[f32], usize),
+    ) -> PackedRows<'a> {
+        const ROWS: usize = super::amx::TILE_ROWS;
+        let num_rows = x.len() / k;
+        let words = words.take_words(num_words::<E>(num_rows, k));
+        let has_scales = !scales.is_empty();
+        {
+            let (words, scales) = (Parts::new(words), Parts::new(scales));
+            self.pool.run(num_rows.div_ceil(ROWS), |_, tile| {
+                let rows = tile * ROWS..num_rows.min((tile + 1) * ROWS);
+                let part = tile * words_per_tile::<E>(k)..(tile + 1) * words_per_tile::<E>(k);
+                let some = if has_scales { rows.clone() } else { 0..0 };
+                // SAFETY: tasks have different tiles and rows.
+                let (words, scales) = unsafe { (words.part(part), scales.part(some)) };
+                E::pack(amx, &x[rows.start * k..rows.end * k], k, words, scales);
+            });
+        }
+        PackedRows::new::<E>(words, scales, num_rows, k)
+    }
+
+    fn quantize_rows<'a>(
+        &self,
+        bytes: &'a mut Scratch,
+        scales: &'a mut [f32],
+        (x, k): (&[f32], usize),
+    ) -> QuantizedRows<'a> {
+        let (num_rows, width) = (x.len() / k, k.next_multiple_of(ROW_ALIGN));
+        let codes = bytes.take_bytes(num_rows * width);
+        {
+            let (codes, scales) = (Parts::new(codes), Parts::new(scales));
+            self.pool.run(num_rows, |_, row| {
+                // SAFETY: tasks have different rows.
+                let (codes, scale) = unsafe {
+                    (codes.part(row * width..(row + 1) * width), scales.part(row..row + 1))
+                };
+                scale[0] = quantize_padded(&x[row * k..(row + 1) * k], codes);
+            });
+        }
+        QuantizedRows { codes, scales: &scales[..num_rows] }
+    }
+
+    /// Columns of a task, when all projections together have `all_cols`.
+    fn cols_per_task(&self, inputs: Inputs<'_>, weight: &PackedMatrix, all_cols: usize) -> usize {
+        let num_cols = weight.num_rows;
+        if inputs.num_rows * inputs.k * num_cols < MATMUL_INLINE {
+            return num_cols.max(1);
+        }
+        let balanced = all_cols.div_ceil(self.threads() * TASKS_PER_THREAD);
+        let streamed = TASK_WEIGHT_BYTES / weight.row_bytes().max(1);
+        #[cfg(target_arch = "x86_64")]
+        if inputs.tiles.is_some() && runs_on_tiles(weight) {
+            let kept = panel_cols(inputs.k.div_ceil(64) * 2);
+            let most = if inputs.num_rows <= FEW_ROWS { streamed } else { kept };
+            return balanced.min(most).max(1).next_multiple_of(PAIR);
+        }
+        balanced.min(streamed).max(1).next_multiple_of(PANEL)
+    }
+
+    fn widened(&self, from: View<'_>) -> Vec<f32> {
+        let mut out = vec![0.0; from.shape().len()];
+        with_float!(from.dtype(), E =>
+            self.isa.run(Convert { out: &mut out, from: from.as_slice::<E>() }));
+        out
+    }
+}
+
+/// Whether tiles multiply by this matrix; f32 and f16 keep their precision on vectors.
+#[cfg(target_arch = "x86_64")]
+fn runs_on_tiles(weight: &PackedMatrix) -> bool {
+    weight.format != Format::Dense || weight.data.dtype() == DType::BF16
+}
+
+#[cfg(target_arch = "x86_64")]
+fn tile_kernel<'a>(
+    tiled: Tiled<'a>,
+    weight: &'a PackedMatrix,
+    bias: Option<&'a [f32]>,
+    out: Parts<'a, f32>,
+) -> Box<dyn ColumnKernel + 'a> {
+    const PACKED: &str = "activations were packed for every format";
+    let (amx, num_cols) = (tiled.amx, weight.num_rows);
+    let epilogue = AddBias { bias };
+    if weight.format == Format::Int8 {
+        let (x, weights) = (tiled.int8.expect(PACKED), Coded::<Bytes>::of(weight));
+        let (row_scales, col_scales) = (x.scales(), weights.scales());
+        let epilogue = ScaleSums { row_scales, col_scales, bias: epilogue };
+        return Box::new(TileTask { amx, x, weights: Int8Rows(weights), epilogue, num_cols, out });
+    }
+    let x = tiled.bf16.expect(PACKED);
+    match weight.format {
+        Format::Dense => {
+            let weights = DenseRows { elements: weight.data.as_slice(), k: weight.num_cols };
+            Box::new(TileTask { amx, x, weights, epilogue, num_cols, out })
+        }
+        Format::Int8 | Format::Q8 => {
+            let weights = Coded::<Bytes>::of(weight);
+            Box::new(TileTask { amx, x, weights, epilogue, num_cols, out })
+        }
+        Format::Int4 => {
+            let weights = Coded::<Nibbles>::of(weight);
+            Box::new(TileTask { amx, x, weights, epilogue, num_cols, out })
+        }
+        Format::Fp8 => {
+            let weights = Coded::<E4m3>::of(weight);
+            Box::new(TileTask { amx, x, weights, epilogue, num_cols, out })
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! Rows of weights as vectors of f32, for every format: what the vector kernels multiply by.
+
+use half::f16;
+
+use super::simd::{Float, Simd, load};
+use crate::formats::{PackedMatrix, ROW_ALIGN, ScaleGrid, int4};
+use crate::tensor::{DType, Tensor};
+
+/// Rows whose elements can be read as f32 vectors.
+pub trait WeightRows: Copy + Send + Sync {
+    /// Elements `at..at + S::LANES` of a row.
+    ///
+    /// # Safety
+    /// The row must have all of them, and `at` must be a multiple of `S::LANES`.
+    unsafe fn lanes<S: Simd>(&self, simd: S, row: usize, at: usize) -> S::V;
+
+    /// As [`WeightRows::lanes`] at the end of a row of `len` elements: what lies beyond it is
+    /// anything finite.
+    ///
+    /// # Safety
+    /// The row must exist and `at` must be a multiple of `S::LANES` below `len`.
+    unsafe fn tail<S: Simd>(&self, simd: S, row: usize, at: usize, len: usize) -> S::V;
+
+    /// Where the elements from `at` on are stored; any indices will do.
+    fn address(&self, row: usize, at: usize) -> *const u8;
+
+    /// Bytes that a row takes.
+    fn row_bytes(&self) -> usize;
+}
+
+/// Rows of floats.
+#[derive(Clone, Copy)]
+pub struct Dense<'a, E> {
+    /// The elements of all rows.
+    pub elements: &'a [E],
+    /// Elements from a row to the next.
+    pub stride: usize,
+}
+
+impl<E: Float> WeightRows for Dense<'_, E> {
+    #[inline(always)]
+    unsafe fn lanes<S: Simd>(&self, simd: S, row: usize, at: usize) -> S::V {
+        // SAFETY: the same contract.
+        unsafe { E::load_lanes(simd, self.elements.as_ptr().add(row * self.stride + at)) }
+    }
+    #[inline(always)]
+    unsafe fn tail<S: Simd>(&self, simd: S, row: usize, at: usize, len: usize) -> S::V {
+        load(simd, &self.elements[row * self.stride..row * self.stride + len], at)
+    }
+    #[inline(always)]
+    fn address(&self, row: usize, at: usize) -> *const u8 {
+        self.elements.as_ptr().wrapping_add(row * self.stride + at).cast()
+    }
+    #[inline(always)]
+    fn row_bytes(&self) -> usize {
+        self.stride * size_of::<E>()
+    }
+}
+
+/// How one element is coded.
+pub trait Code: Copy + Send + Sync {
+    /// Elements per byte.
+    const PER_BYTE: usize;
+
+    /// Elements `at..at + S::LANES` of the row that starts at `row`, before zero points and scales.
+    ///
+    /// # Safety
+    /// The row must have them.
+    unsafe fn lanes<S: Simd>(simd: S, row: *const u8, at: usize) -> S::V;
+}
+
+/// Signed bytes.
+#[derive(Clone, Copy)]
+pub struct Bytes;
+/// Packed halves of bytes.
+#[derive(Clone, Copy)]
+pub struct Nibbles;
+/// FP8 E4M3.
+#[derive(Clone, Copy)]
+pub struct E4m3;
+
+impl Code for Bytes {
+    const PER_BYTE: usize = 1;
+
+    #[inline(always)]
+    unsafe fn lanes<S: Simd>(simd: S, row: *const u8, at: usize) -> S::V {
+        // SAFETY: the same contract.
+        unsafe { simd.load_i8(row.add(at).cast()) }
+    }
+}
+
+impl Code for Nibbles {
+    const PER_BYTE: usize = 2;
+
+    #[inline(always)]
+    unsafe fn lanes<S: Simd>(simd: S, row: *const u8, at: usize) -> S::V {
+        // SAFETY: the same contract; a vector never spans both halves of a chunk.
+        unsafe {
+            let bytes = row.add(at / 64 * 32 + at % 32);
+            if at % 64 < 32 { simd.load_low_nibbles(bytes) } else { simd.load_high_nibbles(bytes) }
+        }
+    }
+}
+
+impl Code for E4m3 {
+    const PER_BYTE: usize = 1;
+
+    #[inline(always)]
+    unsafe fn lanes<S: Simd>(simd: S, row: *const u8, at: usize) -> S::V {
+        // SAFETY: the same contract.
+        unsafe { simd.load_e4m3(row.add(at)) }
+    }
+}
+
+/// The scales of a matrix.
+#[derive(Clone, Copy)]
+pub enum Scales<'a> {
+    /// Single precision.
+    F32(&'a [f32]),
+    /// Half precision.
+    F16(&'a [f16]),
+}
+
+/// Rows of codes with their scales.
+#[derive(Clone, Copy)]
+pub struct Coded<'a, C> {
+    codes: &'a [u8],
+    row_bytes: usize,
+    scales: Scales<'a>,
+    zero_points: Option<&'a [u8]>,
+    rows_per_scale: usize,
+    /// Binary logarithm of the columns that share a scale.
+    cols_shift: u32,
+    scales_per_row: usize,
+    code: std::marker::PhantomData<C>,
+}
+
+impl<'a, C: Code> Coded<'a, C> {
+    /// The rows of a quantized matrix; panics on another format's dtypes.
+    pub fn of(matrix: &'a PackedMatrix) -> Coded<'a, C> {
+        let quantized = matrix.quantized.as_ref().expect("a quantized matrix has scales");
+        let codes = matrix.data.bytes();
+        let width = matrix.num_cols.next_multiple_of(ROW_ALIGN);
+        let row_bytes = width / C::PER_BYTE;
+        assert!(codes.len() >= matrix.num_rows * row_bytes, "rows of codes are padded");
+        let shape = quantized.grid.shape(matrix.num_rows, matrix.num_cols);
+        assert_eq!(quantized.scales.shape().sizes(), shape, "scales fit the matrix");
+        Coded {
+            codes,
+            row_bytes,
+            scales: match quantized.scales.dtype() {
+                DType::F16 => Scales::F16(quantized.scales.as_slice()),
+                _ => Scales::F32(quantized.scales.as_slice()),
+            },
+            zero_points: quantized.zero_points.as_ref().map(Tensor::as_slice),
+            rows_per_scale: quantized.grid.rows,
+            cols_shift: cols_shift(quantized.grid, width),
+            scales_per_row: shape[1],
+            code: std::marker::PhantomData,
+        }
+    }
+
+    /// The codes of a row and of all that follow.
+    #[inline(always)]
+    pub fn row(&self, row: usize) -> *const u8 {
+        self.codes[row * self.row_bytes..].as_ptr()
+    }
+
+    /// Index of the scale of an element.
+    #[inline(always)]
+    pub fn cell(&self, row: usize, at: usize) -> usize {
+        row / self.rows_per_scale * self.scales_per_row + (at >> self.cols_shift)
+    }
+
+    /// A scale.
+    #[inline(always)]
+    pub fn scale<S: Simd>(&self, simd: S, cell: usize) -> S::V {
+        match self.scales {
+            Scales::F32(scales) => simd.splat(scales[cell]),
+            Scales::F16(scales) => simd.splat_f16(scales[cell]),
+        }
+    }
+
+    /// The scales themselves.
+    pub fn scales(&self) -> Scales<'a> {
+        self.scales
+    }
+
+    /// The code that stands for 0; only meaningful for [`Nibbles`].
+    #[inline(always)]
+    pub fn zero_point(&self, cell: usize) -> f32 {
+        self.zero_points.map_or(int4::MIDDLE, |zeros| f32::from(zeros[cell]))
+    }
+}
+
+/// Columns that share a scale are a power of two, or a whole row of `width` elements.
+fn cols_shift(grid: ScaleGrid, width: usize) -> u32 {
+    if grid.cols >= width {
+        return usize::BITS - 1;
+    }
+    assert!(
+        grid.cols.is_power_of_two() && grid.cols >= 32,
+        "columns share a scale by {}",
+        grid.cols
+    );
+    grid.cols.trailing_zeros()
+}
+
+impl<C: Code> WeightRows for Coded<'_, C> {
+    #[inline(always)]
+    unsafe fn lanes<S: Simd>(&self, simd: S, row: usize, at: usize) -> S::V {
+        let cell = self.cell(row, at);
+        // SAFETY: the same contract; rows are padded to whole vectors.
+        let codes = unsafe { C::lanes(simd, self.codes.as_ptr().add(row * self.row_bytes), at) };
+        let scale = self.scale(simd, cell);
+        if C::PER_BYTE == 2 {
+            return simd.mul(simd.sub(codes, simd.splat(self.zero_point(cell))), scale);
+        }
+        simd.mul(codes, scale)
+    }
+    #[inline(always)]
+    unsafe fn tail<S: Simd>(&self, simd: S, row: usize, at: usize, _len: usize) -> S::V {
+        // SAFETY: the row is padded, so it has a whole vector at `at`.
+        unsafe { self.lanes(simd, row, at) }
+    }
+    #[inline(always)]
+    fn address(&self, row: usize, at: usize) -> *const u8 {
+        self.codes.as_ptr().wrapping_add(row * self.row_bytes + at / C::PER_BYTE)
+    }
+    #[inline(always)]
+    fn row_bytes(&self) -> usize {
+        self.row_bytes
+    }
+}
+
+/// Runs `$body` with `$rows` bound to the rows of a weight-only format.
+macro_rules! with_rows {
+    ($matrix:expr, $rows:ident => $body:expr) => {
+        match ($matrix.format, $matrix.data.dtype()) {
+            (Format::Dense, dtype) => with_float!(dtype, E => {
+                let $rows = Dense { elements: $matrix.data.as_slice::<E>(), stride: $matrix.num_cols };
+                $body
+            }),
+            (Format::Int8 | Format::Q8, _) => {
+                let $rows = Coded::<Bytes>::of($matrix);
+                $body
+            }
+            (Format::Int4, _) => {
+                let $rows = Coded::<Nibbles>::of($matrix);
+                $body
+            }
+            (Format::Fp8, _) => {
+                let $rows = Coded::<E4m3>::of($matrix);
+                $body
+            }
+        }
+    };
+}
+pub(super) use with_rows;
