@@ -2,7 +2,8 @@
 //!
 //! Criterion prints tokens per second. A step is executed again and again at the same
 //! positions, so that its cost does not drift while it is measured. Real shapes have random
-//! weights: `bench-0.5b` is Qwen2.5-0.5B's geometry with a vocabulary of 32,768, tied.
+//! weights: `bench-0.5b` is Qwen2.5-0.5B's geometry and `bench-1b` Llama-3.2-1B's, both with a
+//! tied vocabulary of 32,768.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -10,10 +11,13 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use tokenmill::checkpoint::dummy::DummySource;
-use tokenmill::config::{CacheConfig, CpuIsa, KvCacheDtype, SchedulerConfig, SchedulingPolicy};
+use tokenmill::config::{
+    CacheConfig, CpuIsa, KvCacheDtype, Quantization, SchedulerConfig, SchedulingPolicy,
+};
 use tokenmill::device::RankContext;
 use tokenmill::model::decoder::Decoder;
 use tokenmill::model::spec::ModelSpec;
+use tokenmill::ops::cpu::physical_cores;
 use tokenmill::request::SamplingParams;
 use tokenmill::runner::{MemoryPlan, ModelRunner, StepRunner};
 use tokenmill::scheduler::batch::{ScheduledBatch, ScheduledSequence, SequenceId};
@@ -29,12 +33,24 @@ const BENCH_0_5B: &str = r#"{
     "tie_word_embeddings": true, "hidden_act": "silu", "use_sliding_window": false
 }"#;
 
+const BENCH_1B: &str = r#"{
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 32768,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 4096,
+    "tie_word_embeddings": true, "hidden_act": "silu"
+}"#;
+
+/// Formats of the weights that are measured; `None` is bf16.
+const FORMATS: [Option<Quantization>; 4] =
+    [None, Some(Quantization::Int8), Some(Quantization::Int4), Some(Quantization::Fp8)];
+
 const BLOCK_SIZE: usize = 16;
 const MAX_NUM_SEQS: usize = 64;
 const MAX_CONTEXT: usize = 1024;
 
 /// A runner with random weights of the shapes that `config_json` gives, and their bytes.
-fn runner(config_json: &str) -> (ModelRunner, usize) {
+fn runner(config_json: &str, quantization: Option<Quantization>) -> (ModelRunner, usize) {
     let spec = ModelSpec::from_config(config_json).expect("the config is supported");
     let cache = CacheConfig {
         memory_bytes: None,
@@ -52,14 +68,14 @@ fn runner(config_json: &str) -> (ModelRunner, usize) {
         policy: SchedulingPolicy::Fcfs,
     };
     let expected = spec.expected_tensors();
-    let weights_bytes = expected.iter().map(|t| 2 * t.shape.iter().product::<usize>()).sum();
+    let source = DummySource::new(expected.clone(), spec.dtype);
+    let loader = Loader::new(&source).quantized(quantization, physical_cores());
+    let weights_bytes = loader.size_bytes(&expected);
     let mut plan = MemoryPlan::new(&spec, weights_bytes, None, &cache, &scheduler, 8 << 30)
         .expect("the machine has room");
     plan.num_blocks = MAX_NUM_SEQS * MAX_CONTEXT / BLOCK_SIZE;
     let rank = RankContext::cpu(&cache).expect("this machine has a CPU");
-    let source = DummySource::new(expected, spec.dtype);
-    let decoder =
-        Decoder::load(&spec, &Loader::new(&source), MAX_CONTEXT).expect("dummy weights fit");
+    let decoder = Decoder::load(&spec, &loader, MAX_CONTEXT).expect("dummy weights fit");
     (ModelRunner::new(decoder, &spec, rank, &plan), weights_bytes)
 }
 
@@ -88,8 +104,20 @@ fn batch(num_seqs: usize, num_tokens: usize, context_len: usize) -> ScheduledBat
     }
 }
 
-fn bench_model(c: &mut Criterion, name: &str, config_json: &str) {
-    let (mut runner, weights_bytes) = runner(config_json);
+/// Benches one model in every format; formats that the command line's filter leaves out are not
+/// even loaded.
+fn bench_model(c: &mut Criterion, name: &str, config_json: &str, formats: &[Option<Quantization>]) {
+    let filter = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_default();
+    for &format in formats {
+        let format_name = format.map_or("bf16".to_owned(), |f| format!("{f:?}").to_lowercase());
+        let name = format!("{name} {format_name}");
+        if name.contains(filter.split('/').next().unwrap_or_default()) {
+            bench_steps(c, &name, runner(config_json, format));
+        }
+    }
+}
+
+fn bench_steps(c: &mut Criterion, name: &str, (mut runner, weights_bytes): (ModelRunner, usize)) {
     println!("{name}: {:.1} MB of weights", weights_bytes as f64 / 1e6);
     let mut group = c.benchmark_group(name);
     group.sample_size(10).measurement_time(Duration::from_secs(4));
@@ -111,8 +139,9 @@ fn bench_model(c: &mut Criterion, name: &str, config_json: &str) {
 }
 
 fn forward_passes(c: &mut Criterion) {
-    bench_model(c, "tiny", TINY);
-    bench_model(c, "bench-0.5b", BENCH_0_5B);
+    bench_model(c, "tiny", TINY, &FORMATS[..1]);
+    bench_model(c, "bench-0.5b", BENCH_0_5B, &FORMATS);
+    bench_model(c, "bench-1b", BENCH_1B, &FORMATS);
 }
 
 criterion_group!(benches, forward_passes);

@@ -23,10 +23,15 @@ pub fn arithmetic() -> Vec<Arithmetic> {
         // SAFETY: just detected.
         found.push(("f32 FMA, AVX-512", flops(16), || unsafe { fma_avx512() }));
     }
-    if has_amx_bf16() {
+    if has_amx(AMX_BF16) {
         let flops = (AMX_LOOPS * 4 * 16 * 16 * 32 * 2) as f64;
         // SAFETY: the tiles exist and the system lets this process use them.
         found.push(("bf16 AMX", flops, || unsafe { amx_bf16() }));
+    }
+    if has_amx(AMX_INT8) {
+        let flops = (AMX_LOOPS * 4 * 16 * 16 * 64 * 2) as f64;
+        // SAFETY: as above.
+        found.push(("int8 AMX", flops, || unsafe { amx_int8() }));
     }
     found
 }
@@ -60,10 +65,15 @@ const AMX_LOOPS: usize = 50_000;
 /// `ARCH_REQ_XCOMP_PERM` for the tile data state.
 const REQUEST_TILES: (libc::c_long, libc::c_long) = (0x1023, 18);
 
-/// CPUID says tiles and bf16, and Linux grants the tile state.
-fn has_amx_bf16() -> bool {
+/// Bits of CPUID leaf 7: tiles, and what they multiply.
+const AMX_TILE: u32 = 1 << 24;
+const AMX_BF16: u32 = 1 << 22;
+const AMX_INT8: u32 = 1 << 25;
+
+/// CPUID says tiles and `what`, and Linux grants the tile state.
+fn has_amx(what: u32) -> bool {
     let features = __cpuid_count(7, 0).edx;
-    let both = 1 << 22 | 1 << 24;
+    let both = AMX_TILE | what;
     // SAFETY: asks for a permission; no memory is involved.
     features & both == both
         && unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST_TILES.0, REQUEST_TILES.1) } == 0
@@ -79,40 +89,47 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
-/// Four accumulators, two tiles of each operand.
-///
-/// # Safety
-/// The machine must have AMX-BF16 and the process the permission to use it.
-unsafe fn amx_bf16() {
-    let mut config = TileConfig {
-        palette: 1,
-        start_row: 0,
-        reserved: [0; 14],
-        row_bytes: [0; 16],
-        rows: [0; 16],
+/// Four accumulators, two tiles of each operand, multiplied in a loop by `$op`.
+macro_rules! amx_loop {
+    ($name:ident, $op:literal) => {
+        /// # Safety
+        /// The machine must have the instruction and the process the permission to use it.
+        unsafe fn $name() {
+            let mut config = TileConfig {
+                palette: 1,
+                start_row: 0,
+                reserved: [0; 14],
+                row_bytes: [0; 16],
+                rows: [0; 16],
+            };
+            config.row_bytes[..8].fill(64);
+            config.rows[..8].fill(16);
+            // SAFETY: the configuration is valid and read within its 64 bytes (the block may
+            // read memory, so that the stores above are not dropped); tiles are released before
+            // the end.
+            unsafe {
+                asm!(
+                    "ldtilecfg [{config}]",
+                    "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                    "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
+                    "2:",
+                    concat!($op, " tmm0, tmm4, tmm6"),
+                    concat!($op, " tmm1, tmm4, tmm7"),
+                    concat!($op, " tmm2, tmm5, tmm6"),
+                    concat!($op, " tmm3, tmm5, tmm7"),
+                    "dec {count}",
+                    "jnz 2b",
+                    "tilerelease",
+                    config = in(reg) &config,
+                    count = inout(reg) AMX_LOOPS => _,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        }
     };
-    config.row_bytes[..8].fill(64);
-    config.rows[..8].fill(16);
-    // SAFETY: the configuration is valid and read within its 64 bytes (the block may read
-    // memory, so that the stores above are not dropped); tiles are released before the end.
-    unsafe {
-        asm!(
-            "ldtilecfg [{config}]",
-            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-            "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
-            "2:",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "dec {count}",
-            "jnz 2b",
-            "tilerelease",
-            config = in(reg) &config,
-            count = inout(reg) AMX_LOOPS => _,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
-    }
 }
+
+amx_loop!(amx_bf16, "tdpbf16ps");
+amx_loop!(amx_int8, "tdpbssd");

@@ -5,7 +5,7 @@ use super::error::ModelError;
 use super::spec::MlpSpec;
 use super::workspace::Workspace;
 use crate::device::RankContext;
-use crate::ops::args::{Activation, GatedActivationArgs};
+use crate::ops::args::{Activation, GatedMatmulArgs};
 use crate::weights::Loader;
 use crate::weights::linear::{Linear, Partition};
 
@@ -31,13 +31,13 @@ impl Mlp {
     /// Replaces `workspace.hidden` (normalised input) by the block's output.
     pub fn forward(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
         let Workspace { hidden, gate, up, activated, .. } = workspace;
-        let layers = [(&self.gate, gate.rows_mut(num_tokens)), (&self.up, up.rows_mut(num_tokens))];
-        Linear::forward_all(&*rank.ops, &*rank.comm, hidden.rows(num_tokens), layers);
-        rank.ops.gated_activation(GatedActivationArgs {
+        rank.ops.gated_matmul(GatedMatmulArgs {
             out: activated.rows_mut(num_tokens),
-            gate: gate.rows(num_tokens),
-            up: up.rows(num_tokens),
+            x: hidden.rows(num_tokens),
+            gate: self.gate.weight_and_bias(),
+            up: self.up.weight_and_bias(),
             activation: self.activation,
+            scratch: [gate.rows_mut(num_tokens), up.rows_mut(num_tokens)],
         });
         self.down.forward(
             &*rank.ops,

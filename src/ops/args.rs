@@ -139,6 +139,42 @@ impl MatmulArgs<'_> {
     }
 }
 
+/// A matrix and the bias that is added to products with it.
+pub type WeightAndBias<'a> = (&'a PackedMatrix, Option<View<'a>>);
+
+/// See [`super::Ops::gated_matmul`].
+pub struct GatedMatmulArgs<'a> {
+    /// `[num_rows, intermediate_size]`.
+    pub out: ViewMut<'a>,
+    /// `[num_rows, in_features]`.
+    pub x: View<'a>,
+    /// `[intermediate_size, in_features]`; its product goes through the activation.
+    pub gate: WeightAndBias<'a>,
+    /// As `gate`; its product is multiplied by.
+    pub up: WeightAndBias<'a>,
+    /// Applied to the gate's product.
+    pub activation: Activation,
+    /// Two tensors as `out`, for backends that compute the products one by one.
+    pub scratch: [ViewMut<'a>; 2],
+}
+
+impl GatedMatmulArgs<'_> {
+    /// Panics unless the shapes agree.
+    pub fn check(&self) {
+        assert_eq!(self.out.size(0), self.x.size(0), "gated_matmul: rows");
+        for (weight, bias) in [&self.gate, &self.up] {
+            assert_eq!(self.out.size(1), weight.num_rows, "gated_matmul: out features");
+            assert_eq!(self.x.size(1), weight.num_cols, "gated_matmul: in features");
+            if let Some(bias) = bias {
+                assert_eq!(bias.shape().sizes(), &[weight.num_rows], "gated_matmul: bias");
+            }
+        }
+        for scratch in &self.scratch {
+            assert_eq!(scratch.shape(), self.out.shape(), "gated_matmul: scratch");
+        }
+    }
+}
+
 /// The non-linearity of a gated MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {

@@ -37,6 +37,11 @@ pub trait Ops: Send + Sync {
     /// `out = x · weightᵀ (+ bias)`.
     fn matmul(&self, args: MatmulArgs<'_>);
 
+    /// `out = activation(x · gateᵀ) * (x · upᵀ)`.
+    fn gated_matmul(&self, args: GatedMatmulArgs<'_>) {
+        gated_in_steps(self, args);
+    }
+
     /// `out = activation(gate) * up`.
     fn gated_activation(&self, args: GatedActivationArgs<'_>);
 
@@ -54,4 +59,18 @@ pub trait Ops: Send + Sync {
 
     /// Chooses (or scores) one token per row of logits.
     fn sample(&self, args: SampleArgs<'_>) -> Vec<SampledToken>;
+}
+
+/// A gated matmul as a matmul of two projections into the scratch tensors, then the activation.
+pub fn gated_in_steps<O: Ops + ?Sized>(ops: &O, args: GatedMatmulArgs<'_>) {
+    args.check();
+    let GatedMatmulArgs { out, x, gate, up, activation, scratch: [mut gate_out, mut up_out] } =
+        args;
+    let projections = vec![
+        Projection { out: gate_out.reborrow(), weight: gate.0, bias: gate.1 },
+        Projection { out: up_out.reborrow(), weight: up.0, bias: up.1 },
+    ];
+    ops.matmul(MatmulArgs { x, projections });
+    let (gate, up) = (gate_out.as_view(), up_out.as_view());
+    ops.gated_activation(GatedActivationArgs { out, gate, up, activation });
 }

@@ -4,7 +4,7 @@ use super::Loader;
 use crate::checkpoint::CheckpointError;
 use crate::formats::PackedMatrix;
 use crate::ops::Ops;
-use crate::ops::args::{MatmulArgs, Projection};
+use crate::ops::args::{MatmulArgs, Projection, WeightAndBias};
 use crate::parallel::Communicator;
 use crate::tensor::{Tensor, View, ViewMut};
 
@@ -53,6 +53,12 @@ impl Linear {
     ) -> Result<Linear, CheckpointError> {
         let weight = loader.table(name, shape)?;
         Ok(Linear { weight, bias: None, partition: Partition::Replicated })
+    }
+
+    /// The matrix, and the bias of a layer that is not summed over ranks.
+    pub fn weight_and_bias(&self) -> WeightAndBias<'_> {
+        assert_ne!(self.partition, Partition::Row, "the ranks' sums would repeat the bias");
+        (&self.weight, self.bias.as_ref().map(Tensor::view))
     }
 
     /// Multiplies `x` `[num_rows, in_features]` into `out` `[num_rows, out_features]`.

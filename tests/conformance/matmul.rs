@@ -1,9 +1,9 @@
 //! Matmul in every format, sizes around every tile boundary.
 
 use tokenmill::formats::{Format, PackedMatrix};
-use tokenmill::ops::Ops;
-use tokenmill::ops::args::{MatmulArgs, Projection};
+use tokenmill::ops::args::{Activation, GatedMatmulArgs, MatmulArgs, Projection};
 use tokenmill::ops::reference::ReferenceOps;
+use tokenmill::ops::{Ops, gated_in_steps};
 use tokenmill::tensor::{DType, Tensor};
 
 use crate::support::*;
@@ -76,6 +76,50 @@ pub fn check_quantized(ops: &dyn Ops) {
         }
     }
     several_projections(ops);
+    gated(ops);
+}
+
+/// A gated product equals its steps, bit for bit.
+fn gated(ops: &dyn Ops) {
+    let rng = &mut Rng::new(78);
+    let k = 192;
+    let matrices = |rng: &mut Rng, cols: usize| {
+        let mut all: Vec<PackedMatrix> =
+            quantized(rng, cols, k).into_iter().map(|(_, weight)| weight).collect();
+        all.extend(FLOATS.map(|dtype| rng.matrix(dtype, cols, k)));
+        all
+    };
+    for (rows, cols) in [(1, 70), (16, 16), (20, 33), (33, 130), (70, 48)] {
+        let (gates, mut ups) = (matrices(rng, cols), matrices(rng, cols));
+        // Neighbours have different formats.
+        ups.rotate_left(usize::from(cols == 33));
+        let x = rng.tensor(DType::F32, [rows, k]);
+        let bias = rng.tensor(DType::F32, [cols]);
+        for (gate, up) in gates.iter().zip(&ups) {
+            for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
+                let what = format!("{} gated {rows} x {cols} {:?}", ops.name(), gate.format);
+                let run = |fused: bool| {
+                    let mut out = Guarded::poisoned([rows, cols]);
+                    let mut scratch = [0, 1].map(|_| Tensor::zeros(DType::F32, [rows, cols]));
+                    let args = GatedMatmulArgs {
+                        out: out.view(),
+                        x: x.view(),
+                        gate: (gate, Some(bias.view())),
+                        up: (up, None),
+                        activation,
+                        scratch: scratch.each_mut().map(Tensor::view_mut),
+                    };
+                    if fused {
+                        ops.gated_matmul(args);
+                    } else {
+                        gated_in_steps(ops, args);
+                    }
+                    out.finish(&what)
+                };
+                assert_same(&what, &run(true), &run(false));
+            }
+        }
+    }
 }
 
 /// Projections of one operation equal projections one by one, whatever their formats.

@@ -142,8 +142,10 @@ pub struct Left {
     pub row_stride: usize,
     /// Bytes from a tile to the next along the summed axis.
     pub step: usize,
-    /// Bytes that are read soon after, asked for meanwhile; any address will do.
-    pub ahead: *const u8,
+    /// What will be the upper rows soon, asked for meanwhile; any address will do.
+    pub next_upper: *const u8,
+    /// As `next_upper`, for the lower rows.
+    pub next_lower: *const u8,
 }
 
 /// The right operand of a run of products: tiles of sixteen rows that follow each other. A row
@@ -172,89 +174,96 @@ impl Drop for Tiles {
     }
 }
 
-/// One step along the summed axis for two tiles of the right operand, and 8 lines ahead.
-macro_rules! multiply_two {
-    ($op:literal, $left:expr, $first:expr, $second:expr, $steps:expr) => {
+/// A loop over steps of the summed axis, for one tile of the right operand or for two, with the
+/// given prefetches in between.
+macro_rules! multiply_loop {
+    ($op:literal, $left:expr, $first:expr, $steps:expr, [$($prefetch:literal),*]) => {
+        asm!(
+            "2:",
+            "tileloadd tmm4, [{upper} + {row}*1]",
+            "tileloadd tmm6, [{first} + {first_row}*1]",
+            "tileloadd tmm5, [{lower} + {row}*1]",
+            $($prefetch,)*
+            concat!($op, " tmm0, tmm4, tmm6"),
+            concat!($op, " tmm1, tmm5, tmm6"),
+            "add {next_upper}, 1024",
+            "add {next_lower}, 1024",
+            "add {upper}, {step}",
+            "add {lower}, {step}",
+            "add {first}, {first_step}",
+            "dec {n}",
+            "jnz 2b",
+            upper = inout(reg) $left.upper => _,
+            lower = inout(reg) $left.lower => _,
+            next_upper = inout(reg) $left.next_upper => _,
+            next_lower = inout(reg) $left.next_lower => _,
+            row = in(reg) $left.row_stride,
+            step = in(reg) $left.step,
+            first = inout(reg) $first.start => _,
+            first_row = in(reg) $first.row_stride,
+            first_step = in(reg) TILE_ROWS * $first.row_stride,
+            n = inout(reg) $steps => _,
+            options(readonly, nostack),
+        )
+    };
+    ($op:literal, $left:expr, $first:expr, $second:expr, $steps:expr, [$($prefetch:literal),*]) => {
         asm!(
             "2:",
             "tileloadd tmm4, [{upper} + {row}*1]",
             "tileloadd tmm6, [{first} + {line}*1]",
             "tileloadd tmm5, [{lower} + {row}*1]",
-            "prefetcht1 [{ahead}]", "prefetcht1 [{ahead} + 64]",
-            "prefetcht1 [{ahead} + 128]", "prefetcht1 [{ahead} + 192]",
-            "prefetcht1 [{ahead} + 256]", "prefetcht1 [{ahead} + 320]",
-            "prefetcht1 [{ahead} + 384]", "prefetcht1 [{ahead} + 448]",
-            "add {ahead}, 512",
+            $($prefetch,)*
             concat!($op, " tmm0, tmm4, tmm6"),
             "tileloadd tmm7, [{second} + {second_row}*1]",
             concat!($op, " tmm1, tmm5, tmm6"),
             concat!($op, " tmm2, tmm4, tmm7"),
             concat!($op, " tmm3, tmm5, tmm7"),
+            "add {next_upper}, 1024",
+            "add {next_lower}, 1024",
             "add {upper}, {step}",
             "add {lower}, {step}",
             "add {first}, 1024",
-            "add {second}, {second_next}",
+            "add {second}, {second_step}",
             "dec {n}",
             "jnz 2b",
             upper = inout(reg) $left.upper => _,
             lower = inout(reg) $left.lower => _,
-            first = inout(reg) $first.start => _,
-            second = inout(reg) $second.start => _,
-            ahead = inout(reg) $left.ahead => _,
+            next_upper = inout(reg) $left.next_upper => _,
+            next_lower = inout(reg) $left.next_lower => _,
             row = in(reg) $left.row_stride,
             step = in(reg) $left.step,
+            first = inout(reg) $first.start => _,
             line = in(reg) ROW_BYTES,
+            second = inout(reg) $second.start => _,
             second_row = in(reg) $second.row_stride,
-            second_next = in(reg) TILE_ROWS * $second.row_stride,
+            second_step = in(reg) TILE_ROWS * $second.row_stride,
             n = inout(reg) $steps => _,
             options(readonly, nostack),
         )
     };
 }
 
-/// One step along the summed axis for one tile of the right operand, and 32 lines ahead.
-macro_rules! multiply_one {
-    ($op:literal, $left:expr, $first:expr, $steps:expr) => {
-        asm!(
-            "2:",
-            "tileloadd tmm4, [{upper} + {row}*1]",
-            "tileloadd tmm6, [{first} + {line}*1]",
-            "tileloadd tmm5, [{lower} + {row}*1]",
-            "prefetcht1 [{ahead}]", "prefetcht1 [{ahead} + 64]",
-            "prefetcht1 [{ahead} + 128]", "prefetcht1 [{ahead} + 192]",
-            "prefetcht1 [{ahead} + 256]", "prefetcht1 [{ahead} + 320]",
-            "prefetcht1 [{ahead} + 384]", "prefetcht1 [{ahead} + 448]",
-            "prefetcht1 [{ahead} + 512]", "prefetcht1 [{ahead} + 576]",
-            "prefetcht1 [{ahead} + 640]", "prefetcht1 [{ahead} + 704]",
-            "prefetcht1 [{ahead} + 768]", "prefetcht1 [{ahead} + 832]",
-            "prefetcht1 [{ahead} + 896]", "prefetcht1 [{ahead} + 960]",
-            concat!($op, " tmm0, tmm4, tmm6"),
-            "prefetcht1 [{ahead} + 1024]", "prefetcht1 [{ahead} + 1088]",
-            "prefetcht1 [{ahead} + 1152]", "prefetcht1 [{ahead} + 1216]",
-            "prefetcht1 [{ahead} + 1280]", "prefetcht1 [{ahead} + 1344]",
-            "prefetcht1 [{ahead} + 1408]", "prefetcht1 [{ahead} + 1472]",
-            "prefetcht1 [{ahead} + 1536]", "prefetcht1 [{ahead} + 1600]",
-            "prefetcht1 [{ahead} + 1664]", "prefetcht1 [{ahead} + 1728]",
-            "prefetcht1 [{ahead} + 1792]", "prefetcht1 [{ahead} + 1856]",
-            "prefetcht1 [{ahead} + 1920]", "prefetcht1 [{ahead} + 1984]",
-            concat!($op, " tmm1, tmm5, tmm6"),
-            "add {ahead}, 2048",
-            "add {upper}, {step}",
-            "add {lower}, {step}",
-            "add {first}, {next}",
-            "dec {n}",
-            "jnz 2b",
-            upper = inout(reg) $left.upper => _,
-            lower = inout(reg) $left.lower => _,
-            first = inout(reg) $first.start => _,
-            next = in(reg) TILE_ROWS * $first.row_stride,
-            ahead = inout(reg) $left.ahead => _,
-            row = in(reg) $left.row_stride,
-            step = in(reg) $left.step,
-            line = in(reg) $first.row_stride,
-            n = inout(reg) $steps => _,
-            options(readonly, nostack),
-        )
+/// Asks for the next kibibyte of both halves of the left operand.
+macro_rules! with_prefetches {
+    ($loop:ident ! ($($args:expr),*)) => {
+        $loop!($($args),*, [
+            "prefetcht1 [{next_upper}]", "prefetcht1 [{next_upper} + 64]",
+            "prefetcht1 [{next_upper} + 128]", "prefetcht1 [{next_upper} + 192]",
+            "prefetcht1 [{next_upper} + 256]", "prefetcht1 [{next_upper} + 320]",
+            "prefetcht1 [{next_upper} + 384]", "prefetcht1 [{next_upper} + 448]",
+            "prefetcht1 [{next_upper} + 512]", "prefetcht1 [{next_upper} + 576]",
+            "prefetcht1 [{next_upper} + 640]", "prefetcht1 [{next_upper} + 704]",
+            "prefetcht1 [{next_upper} + 768]", "prefetcht1 [{next_upper} + 832]",
+            "prefetcht1 [{next_upper} + 896]", "prefetcht1 [{next_upper} + 960]",
+            "prefetcht1 [{next_lower}]", "prefetcht1 [{next_lower} + 64]",
+            "prefetcht1 [{next_lower} + 128]", "prefetcht1 [{next_lower} + 192]",
+            "prefetcht1 [{next_lower} + 256]", "prefetcht1 [{next_lower} + 320]",
+            "prefetcht1 [{next_lower} + 384]", "prefetcht1 [{next_lower} + 448]",
+            "prefetcht1 [{next_lower} + 512]", "prefetcht1 [{next_lower} + 576]",
+            "prefetcht1 [{next_lower} + 640]", "prefetcht1 [{next_lower} + 704]",
+            "prefetcht1 [{next_lower} + 768]", "prefetcht1 [{next_lower} + 832]",
+            "prefetcht1 [{next_lower} + 896]", "prefetcht1 [{next_lower} + 960]"
+        ])
     };
 }
 
@@ -281,6 +290,43 @@ impl Tiles {
         }
     }
 
+    /// Adds to the accumulators 0 and 1 the products of `left`, which comes from memory, with the
+    /// first `steps` tiles of `first`.
+    ///
+    /// # Safety
+    /// All tiles must be readable; `steps` is not 0.
+    pub unsafe fn stream_one<E: TileElement>(&mut self, left: Left, first: Right, steps: usize) {
+        // SAFETY: the caller vouches for the memory; the loop runs `steps` times.
+        unsafe {
+            if E::IS_INT8 {
+                with_prefetches!(multiply_loop!("tdpbssd", left, first, steps));
+            } else {
+                with_prefetches!(multiply_loop!("tdpbf16ps", left, first, steps));
+            }
+        }
+    }
+
+    /// As [`Tiles::multiply_two`], for a left operand that comes from memory.
+    ///
+    /// # Safety
+    /// As [`Tiles::multiply_two`].
+    pub unsafe fn stream_two<E: TileElement>(
+        &mut self,
+        left: Left,
+        first: Right,
+        second: Right,
+        steps: usize,
+    ) {
+        // SAFETY: the caller vouches for the memory; the loop runs `steps` times.
+        unsafe {
+            if E::IS_INT8 {
+                with_prefetches!(multiply_loop!("tdpbssd", left, first, second, steps));
+            } else {
+                with_prefetches!(multiply_loop!("tdpbf16ps", left, first, second, steps));
+            }
+        }
+    }
+
     /// Adds to the accumulators 0 and 1 the products of `left` with the first `steps` tiles of
     /// `first`.
     ///
@@ -290,15 +336,15 @@ impl Tiles {
         // SAFETY: the caller vouches for the memory; the loop runs `steps` times.
         unsafe {
             if E::IS_INT8 {
-                multiply_one!("tdpbssd", left, first, steps);
+                multiply_loop!("tdpbssd", left, first, steps, []);
             } else {
-                multiply_one!("tdpbf16ps", left, first, steps);
+                multiply_loop!("tdpbf16ps", left, first, steps, []);
             }
         }
     }
 
-    /// Adds to all four accumulators the products of `left` with `steps` tiles
-    /// of `first`, which must be whole, and of `second`.
+    /// Adds to all four accumulators the products of `left` with the first `steps` tiles of
+    /// `first`, which must be whole, and of `second`.
     ///
     /// # Safety
     /// All tiles must be readable; `steps` is not 0.
@@ -312,9 +358,9 @@ impl Tiles {
         // SAFETY: the caller vouches for the memory; the loop runs `steps` times.
         unsafe {
             if E::IS_INT8 {
-                multiply_two!("tdpbssd", left, first, second, steps);
+                multiply_loop!("tdpbssd", left, first, second, steps, []);
             } else {
-                multiply_two!("tdpbf16ps", left, first, second, steps);
+                multiply_loop!("tdpbf16ps", left, first, second, steps, []);
             }
         }
     }

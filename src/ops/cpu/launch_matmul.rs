@@ -12,15 +12,18 @@ use super::matmul::{Operands, PANEL, multiply_columns};
 use super::rows::Convert;
 use super::share::{Parts, Scratch};
 #[cfg(target_arch = "x86_64")]
-use super::tile_matmul::{AddBias, Epilogue, PAIR, ScaleSums, TileTask, panel_cols};
+use super::tile_matmul::{
+    AddBias, Epilogue, Half, PAIR, ScaleCols, ScaleSums, TileTask, panel_cols,
+};
 #[cfg(target_arch = "x86_64")]
 use super::tile_pack::{PackedRows, TileActivations, num_words, words_per_tile};
 #[cfg(target_arch = "x86_64")]
-use super::tile_weights::{DenseRows, Int8Rows, TileWeights};
-use super::weight_rows::{Bytes, Coded, Dense, E4m3, Nibbles, WeightRows, with_rows};
+use super::tile_weights::{DenseRows, Int8Rows, TileCode, TileWeights, Unscaled};
+use super::weight_rows::{Bytes, Code, Coded, Dense, E4m3, Nibbles, WeightRows, with_rows};
 use super::{CpuOps, with_float};
 use crate::formats::{Format, PackedMatrix, ROW_ALIGN};
-use crate::ops::args::{MatmulArgs, Projection};
+use crate::ops::args::{Activation, GatedMatmulArgs, MatmulArgs, Projection};
+use crate::ops::gated_in_steps;
 use crate::tensor::{DType, View};
 
 /// Weight bytes per task: long enough to stream, short enough to balance.
@@ -129,7 +132,8 @@ impl CpuOps {
         let MatmulArgs { x, projections } = args;
         assert!(x.size(1) > 0, "matmul: nothing to sum over");
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        let inputs = self.prepare(&mut prepared, x, &projections);
+        let weights: Vec<&PackedMatrix> = projections.iter().map(|p| p.weight).collect();
+        let inputs = self.prepare(&mut prepared, x, &weights);
         let bias = |p: &Projection<'_>| p.bias.map(|bias| self.widened(bias));
         let biases: Vec<Option<Vec<f32>>> = projections.iter().map(bias).collect();
         let all_cols = projections.iter().map(|p| p.weight.num_rows).sum();
@@ -138,6 +142,44 @@ impl CpuOps {
             .zip(&biases)
             .map(|(projection, bias)| self.plan(inputs, projection, bias.as_deref(), all_cols))
             .collect();
+        self.run_planned(&planned);
+    }
+
+    /// A gated product in one pass where tiles hold both halves, else in steps.
+    pub(super) fn multiply_gated(&self, args: GatedMatmulArgs<'_>) {
+        #[cfg(target_arch = "x86_64")]
+        if self.fuses(args.gate.0, args.up.0) {
+            return self.multiply_fused(args);
+        }
+        gated_in_steps(self, args);
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn fuses(&self, gate: &PackedMatrix, up: &PackedMatrix) -> bool {
+        let grid = |weight: &PackedMatrix| weight.quantized.as_ref().map(|q| q.grid);
+        let is_alike = gate.format == up.format
+            && gate.data.dtype() == up.data.dtype()
+            && grid(gate) == grid(up);
+        matches!(self.isa, Isa::Amx(_)) && is_alike && runs_on_tiles(gate)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn multiply_fused(&self, args: GatedMatmulArgs<'_>) {
+        let GatedMatmulArgs { out, x, gate, up, activation, .. } = args;
+        assert!(x.size(1) > 0, "matmul: nothing to sum over");
+        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        let inputs = self.prepare(&mut prepared, x, &[gate.0]);
+        let biases = [gate.1, up.1].map(|bias| bias.map(|bias| self.widened(bias)));
+        let gate = Weighted { weight: gate.0, bias: biases[0].as_deref() };
+        let up = Weighted { weight: up.0, bias: biases[1].as_deref() };
+        let tiled = inputs.tiles.expect("the machine has tiles");
+        let (num_cols, out) = (gate.weight.num_rows, Parts::new(out.into_mut_slice::<f32>()));
+        let kernel = tile_kernel(tiled, gate, Some((up, activation)), out);
+        let cols_per_task = self.cols_per_task(inputs, gate.weight, num_cols);
+        self.run_planned(&[Planned { kernel, num_cols, cols_per_task }]);
+    }
+
+    fn run_planned(&self, planned: &[Planned<'_>]) {
         let num_tasks = planned.iter().map(Planned::num_tasks).sum();
         self.pool.run(num_tasks, |thread, mut task| {
             let found = planned.iter().find(|planned| {
@@ -176,7 +218,7 @@ impl CpuOps {
     ) -> Box<dyn ColumnKernel + 'a> {
         #[cfg(target_arch = "x86_64")]
         if let Some(tiled) = inputs.tiles.filter(|_| runs_on_tiles(weight)) {
-            return tile_kernel(tiled, weight, bias, out);
+            return tile_kernel(tiled, Weighted { weight, bias }, None, out);
         }
         let (isa, num_cols) = (self.isa, weight.num_rows);
         if let (Format::Int8, Some(x)) = (weight.format, inputs.bytes) {
@@ -194,12 +236,12 @@ impl CpuOps {
         &self,
         prepared: &'a mut Prepared,
         x: View<'a>,
-        projections: &[Projection<'_>],
+        weights: &[&PackedMatrix],
     ) -> Inputs<'a> {
         let (num_rows, k) = (x.size(0), x.size(1));
         let x = x.as_slice::<f32>();
         let Prepared { floats, bytes, scales } = prepared;
-        let has_int8 = projections.iter().any(|p| p.weight.format == Format::Int8);
+        let has_int8 = weights.iter().any(|weight| weight.format == Format::Int8);
         if has_int8 && scales.len() < num_rows {
             scales.resize(num_rows, 0.0);
         }
@@ -213,9 +255,7 @@ impl CpuOps {
         };
         #[cfg(target_arch = "x86_64")]
         if let Isa::Amx(amx) = self.isa {
-            let is_wide =
-                |p: &Projection<'_>| runs_on_tiles(p.weight) && p.weight.format != Format::Int8;
-            let bf16 = projections.iter().any(is_wide);
+            let bf16 = weights.iter().any(|w| runs_on_tiles(w) && w.format != Format::Int8);
             let bf16 = bf16.then(|| self.pack::<Bf16>(amx, floats, &mut [], (x, k)));
             let int8 = has_int8.then(|| self.pack::<Int8>(amx, bytes, scales, (x, k)));
             inputs.tiles = Some(Tiled { amx, bf16, int8 });
@@ -304,39 +344,75 @@ fn runs_on_tiles(weight: &PackedMatrix) -> bool {
     weight.format != Format::Dense || weight.data.dtype() == DType::BF16
 }
 
+/// A matrix and its widened bias.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+struct Weighted<'a> {
+    weight: &'a PackedMatrix,
+    bias: Option<&'a [f32]>,
+}
+
 #[cfg(target_arch = "x86_64")]
 fn tile_kernel<'a>(
     tiled: Tiled<'a>,
-    weight: &'a PackedMatrix,
-    bias: Option<&'a [f32]>,
+    main: Weighted<'a>,
+    up: Option<(Weighted<'a>, Activation)>,
     out: Parts<'a, f32>,
 ) -> Box<dyn ColumnKernel + 'a> {
     const PACKED: &str = "activations were packed for every format";
-    let (amx, num_cols) = (tiled.amx, weight.num_rows);
-    let epilogue = AddBias { bias };
-    if weight.format == Format::Int8 {
-        let (x, weights) = (tiled.int8.expect(PACKED), Coded::<Bytes>::of(weight));
-        let (row_scales, col_scales) = (x.scales(), weights.scales());
-        let epilogue = ScaleSums { row_scales, col_scales, bias: epilogue };
-        return Box::new(TileTask { amx, x, weights: Int8Rows(weights), epilogue, num_cols, out });
-    }
-    let x = tiled.bf16.expect(PACKED);
-    match weight.format {
-        Format::Dense => {
-            let weights = DenseRows { elements: weight.data.as_slice(), k: weight.num_cols };
-            Box::new(TileTask { amx, x, weights, epilogue, num_cols, out })
-        }
-        Format::Int8 | Format::Q8 => {
+    if main.weight.format == Format::Int8 {
+        let x = tiled.int8.expect(PACKED);
+        return boxed(tiled.amx, x, (main, up), out, |Weighted { weight, bias }| {
             let weights = Coded::<Bytes>::of(weight);
-            Box::new(TileTask { amx, x, weights, epilogue, num_cols, out })
-        }
-        Format::Int4 => {
-            let weights = Coded::<Nibbles>::of(weight);
-            Box::new(TileTask { amx, x, weights, epilogue, num_cols, out })
-        }
-        Format::Fp8 => {
-            let weights = Coded::<E4m3>::of(weight);
-            Box::new(TileTask { amx, x, weights, epilogue, num_cols, out })
-        }
+            let (row_scales, col_scales) = (x.scales(), weights.scales());
+            let epilogue = ScaleSums { row_scales, col_scales, bias: AddBias { bias } };
+            Half { weights: Int8Rows(weights), epilogue }
+        });
     }
+    let (amx, x) = (tiled.amx, tiled.bf16.expect(PACKED));
+    match main.weight.format {
+        Format::Dense => boxed(amx, x, (main, up), out, |Weighted { weight, bias }| Half {
+            weights: DenseRows { elements: weight.data.as_slice(), k: weight.num_cols },
+            epilogue: AddBias { bias },
+        }),
+        Format::Int4 => boxed(amx, x, (main, up), out, coded::<Nibbles>),
+        Format::Int8 | Format::Q8 => coded_kernel::<Bytes>(amx, x, (main, up), out),
+        Format::Fp8 => coded_kernel::<E4m3>(amx, x, (main, up), out),
+    }
+}
+
+/// With one scale per row, codes are multiplied exactly and sums are scaled.
+#[cfg(target_arch = "x86_64")]
+fn coded_kernel<'a, C: TileCode + 'a>(
+    amx: Amx,
+    x: PackedRows<'a>,
+    (main, up): (Weighted<'a>, Option<(Weighted<'a>, Activation)>),
+    out: Parts<'a, f32>,
+) -> Box<dyn ColumnKernel + 'a> {
+    if !Coded::<C>::of(main.weight).is_scaled_per_row() {
+        return boxed(amx, x, (main, up), out, coded::<C>);
+    }
+    boxed(amx, x, (main, up), out, |Weighted { weight, bias }| {
+        let weights = Coded::<C>::of(weight);
+        let epilogue = ScaleCols { col_scales: weights.scales(), bias: AddBias { bias } };
+        Half { weights: Unscaled(weights), epilogue }
+    })
+}
+
+#[cfg(target_arch = "x86_64")]
+fn coded<C: Code>(Weighted { weight, bias }: Weighted<'_>) -> Half<Coded<'_, C>, AddBias<'_>> {
+    Half { weights: Coded::<C>::of(weight), epilogue: AddBias { bias } }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn boxed<'a, W: TileWeights + 'a, E: Epilogue + 'a>(
+    amx: Amx,
+    x: PackedRows<'a>,
+    (main, up): (Weighted<'a>, Option<(Weighted<'a>, Activation)>),
+    out: Parts<'a, f32>,
+    half: impl Fn(Weighted<'a>) -> Half<W, E>,
+) -> Box<dyn ColumnKernel + 'a> {
+    let num_cols = main.weight.num_rows;
+    let up = up.map(|(up, activation)| (half(up), activation));
+    Box::new(TileTask { amx, x, main: half(main), up, num_cols, out })
 }

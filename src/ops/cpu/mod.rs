@@ -191,6 +191,11 @@ impl Ops for CpuOps {
         self.multiply(args);
     }
 
+    fn gated_matmul(&self, args: GatedMatmulArgs<'_>) {
+        args.check();
+        self.multiply_gated(args);
+    }
+
     fn gated_activation(&self, args: GatedActivationArgs<'_>) {
         args.check();
         self.activate(args);

@@ -183,13 +183,19 @@ impl Kernel for GatedActivation<'_> {
     fn run<S: Simd>(self, simd: S) {
         for at in (0..self.out.len()).step_by(S::LANES) {
             let gate = load(simd, self.gate, at);
-            let activated = match self.activation {
-                Activation::Silu => silu(simd, gate),
-                Activation::GeluTanh => gelu_tanh(simd, gate),
-                Activation::Gelu => gelu(simd, gate),
-            };
+            let activated = activate(simd, gate, self.activation);
             store(simd, self.out, at, simd.mul(activated, load(simd, self.up, at)));
         }
+    }
+}
+
+/// The activation of every lane.
+#[inline(always)]
+pub fn activate<S: Simd>(simd: S, x: S::V, activation: Activation) -> S::V {
+    match activation {
+        Activation::Silu => silu(simd, x),
+        Activation::GeluTanh => gelu_tanh(simd, x),
+        Activation::Gelu => gelu(simd, x),
     }
 }
 

@@ -112,11 +112,17 @@ impl TileWeights for Int8Rows<'_> {
 
 /// A code that is converted to bf16.
 pub trait TileCode: Code {
-    /// Converts `steps` of one row to tile rows, a tile apart from each other.
+    /// Converts `steps` of one row to tile rows, a tile apart from each other; scales are
+    /// multiplied in when `SCALE`, else left to the sums.
     ///
     /// # Safety
     /// The row must exist and `to` must have room; the machine must have AVX-512 with BF16.
-    unsafe fn convert(rows: &Coded<'_, Self>, row: usize, steps: Range<usize>, to: *mut u8);
+    unsafe fn convert<const SCALE: bool>(
+        rows: &Coded<'_, Self>,
+        row: usize,
+        steps: Range<usize>,
+        to: *mut u8,
+    );
 }
 
 impl<C: TileCode> TileWeights for Coded<'_, C> {
@@ -127,16 +133,45 @@ impl<C: TileCode> TileWeights for Coded<'_, C> {
     }
 
     unsafe fn fill(&self, _: Avx512, rows: Range<usize>, steps: Range<usize>, to: *mut u8) {
-        for i in 0..TILE_ROWS {
-            // SAFETY: the caller's contract; tiles are open only where BF16 vectors exist.
-            unsafe {
-                let to = to.add(i * ROW_BYTES);
-                if i < rows.len() {
-                    C::convert(self, rows.start + i, steps.clone(), to);
-                } else {
-                    for tile in 0..steps.len() {
-                        to.add(tile * TILE_BYTES).write_bytes(0, ROW_BYTES);
-                    }
+        // SAFETY: the same contract; tiles are open only where BF16 vectors exist.
+        unsafe { fill_rows::<C, true>(self, rows, steps, to) }
+    }
+}
+
+/// Rows of codes with one scale each, which is left to the sums: codes are exact in bf16.
+#[derive(Clone, Copy)]
+pub struct Unscaled<'a, C>(pub Coded<'a, C>);
+
+impl<C: TileCode> TileWeights for Unscaled<'_, C> {
+    type Element = Bf16;
+
+    fn in_place(&self, _: usize) -> Option<(*const u8, usize)> {
+        None
+    }
+
+    unsafe fn fill(&self, _: Avx512, rows: Range<usize>, steps: Range<usize>, to: *mut u8) {
+        // SAFETY: as above.
+        unsafe { fill_rows::<C, false>(&self.0, rows, steps, to) }
+    }
+}
+
+/// # Safety
+/// As [`TileWeights::fill`] and [`TileCode::convert`].
+unsafe fn fill_rows<C: TileCode, const SCALE: bool>(
+    codes: &Coded<'_, C>,
+    rows: Range<usize>,
+    steps: Range<usize>,
+    to: *mut u8,
+) {
+    for i in 0..TILE_ROWS {
+        // SAFETY: the same contract.
+        unsafe {
+            let to = to.add(i * ROW_BYTES);
+            if i < rows.len() {
+                C::convert::<SCALE>(codes, rows.start + i, steps.clone(), to);
+            } else {
+                for tile in 0..steps.len() {
+                    to.add(tile * TILE_BYTES).write_bytes(0, ROW_BYTES);
                 }
             }
         }
@@ -144,21 +179,43 @@ impl<C: TileCode> TileWeights for Coded<'_, C> {
 }
 
 impl TileCode for Bytes {
-    unsafe fn convert(rows: &Coded<'_, Bytes>, row: usize, steps: Range<usize>, to: *mut u8) {
+    unsafe fn convert<const SCALE: bool>(
+        rows: &Coded<'_, Bytes>,
+        row: usize,
+        steps: Range<usize>,
+        to: *mut u8,
+    ) {
         // SAFETY: the same contract.
-        unsafe { convert_lanes(rows, row, steps, to) }
+        unsafe { convert_lanes::<Bytes, SCALE>(rows, row, steps, to) }
     }
 }
 
 impl TileCode for E4m3 {
-    unsafe fn convert(rows: &Coded<'_, E4m3>, row: usize, steps: Range<usize>, to: *mut u8) {
+    unsafe fn convert<const SCALE: bool>(
+        rows: &Coded<'_, E4m3>,
+        row: usize,
+        steps: Range<usize>,
+        to: *mut u8,
+    ) {
         // SAFETY: the same contract.
-        unsafe { convert_lanes(rows, row, steps, to) }
+        unsafe {
+            if SCALE {
+                convert_lanes::<E4m3, SCALE>(rows, row, steps, to);
+            } else {
+                rebias_e4m3(rows, row, steps, to);
+            }
+        }
     }
 }
 
 impl TileCode for Nibbles {
-    unsafe fn convert(rows: &Coded<'_, Nibbles>, row: usize, steps: Range<usize>, to: *mut u8) {
+    unsafe fn convert<const SCALE: bool>(
+        rows: &Coded<'_, Nibbles>,
+        row: usize,
+        steps: Range<usize>,
+        to: *mut u8,
+    ) {
+        assert!(SCALE, "groups of a row have different scales");
         // SAFETY: the same contract.
         unsafe { look_up_nibbles(rows, row, steps, to) }
     }
@@ -167,7 +224,7 @@ impl TileCode for Nibbles {
 /// # Safety
 /// As [`TileCode::convert`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-unsafe fn convert_lanes<C: Code>(
+unsafe fn convert_lanes<C: Code, const SCALE: bool>(
     rows: &Coded<'_, C>,
     row: usize,
     steps: Range<usize>,
@@ -175,13 +232,51 @@ unsafe fn convert_lanes<C: Code>(
 ) {
     // SAFETY: this function is only entered where the instructions exist.
     let simd = unsafe { Avx512::assume() };
+    let codes = rows.row(row);
     for (tile, step) in steps.enumerate() {
         let at = step * Bf16::PER_ROW;
         // SAFETY: the row is padded to 64 elements; `to` has room; a prefetch never faults.
         unsafe {
             _mm_prefetch::<_MM_HINT_T1>(rows.address(row + AHEAD_ROWS, at).cast());
-            let (low, high) = (rows.lanes(simd, row, at), rows.lanes(simd, row, at + 16));
+            let (low, high) = if SCALE {
+                (rows.lanes(simd, row, at), rows.lanes(simd, row, at + 16))
+            } else {
+                (C::lanes(simd, codes, at), C::lanes(simd, codes, at + 16))
+            };
             store_line(_mm512_cvtne2ps_pbh(high, low), to.add(tile * TILE_BYTES));
+        }
+    }
+}
+
+/// E4M3 to bf16 by moving the fields: the exponent's bias grows from 7 to 127. The seven
+/// subnormal magnitudes come from a table.
+///
+/// # Safety
+/// As [`TileCode::convert`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn rebias_e4m3(rows: &Coded<'_, E4m3>, row: usize, steps: Range<usize>, to: *mut u8) {
+    let subnormals = std::array::from_fn::<bf16, 32, _>(|i| {
+        bf16::from_f32(crate::formats::fp8::decode(i as u8 & 7))
+    });
+    // SAFETY: an array of 64 bytes.
+    let subnormals = unsafe { _mm512_loadu_si512(subnormals.as_ptr().cast()) };
+    let (magnitude, sign) = (_mm512_set1_epi16(0x07f0), _mm512_set1_epi16(i16::MIN));
+    let (exponent, bias) = (_mm512_set1_epi16(0x78), _mm512_set1_epi16(120 << 7));
+    let codes = rows.row(row);
+    for (tile, step) in steps.enumerate() {
+        // SAFETY: the row is padded to 64 elements; `to` has room; a prefetch never faults.
+        unsafe {
+            let from = codes.add(step * Bf16::PER_ROW);
+            _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(AHEAD_ROWS * rows.row_bytes()).cast());
+            let words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(from.cast()));
+            let shifted = _mm512_and_si512(_mm512_slli_epi16::<4>(words), magnitude);
+            let is_subnormal = _mm512_testn_epi16_mask(words, exponent);
+            let number = _mm512_add_epi16(shifted, bias);
+            let number = _mm512_mask_permutexvar_epi16(number, is_subnormal, words, subnormals);
+            // The sign bit of the code, above the magnitude.
+            let line =
+                _mm512_ternarylogic_epi32::<0xf8>(number, _mm512_slli_epi16::<8>(words), sign);
+            _mm512_storeu_si512(to.add(tile * TILE_BYTES).cast(), line);
         }
     }
 }
@@ -192,35 +287,51 @@ unsafe fn convert_lanes<C: Code>(
 /// As [`TileCode::convert`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
 unsafe fn look_up_nibbles(rows: &Coded<'_, Nibbles>, row: usize, steps: Range<usize>, to: *mut u8) {
+    let table = |step: usize| {
+        let cell = rows.cell(row, step * Bf16::PER_ROW);
+        // SAFETY: this function is only entered where the instructions exist.
+        unsafe { table_of_group(rows, cell) }
+    };
+    let halves_share = rows.cols_shift() >= 6;
+    let (from, ahead) = (rows.row(row), AHEAD_ROWS * rows.row_bytes());
+    let line_of = |step: usize| to.wrapping_add((step - steps.start) * TILE_BYTES);
+    for step in (steps.start & !1..steps.end).step_by(2) {
+        let low = table(step);
+        let high = if halves_share || step + 1 >= steps.end { low } else { table(step + 1) };
+        // SAFETY: a chunk of two steps has 32 bytes; `to` has room; a prefetch never faults.
+        unsafe {
+            let bytes = from.add(step * 16);
+            _mm_prefetch::<_MM_HINT_T1>(bytes.wrapping_add(ahead).cast());
+            let words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(bytes.cast()));
+            if step >= steps.start {
+                let line = _mm512_permutexvar_epi16(words, low);
+                _mm512_storeu_si512(line_of(step).cast(), line);
+            }
+            if step + 1 < steps.end {
+                let line = _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(words), high);
+                _mm512_storeu_si512(line_of(step + 1).cast(), line);
+            }
+        }
+    }
+}
+
+/// The values of the sixteen codes of a group, twice: an index has five bits, and the fifth
+/// belongs to the other half of the byte.
+///
+/// # Safety
+/// The machine must have AVX-512 with BF16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+unsafe fn table_of_group(rows: &Coded<'_, Nibbles>, cell: usize) -> __m512i {
     // SAFETY: this function is only entered where the instructions exist.
     let simd = unsafe { Avx512::assume() };
     let codes = _mm512_setr_ps(
         0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
     );
-    let from = rows.row(row);
-    let (mut cell, mut values) = (usize::MAX, _mm512_setzero_si512());
-    for (tile, step) in steps.enumerate() {
-        let wanted = rows.cell(row, step * Bf16::PER_ROW);
-        if wanted != cell {
-            cell = wanted;
-            let zero = _mm512_set1_ps(rows.zero_point(cell));
-            let scaled = _mm512_mul_ps(_mm512_sub_ps(codes, zero), rows.scale(simd, cell));
-            // The table twice, because an index has five bits and the fifth belongs to the
-            // other half of the byte.
-            let table = _mm512_cvtne2ps_pbh(scaled, scaled);
-            // SAFETY: both are 64 bytes.
-            values = unsafe { std::mem::transmute::<__m512bh, __m512i>(table) };
-        }
-        // SAFETY: a chunk of two steps has 32 bytes; `to` has room; a prefetch never faults.
-        unsafe {
-            let bytes = from.add(step / 2 * 32);
-            _mm_prefetch::<_MM_HINT_T1>(bytes.wrapping_add(AHEAD_ROWS * rows.row_bytes()).cast());
-            let words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(bytes.cast()));
-            let index = if step % 2 == 0 { words } else { _mm512_srli_epi16::<4>(words) };
-            let line = _mm512_permutexvar_epi16(index, values);
-            _mm512_storeu_si512(to.add(tile * TILE_BYTES).cast(), line);
-        }
-    }
+    let zero = _mm512_set1_ps(rows.zero_point(cell));
+    let values = _mm512_mul_ps(_mm512_sub_ps(codes, zero), rows.scale(simd, cell));
+    // SAFETY: both types are 64 bytes.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(values, values)) }
 }
 
 /// # Safety

@@ -172,6 +172,16 @@ impl<'a, C: Code> Coded<'a, C> {
         row / self.rows_per_scale * self.scales_per_row + (at >> self.cols_shift)
     }
 
+    /// Binary logarithm of the columns that share a scale.
+    pub fn cols_shift(&self) -> u32 {
+        self.cols_shift
+    }
+
+    /// Whether every row has one scale of its own.
+    pub fn is_scaled_per_row(&self) -> bool {
+        self.rows_per_scale == 1 && self.scales_per_row == 1
+    }
+
     /// A scale.
     #[inline(always)]
     pub fn scale<S: Simd>(&self, simd: S, cell: usize) -> S::V {
