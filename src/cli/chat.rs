@@ -8,7 +8,7 @@ use rustyline::error::ReadlineError;
 use serde_json::{Value, json};
 
 use super::open;
-use crate::config::{CacheArgs, EngineConfig, ModelArgs, SchedulerArgs, ServeArgs, ServerArgs};
+use crate::config::{CacheArgs, EngineConfig, ModelArgs, SchedulerArgs, ServeArgs};
 use crate::engine::Engine;
 use crate::output::FinishReason;
 use crate::request::{ChatPrompt, GenerateRequest, Prompt, RequestId, SamplingParams};
@@ -88,16 +88,8 @@ pub fn run(args: ChatArgs) -> anyhow::Result<()> {
 
 /// Chat needs no server; its flags take their defaults.
 fn serve_args(model: ModelArgs, cache: CacheArgs) -> ServeArgs {
-    use clap::{Args as _, FromArgMatches as _};
-    let matches = |command: clap::Command| command.get_matches_from(["tokenmill"]);
-    let command = clap::Command::new("tokenmill");
-    let mut scheduler =
-        SchedulerArgs::from_arg_matches(&matches(SchedulerArgs::augment_args(command.clone())))
-            .expect("every flag has a default");
-    scheduler.max_num_seqs = 1;
-    let server = ServerArgs::from_arg_matches(&matches(ServerArgs::augment_args(command)))
-        .expect("every flag has a default");
-    ServeArgs { model, cache, scheduler, server }
+    let scheduler = SchedulerArgs { max_num_seqs: 1, ..super::default_args() };
+    ServeArgs { model, cache, scheduler, server: super::default_args() }
 }
 
 fn sampling(engine: &Engine, temperature: Option<f32>) -> SamplingParams {

@@ -3,6 +3,7 @@
 //! Flags are parsed into `config` types, resolved once, and handed down. Composition of the
 //! layers into a running engine is in [`open`].
 
+pub mod bench;
 pub mod chat;
 pub mod open;
 pub mod serve;
@@ -17,6 +18,7 @@ Examples:
   tokenmill serve ./my-model --port 9000 serve a folder with config.json and safetensors
   tokenmill serve owner/name             download from the hub, then serve
   tokenmill chat                         talk to the bundled model in this terminal
+  tokenmill bench latency ./my-model     measure it, here and now
 
 Environment:
   HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE   where and how models are downloaded
@@ -49,6 +51,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Talk to a model in this terminal
     Chat(Box<chat::ChatArgs>),
+    /// Measure latency and throughput, of this engine or of any server
+    Bench(bench::BenchArgs),
 }
 
 /// Runs what was asked for.
@@ -57,5 +61,12 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         None => serve::run(cli.serve),
         Some(Command::Serve(args)) => serve::run(*args),
         Some(Command::Chat(args)) => chat::run(*args),
+        Some(Command::Bench(args)) => bench::run(args),
     }
+}
+
+/// Flags that nobody typed, for commands that need a part of `serve`.
+fn default_args<A: clap::Args>() -> A {
+    let command = A::augment_args(clap::Command::new("tokenmill"));
+    A::from_arg_matches(&command.get_matches_from(["tokenmill"])).expect("every flag has a default")
 }

@@ -28,6 +28,8 @@ use crate::weights::Loader;
 pub struct Opened {
     /// The handle.
     pub engine: Engine,
+    /// The model.
+    pub spec: ModelSpec,
     /// Where the bytes went.
     pub plan: MemoryPlan,
     /// Name of the compute backend.
@@ -36,10 +38,35 @@ pub struct Opened {
     pub load_time: Duration,
 }
 
+/// A loaded model that can compute steps.
+pub struct Loaded {
+    /// The runner.
+    pub runner: ModelRunner,
+    /// The model.
+    pub spec: ModelSpec,
+    /// Where the bytes went.
+    pub plan: MemoryPlan,
+    /// Name of the compute backend.
+    pub backend: String,
+}
+
 /// Opens the model and starts its engine.
 pub fn open(config: &EngineConfig) -> anyhow::Result<Opened> {
     let started = Instant::now();
     let files = ModelFiles::open(&config.model.source, Progress::Bars)?;
+    let Loaded { runner, spec, plan, backend } = load(config, &files)?;
+    let text = Arc::new(text_pipeline(&files, config, spec.vocab_size)?);
+    let options = engine_options(config, &files, &spec, &plan)?;
+    let engine = Engine::start(Box::new(runner), text, options);
+    Ok(Opened { engine, spec, plan, backend, load_time: started.elapsed() })
+}
+
+/// Opens the model without an engine, for those who plan their own steps.
+pub fn open_runner(config: &EngineConfig) -> anyhow::Result<Loaded> {
+    load(config, &ModelFiles::open(&config.model.source, Progress::Bars)?)
+}
+
+fn load(config: &EngineConfig, files: &ModelFiles) -> anyhow::Result<Loaded> {
     let spec = ModelSpec::from_config(&files.required_text(files::CONFIG)?)?;
     let expected = spec.expected_tensors();
     let source = files.weights(config.model.load_format, expected, spec.dtype)?;
@@ -59,12 +86,9 @@ pub fn open(config: &EngineConfig) -> anyhow::Result<Opened> {
     )?;
     info!("memory plan: {plan}");
     let decoder = Decoder::load(&spec, &loader, plan.max_model_len)?;
-    let text = Arc::new(text_pipeline(&files, config, spec.vocab_size)?);
     let backend = rank.ops.name();
     let runner = ModelRunner::new(decoder, &spec, rank, &plan);
-    let options = engine_options(config, &files, &spec, &plan)?;
-    let engine = Engine::start(Box::new(runner), text, options);
-    Ok(Opened { engine, plan, backend, load_time: started.elapsed() })
+    Ok(Loaded { runner, spec, plan, backend })
 }
 
 fn text_pipeline(

@@ -1,0 +1,146 @@
+//! What this machine can do, read next to what was measured on it.
+//!
+//! Neighbours move these limits by a factor of two, so a speed is stated as a fraction of a
+//! limit read in the same run. `cargo bench --bench limits` reads the arithmetic ones too.
+
+use std::hint::black_box;
+use std::path::Path;
+use std::sync::Barrier;
+use std::time::Instant;
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Most bytes that one thread reads per pass: more than any cache holds.
+const READ_BYTES: usize = 256 << 20;
+/// Most bytes that all threads read per pass.
+const TOTAL_BYTES: usize = 4 << 30;
+/// Fewest bytes per thread: still more than a thread's share of any cache.
+const LEAST_BYTES: usize = 32 << 20;
+/// A limit is the best of this many passes.
+const PASSES: usize = 7;
+
+/// [`Limit::limit`] of [`memory_read`].
+pub const MEMORY_READ: &str = "memory read";
+
+/// One limit of this machine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Limit {
+    /// Threads that worked at once.
+    pub threads: usize,
+    /// What they did.
+    pub limit: String,
+    /// Unit of `value`.
+    pub unit: String,
+    /// The best of several passes.
+    pub value: f64,
+    /// `before` or `after` the measurement; absent when read in another run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub when: Option<String>,
+}
+
+/// Reads memory on all threads at once, each its own stretch.
+pub fn memory_read(threads: usize) -> Limit {
+    let bytes = (TOTAL_BYTES / threads).clamp(LEAST_BYTES, READ_BYTES);
+    // Filled by their readers, so that every node of the machine holds its own; and not with
+    // zero, because untouched zero pages would all be one page, in the cache.
+    let buffers: Vec<Vec<u64>> = std::thread::scope(|scope| {
+        let fill = |i: usize| scope.spawn(move || vec![i as u64 + 1; bytes / 8]);
+        let handles: Vec<_> = (0..threads).map(fill).collect();
+        handles.into_iter().map(|handle| handle.join().expect("filling does not panic")).collect()
+    });
+    let seconds = best_time(threads, |thread| {
+        black_box(sum(&buffers[thread]));
+    });
+    Limit {
+        threads,
+        limit: MEMORY_READ.to_owned(),
+        unit: "GB/s".to_owned(),
+        value: (threads * bytes) as f64 / seconds / 1e9,
+        when: None,
+    }
+}
+
+/// The best wall time of `work` running on all threads at once.
+pub fn best_time(threads: usize, work: impl Fn(usize) + Sync) -> f64 {
+    let barrier = Barrier::new(threads);
+    let times_per_pass = |thread: usize| -> Vec<f64> {
+        let pass = || {
+            barrier.wait();
+            let start = Instant::now();
+            work(thread);
+            start.elapsed().as_secs_f64()
+        };
+        (0..PASSES).map(|_| pass()).collect()
+    };
+    let times: Vec<Vec<f64>> = std::thread::scope(|scope| {
+        let handles: Vec<_> =
+            (0..threads).map(|thread| scope.spawn(move || times_per_pass(thread))).collect();
+        handles.into_iter().map(|handle| handle.join().expect("a pass does not panic")).collect()
+    });
+    let slowest = |pass: usize| times.iter().map(|times| times[pass]).fold(0.0, f64::max);
+    (0..PASSES).map(slowest).fold(f64::INFINITY, f64::min)
+}
+
+/// Many chains of additions: far faster than memory.
+fn sum(words: &[u64]) -> u64 {
+    let mut sums = [0u64; 32];
+    for words in words.chunks_exact(32) {
+        for (sum, &word) in sums.iter_mut().zip(words) {
+            *sum = sum.wrapping_add(word);
+        }
+    }
+    sums.into_iter().fold(0, u64::wrapping_add)
+}
+
+/// The limits in a file: a record, or what `cargo bench --bench limits` printed.
+pub(super) fn read_file(path: &Path) -> anyhow::Result<Vec<Limit>> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("--limits-json {} cannot be read", path.display()))?;
+    parse(&text).with_context(|| {
+        format!(
+            "--limits-json {} holds no `limits`; give it the output of \
+             `cargo bench --bench limits` or a record of `tokenmill bench`",
+            path.display()
+        )
+    })
+}
+
+fn parse(text: &str) -> Option<Vec<Limit>> {
+    let limits = |text: &str| {
+        let mut value: Value = serde_json::from_str(text).ok()?;
+        let mut limits: Vec<Limit> =
+            serde_json::from_value(value.get_mut("limits")?.take()).ok()?;
+        limits.iter_mut().for_each(|limit| limit.when = None);
+        Some(limits)
+    };
+    limits(text).or_else(|| text.lines().rev().find_map(limits))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_are_found_in_a_record_and_after_a_table() {
+        let row = r#"{"threads": 2, "limit": "bf16 AMX", "unit": "GFLOP/s", "value": 3.5}"#;
+        let record = format!("{{\n\"benchmark\": \"steps\",\n\"limits\": [{row}]}}");
+        let printed = format!("threads  limit\n      2  bf16 AMX\n{{\"limits\": [{row}]}}\n");
+        for text in [record, printed] {
+            let limits = parse(&text).unwrap();
+            assert_eq!((limits.len(), limits[0].threads, limits[0].value), (1, 2, 3.5));
+        }
+        assert_eq!(parse("threads  limit\n"), None);
+    }
+
+    #[test]
+    fn every_thread_takes_part_in_every_pass() {
+        let calls = std::sync::atomic::AtomicUsize::new(0);
+        let seconds = best_time(3, |_| {
+            calls.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert_eq!(calls.into_inner(), 3 * PASSES);
+        assert!(seconds.is_finite());
+    }
+}

@@ -1,0 +1,220 @@
+//! The JSON that a run leaves: what was measured, on what, and what the machine could do then.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::limits::{self, Limit, MEMORY_READ};
+
+/// Flags about the record that a run leaves.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Record")]
+pub struct RecordArgs {
+    /// Write the run as JSON
+    #[arg(long, value_name = "FILE")]
+    pub output_json: Option<PathBuf>,
+
+    /// Note this in the record; repeat for several (`bench report` groups by `engine` and `case`)
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_pair)]
+    pub metadata: Vec<(String, String)>,
+
+    /// Put the limits of this file into the record too: the output of `cargo bench --bench
+    /// limits`, or an earlier record
+    #[arg(long, value_name = "FILE")]
+    pub limits_json: Option<PathBuf>,
+
+    /// Do not read the memory bandwidth before and after the run
+    #[arg(long)]
+    pub no_limits: bool,
+}
+
+/// Which command made a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// `bench latency`.
+    Latency,
+    /// `bench throughput`.
+    Throughput,
+    /// `bench serve`.
+    Serve,
+    /// `bench steps`.
+    Steps,
+}
+
+/// One run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Record {
+    /// Which command made it.
+    pub benchmark: Kind,
+    /// When it ended, in local time with its offset.
+    pub date: String,
+    /// Version of tokenmill.
+    pub tokenmill: String,
+    /// Where it ran.
+    pub machine: Machine,
+    /// `--metadata`.
+    #[serde(default)]
+    pub metadata: BTreeMap<String, String>,
+    /// What was measured; for `serve` no more than its name is known.
+    pub model: Value,
+    /// The flags that shape the load.
+    pub options: Value,
+    /// What the machine could do.
+    pub limits: Vec<Limit>,
+    /// What came out.
+    pub results: Value,
+}
+
+/// The machine, as far as it tells.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    /// Name of the processor.
+    pub cpu: String,
+    /// CPUs that this process may use.
+    pub num_cpus: usize,
+    /// Bytes of memory.
+    pub memory_bytes: u64,
+}
+
+impl Machine {
+    fn here() -> Machine {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let memory = field(&read("/proc/meminfo"), "MemTotal");
+        let kib = memory.and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok());
+        Machine {
+            cpu: field(&read("/proc/cpuinfo"), "model name")
+                .unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+            num_cpus: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            memory_bytes: kib.map_or(0, |kib| kib * 1024),
+        }
+    }
+}
+
+/// The first `name: value` of a file in `/proc`.
+fn field(text: &str, name: &str) -> Option<String> {
+    let line = text.lines().find(|line| line.starts_with(name))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+/// A record in the making.
+pub(super) struct Recorder {
+    args: RecordArgs,
+    /// Threads that read memory; `None` reads nothing.
+    threads: Option<usize>,
+    limits: Vec<Limit>,
+}
+
+impl Recorder {
+    /// Refuses what could not be written later, then reads the limits a first time. `threads` is
+    /// `None` when this machine's limits say nothing about what is measured.
+    pub fn begin(args: RecordArgs, threads: Option<usize>) -> anyhow::Result<Recorder> {
+        if let Some(path) = &args.output_json {
+            check_folder(path)?;
+        }
+        let limits = args.limits_json.as_deref().map(limits::read_file).transpose()?;
+        let threads = threads.filter(|_| !args.no_limits);
+        let mut recorder = Recorder { args, threads, limits: limits.unwrap_or_default() };
+        recorder.read_limits("before");
+        Ok(recorder)
+    }
+
+    /// Reads the limits a second time.
+    pub fn end(&mut self) {
+        self.read_limits("after");
+    }
+
+    fn read_limits(&mut self, when: &str) {
+        if let Some(threads) = self.threads {
+            let limit = limits::memory_read(threads);
+            self.limits.push(Limit { when: Some(when.to_owned()), ..limit });
+        }
+    }
+
+    /// The memory bandwidth in bytes per second, the better of before and after.
+    pub fn memory_read(&self) -> Option<f64> {
+        let read_now = |limit: &&Limit| limit.limit == MEMORY_READ && limit.when.is_some();
+        let values = self.limits.iter().filter(read_now).map(|limit| limit.value * 1e9);
+        values.max_by(f64::total_cmp)
+    }
+
+    /// Writes the record, if one was asked for.
+    pub fn write(
+        self,
+        benchmark: Kind,
+        model: Value,
+        options: Value,
+        results: &impl Serialize,
+    ) -> anyhow::Result<()> {
+        if let Some(bandwidth) = self.memory_read() {
+            println!("memory read in the same run: {:.1} GB/s", bandwidth / 1e9);
+        }
+        let record = Record {
+            benchmark,
+            date: chrono::Local::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, false),
+            tokenmill: env!("CARGO_PKG_VERSION").to_owned(),
+            machine: Machine::here(),
+            metadata: self.args.metadata.into_iter().collect(),
+            model,
+            options,
+            limits: self.limits,
+            results: serde_json::to_value(results).context("the results become JSON")?,
+        };
+        let Some(path) = self.args.output_json else { return Ok(()) };
+        let text = serde_json::to_string_pretty(&record).context("the record becomes JSON")?;
+        std::fs::write(&path, text + "\n")
+            .with_context(|| format!("--output-json {} cannot be written", path.display()))
+    }
+}
+
+/// A long run must not end with a folder that is not there.
+fn check_folder(path: &Path) -> anyhow::Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let exists = parent.is_none_or(Path::is_dir) && !path.is_dir();
+    anyhow::ensure!(
+        exists,
+        "--output-json {} cannot be written; name a file in a folder that exists",
+        path.display()
+    );
+    Ok(())
+}
+
+fn parse_pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("KEY=VALUE is needed, for example case=a".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metadata_is_a_key_and_a_value() {
+        assert_eq!(parse_pair("engine=a=b"), Ok(("engine".to_owned(), "a=b".to_owned())));
+        assert!(parse_pair("engine").is_err());
+        assert!(parse_pair("=x").is_err());
+    }
+
+    #[test]
+    fn a_record_that_could_not_be_written_is_refused_before_the_run() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(check_folder(&folder.path().join("run.json")).is_ok());
+        assert!(check_folder(Path::new("run.json")).is_ok());
+        assert!(check_folder(folder.path()).is_err());
+        let error = check_folder(&folder.path().join("absent/run.json")).unwrap_err();
+        assert!(error.to_string().contains("--output-json"), "{error}");
+    }
+
+    #[test]
+    fn the_machine_is_described_by_its_files() {
+        let text = "processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\nmodel name\t: other\n";
+        assert_eq!(field(text, "model name").as_deref(), Some("Some CPU @ 2 GHz"));
+        assert_eq!(field("", "MemTotal"), None);
+    }
+}
