@@ -153,6 +153,15 @@ impl ModelSpec {
         self.layers.len()
     }
 
+    /// The widest input of any projection.
+    pub fn widest_input(&self) -> usize {
+        let of_layer = |layer: &LayerSpec| {
+            let attended = layer.attention.num_heads * layer.attention.head_dim;
+            attended.max(layer.mlp.intermediate_size)
+        };
+        self.layers.iter().map(of_layer).max().unwrap_or(0).max(self.hidden_size)
+    }
+
     /// Every tensor that the model needs, in the order of computation.
     pub fn expected_tensors(&self) -> Vec<ExpectedTensor> {
         let mut tensors = vec![ExpectedTensor {

@@ -22,6 +22,12 @@ pub trait Ops: Send + Sync {
     /// The dtype of activations on this device.
     fn activation_dtype(&self) -> DType;
 
+    /// Makes room for activations of up to `max_rows` rows and `max_width` columns, so that no
+    /// later operation has to; backends that need none do nothing.
+    fn reserve(&self, max_rows: usize, max_width: usize) {
+        let _ = (max_rows, max_width);
+    }
+
     /// `out[t, :] = table[token_ids[t], :]`.
     fn embed(&self, args: EmbedArgs<'_>);
 

@@ -10,6 +10,7 @@ use crate::model::batch::{BatchLimits, ForwardBatch};
 use crate::model::kv_cache::KvCache;
 use crate::model::spec::ModelSpec;
 use crate::model::workspace::Workspace;
+use crate::ops::cpu;
 use crate::tensor::DType;
 
 /// Most bytes that one round of logits may take.
@@ -110,10 +111,12 @@ impl MemoryPlan {
             max_num_seqs: scheduler.max_num_seqs,
             max_blocks_per_seq: max_model_len.div_ceil(block_size),
         };
+        let threads = cache.threads.unwrap_or_else(cpu::physical_cores);
         let max_logit_rows =
             (LOGITS_BYTES / (4 * spec.vocab_size)).clamp(1, max_num_tokens.min(1024));
         let workspace_bytes = Workspace::size_bytes(spec, max_num_tokens, max_logit_rows)
-            + ForwardBatch::size_bytes(limits);
+            + ForwardBatch::size_bytes(limits)
+            + cpu::scratch_bytes(max_num_tokens, spec.widest_input(), threads);
         Ok(MemoryPlan {
             weights_bytes,
             workspace_bytes,

@@ -40,6 +40,7 @@ impl ModelRunner {
         plan: &MemoryPlan,
     ) -> ModelRunner {
         let dtype = rank.ops.activation_dtype();
+        rank.ops.reserve(plan.limits.max_num_tokens, spec.widest_input());
         ModelRunner {
             cache: KvCache::new(spec, plan.num_blocks, plan.block_size, plan.kv_dtype),
             workspace: Workspace::new(spec, dtype, plan.limits.max_num_tokens, plan.max_logit_rows),

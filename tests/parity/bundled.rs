@@ -1,20 +1,22 @@
 //! The bundled model against what PyTorch generated with the same weights, token by token.
 //!
 //! `models/tiny/golden_smoke.json` is written by the training scripts, greedily in float32.
+//! Backends that compute in float32 must say exactly that; those that round activations or
+//! weights must choose the same token nearly always, each time after the recorded text.
 
 use std::sync::Arc;
 
 use serde_json::Value;
 use tokenmill::checkpoint::files::{CONFIG, ModelFiles};
 use tokenmill::checkpoint::hub::Progress;
-use tokenmill::config::{CpuIsa, LoadFormat, ModelSource};
+use tokenmill::config::{CpuIsa, LoadFormat, ModelSource, Quantization};
 use tokenmill::device::RankContext;
 use tokenmill::model::batch::{BatchEntry, BatchLimits, ForwardBatch};
 use tokenmill::model::decoder::Decoder;
 use tokenmill::model::kv_cache::KvCache;
 use tokenmill::model::spec::ModelSpec;
 use tokenmill::model::workspace::Workspace;
-use tokenmill::ops::cpu::CpuOps;
+use tokenmill::ops::cpu::{CpuOps, Isa};
 use tokenmill::tensor::DType;
 use tokenmill::weights::Loader;
 
@@ -33,10 +35,11 @@ struct Greedy {
 }
 
 impl Greedy {
-    fn new() -> Greedy {
+    fn new(isa: CpuIsa, quantization: Option<Quantization>) -> Greedy {
         let files = ModelFiles::open(&ModelSource::Bundled, Progress::Hidden).unwrap();
         let spec = ModelSpec::from_config(&files.required_text(CONFIG).unwrap()).unwrap();
         let source = files.weights(LoadFormat::Auto, spec.expected_tensors(), spec.dtype).unwrap();
+        let loader = Loader::new(&*source).quantized(quantization, 2);
         let num_blocks = MAX_LEN / BLOCK_SIZE;
         let limits = BatchLimits {
             max_num_tokens: MAX_LEN,
@@ -44,8 +47,8 @@ impl Greedy {
             max_blocks_per_seq: num_blocks,
         };
         Greedy {
-            decoder: Decoder::load(&spec, &Loader::new(&*source), MAX_LEN).unwrap(),
-            rank: RankContext::solo(Arc::new(CpuOps::new(None, CpuIsa::Auto).unwrap())),
+            decoder: Decoder::load(&spec, &loader, MAX_LEN).unwrap(),
+            rank: RankContext::solo(Arc::new(CpuOps::new(None, isa).unwrap())),
             cache: KvCache::new(&spec, num_blocks, BLOCK_SIZE, DType::F32),
             workspace: Workspace::new(&spec, DType::F32, MAX_LEN, 1),
             batch: ForwardBatch::new(limits),
@@ -71,17 +74,41 @@ fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
-#[test]
-fn the_bundled_model_says_what_it_said_in_pytorch() {
+/// How many of the recorded tokens the model chooses after the recorded text before them, and of
+/// how many; panics at the first other choice when `exact`.
+fn agreement(mut model: Greedy, exact: bool) -> (usize, usize) {
     let cases: Vec<Value> = serde_json::from_str(SMOKE).unwrap();
     assert!(cases.len() >= 12);
-    let mut model = Greedy::new();
+    let (mut same, mut total) = (0, 0);
     for case in cases {
         let (prompt, expected) = (ids(&case["prompt_ids"]), ids(&case["output_ids"]));
         let mut token = model.next(&prompt, 0);
         for (i, &expected) in expected.iter().enumerate() {
-            assert_eq!(token, expected, "{}: token {i}", case["id"]);
+            assert!(!exact || token == expected, "{}: token {i} is {token}", case["id"]);
+            same += usize::from(token == expected);
+            total += 1;
             token = model.next(&[expected], prompt.len() + i);
         }
+    }
+    (same, total)
+}
+
+#[test]
+fn the_bundled_model_says_what_it_said_in_pytorch() {
+    for isa in Isa::supported() {
+        let exact = isa.choice() != CpuIsa::Amx;
+        let (same, total) = agreement(Greedy::new(isa.choice(), None), exact);
+        assert!(same * 100 >= total * 99, "{}: {same} of {total} tokens", isa.name());
+    }
+}
+
+#[test]
+fn quantized_weights_seldom_change_what_it_says() {
+    use Quantization::*;
+    for (format, least) in
+        [(Int8, 97), (W8A16, 98), (Q8_0, 98), (Fp8, 96), (Int4, 90), (Int4G32, 90), (Int4G128, 88)]
+    {
+        let (same, total) = agreement(Greedy::new(CpuIsa::Auto, Some(format)), false);
+        assert!(same * 100 >= total * least, "{format:?}: {same} of {total} tokens");
     }
 }

@@ -43,6 +43,30 @@ pub struct Prepared {
     scales: Vec<f32>,
 }
 
+impl Prepared {
+    /// Floats and bytes, as f32 words, that rows of this number and width need at most.
+    fn words(max_rows: usize, max_width: usize) -> [usize; 2] {
+        let elements = (max_rows + 16).next_multiple_of(16) * max_width.next_multiple_of(ROW_ALIGN);
+        [elements / 2 + 16, elements / 4 + 16]
+    }
+
+    /// Makes room without touching it.
+    pub fn reserve(&mut self, max_rows: usize, max_width: usize) {
+        let [floats, bytes] = Prepared::words(max_rows, max_width);
+        self.floats.reserve(floats);
+        self.bytes.reserve(bytes);
+        self.scales.reserve(max_rows);
+    }
+}
+
+/// Bytes that the backend takes for operations on up to `max_rows` rows of `max_width`: prepared
+/// activations, and for each thread a panel of weights or the tile of an attention.
+pub fn scratch_bytes(max_rows: usize, max_width: usize, threads: usize) -> usize {
+    const BYTES_PER_THREAD: usize = 2 << 20;
+    let [floats, bytes] = Prepared::words(max_rows, max_width);
+    4 * (floats + bytes + max_rows) + threads * BYTES_PER_THREAD
+}
+
 /// Activations of one operation.
 #[derive(Clone, Copy)]
 struct Inputs<'a> {

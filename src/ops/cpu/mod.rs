@@ -40,7 +40,7 @@ mod tile_weights;
 mod topology;
 mod weight_rows;
 
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use super::Ops;
 use super::args::*;
@@ -49,6 +49,7 @@ use crate::formats::Format;
 use crate::output::SampledToken;
 use crate::tensor::DType;
 pub use isa::Isa;
+pub use launch_matmul::scratch_bytes;
 use pool::Pool;
 use share::{PerThread, Scratch};
 pub use topology::physical_cores;
@@ -151,6 +152,11 @@ impl Ops for CpuOps {
 
     fn activation_dtype(&self) -> DType {
         DType::F32
+    }
+
+    fn reserve(&self, max_rows: usize, max_width: usize) {
+        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        prepared.reserve(max_rows, max_width);
     }
 
     fn embed(&self, args: EmbedArgs<'_>) {

@@ -56,6 +56,11 @@ impl Scratch {
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<f32>(), len) }
     }
 
+    /// Makes room for `len` floats without touching it.
+    pub fn reserve(&mut self, len: usize) {
+        self.lines.reserve(len.div_ceil(16).saturating_sub(self.lines.len()));
+    }
+
     /// `len` words with any content, aligned to a cache line.
     pub fn take_words(&mut self, len: usize) -> &mut [u32] {
         let floats = self.take(len);

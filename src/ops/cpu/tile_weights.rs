@@ -287,12 +287,13 @@ unsafe fn rebias_e4m3(rows: &Coded<'_, E4m3>, row: usize, steps: Range<usize>, t
 /// As [`TileCode::convert`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
 unsafe fn look_up_nibbles(rows: &Coded<'_, Nibbles>, row: usize, steps: Range<usize>, to: *mut u8) {
+    let (first_cell, shift) = (rows.cell(row, 0), rows.cols_shift());
     let table = |step: usize| {
-        let cell = rows.cell(row, step * Bf16::PER_ROW);
+        let cell = first_cell + (step * Bf16::PER_ROW >> shift);
         // SAFETY: this function is only entered where the instructions exist.
         unsafe { table_of_group(rows, cell) }
     };
-    let halves_share = rows.cols_shift() >= 6;
+    let halves_share = shift >= 6;
     let (from, ahead) = (rows.row(row), AHEAD_ROWS * rows.row_bytes());
     let line_of = |step: usize| to.wrapping_add((step - steps.start) * TILE_BYTES);
     for step in (steps.start & !1..steps.end).step_by(2) {

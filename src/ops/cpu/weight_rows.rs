@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::simd::{Float, Simd, load};
-use crate::formats::{PackedMatrix, ROW_ALIGN, ScaleGrid, int4};
+use crate::formats::{PackedMatrix, ROW_ALIGN, int4};
 use crate::tensor::{DType, Tensor};
 
 /// Rows whose elements can be read as f32 vectors.
@@ -128,8 +128,9 @@ pub struct Coded<'a, C> {
     row_bytes: usize,
     scales: Scales<'a>,
     zero_points: Option<&'a [u8]>,
-    rows_per_scale: usize,
-    /// Binary logarithm of the columns that share a scale.
+    /// Binary logarithms of the rows and columns that share a scale: a division per vector
+    /// would cost more than the vector.
+    rows_shift: u32,
     cols_shift: u32,
     scales_per_row: usize,
     code: std::marker::PhantomData<C>,
@@ -153,8 +154,8 @@ impl<'a, C: Code> Coded<'a, C> {
                 _ => Scales::F32(quantized.scales.as_slice()),
             },
             zero_points: quantized.zero_points.as_ref().map(Tensor::as_slice),
-            rows_per_scale: quantized.grid.rows,
-            cols_shift: cols_shift(quantized.grid, width),
+            rows_shift: shift_of(quantized.grid.rows, matrix.num_rows),
+            cols_shift: shift_of(quantized.grid.cols, width),
             scales_per_row: shape[1],
             code: std::marker::PhantomData,
         }
@@ -169,7 +170,7 @@ impl<'a, C: Code> Coded<'a, C> {
     /// Index of the scale of an element.
     #[inline(always)]
     pub fn cell(&self, row: usize, at: usize) -> usize {
-        row / self.rows_per_scale * self.scales_per_row + (at >> self.cols_shift)
+        (row >> self.rows_shift) * self.scales_per_row + (at >> self.cols_shift)
     }
 
     /// Binary logarithm of the columns that share a scale.
@@ -179,7 +180,7 @@ impl<'a, C: Code> Coded<'a, C> {
 
     /// Whether every row has one scale of its own.
     pub fn is_scaled_per_row(&self) -> bool {
-        self.rows_per_scale == 1 && self.scales_per_row == 1
+        self.rows_shift == 0 && self.scales_per_row == 1
     }
 
     /// A scale.
@@ -203,17 +204,16 @@ impl<'a, C: Code> Coded<'a, C> {
     }
 }
 
-/// Columns that share a scale are a power of two, or a whole row of `width` elements.
-fn cols_shift(grid: ScaleGrid, width: usize) -> u32 {
-    if grid.cols >= width {
+/// What shares a scale is one row or column, a power of two of them, or all `len`.
+fn shift_of(shared: usize, len: usize) -> u32 {
+    if shared == 1 {
+        return 0;
+    }
+    if shared >= len {
         return usize::BITS - 1;
     }
-    assert!(
-        grid.cols.is_power_of_two() && grid.cols >= 32,
-        "columns share a scale by {}",
-        grid.cols
-    );
-    grid.cols.trailing_zeros()
+    assert!(shared.is_power_of_two() && shared >= 32, "{shared} elements share a scale");
+    shared.trailing_zeros()
 }
 
 impl<C: Code> WeightRows for Coded<'_, C> {
