@@ -1,4 +1,4 @@
-//! Paged attention with the heads of a 0.5 B model: decode at a context of 1,024, and prefill.
+//! Paged attention with the heads of a 0.5 B model: decode at several contexts, and prefill.
 //!
 //! Beside criterion's times it prints GB/s of keys and values, and GFLOP/s, of the best call.
 
@@ -20,10 +20,15 @@ const BLOCK: usize = 16;
 const CACHES_BYTES: usize = 300 << 20;
 
 /// `(name, sequences, queries per sequence, context)`.
-const CASES: [(&str, usize, usize, usize); 4] = [
-    ("decode 1", 1, 1, 1024),
-    ("decode 16", 16, 1, 1024),
-    ("prefill 512", 1, 512, 512),
+const CASES: [(&str, usize, usize, usize); 9] = [
+    ("decode 1 at 1024", 1, 1, 1024),
+    ("decode 1 at 4096", 1, 1, 4096),
+    ("decode 1 at 16384", 1, 1, 16384),
+    ("decode 16 at 1024", 16, 1, 1024),
+    ("decode 16 at 4096", 16, 1, 4096),
+    ("decode 16 at 16384", 16, 1, 16384),
+    ("prefill 1024", 1, 1024, 1024),
+    ("prefill 4096", 1, 4096, 4096),
     ("prefill 512 after 1536", 1, 512, 2048),
 ];
 

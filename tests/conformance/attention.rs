@@ -69,6 +69,25 @@ impl Problem {
         }
     }
 
+    /// Changes keys and values of the first sequence: `edit` gets a position, its keys and its
+    /// values in one head.
+    pub fn edit(&mut self, mut edit: impl FnMut(usize, &mut [f32], &mut [f32])) {
+        let sizes = self.k_cache.shape().sizes().to_vec();
+        let [_, num_kv_heads, block_size, head_dim] = sizes[..] else { panic!("a paged cache") };
+        let (mut k, mut v) = (widened(&self.k_cache), widened(&self.v_cache));
+        let table = self.block_tables.view().rows(0..1).as_slice::<u32>();
+        for position in 0..self.seqs[0].1 {
+            for head in 0..num_kv_heads {
+                let block = table[position / block_size] as usize;
+                let row = (block * num_kv_heads + head) * block_size + position % block_size;
+                let at = row * head_dim..(row + 1) * head_dim;
+                edit(position, &mut k[at.clone()], &mut v[at]);
+            }
+        }
+        self.k_cache = cast(&k, self.k_cache.dtype(), &*sizes);
+        self.v_cache = cast(&v, self.v_cache.dtype(), &*sizes);
+    }
+
     /// Attention of all queries.
     pub fn run(&self, ops: &dyn Ops, what: &str) -> Vec<f32> {
         let seqs: Vec<usize> = (0..self.seqs.len()).collect();
@@ -116,7 +135,25 @@ pub fn ragged() -> Vec<(usize, usize)> {
     vec![(17, 17), (1, 1), (1, 33), (5, 40), (33, 65), (1, 100), (2, 32), (16, 31)]
 }
 
+/// Weighted means of values below 1. Weights of f32 carry a few units of 1e-7. On tiles,
+/// queries and weights are rounded to bf16, at most 2^-9 of each, and errors of many keys
+/// average out: the largest of a million means was off by 3e-3.
+fn tolerance(ops: &dyn Ops, case: &Case) -> (f32, f32) {
+    let on_tiles = ops.name().starts_with("cpu (amx") && case.dtype == DType::BF16;
+    if on_tiles && case.head_dim.is_multiple_of(32) { (5e-3, 0.0) } else { (2e-6, 2e-6) }
+}
+
 pub fn check(ops: &dyn Ops) {
+    agrees(ops);
+    for (block_size, dtype) in [(8, DType::BF16), (16, DType::BF16), (32, DType::F32)] {
+        for window in [None, Some(40)] {
+            hidden_positions_have_no_influence(ops, block_size, dtype, window);
+        }
+        scores_may_rise_and_fall(ops, block_size, dtype);
+    }
+}
+
+fn agrees(ops: &dyn Ops) {
     let mut seed = 0;
     let mut check_case = |case: Case| {
         seed += 1;
@@ -127,8 +164,7 @@ pub fn check(ops: &dyn Ops) {
         );
         let problem = Problem::new(&case, seed);
         let (got, want) = (problem.run(ops, &what), problem.run(&ReferenceOps, &what));
-        // Weighted means of values below 1; the weights carry a few units of 1e-7.
-        assert_close(&what, &got, &want, (2e-6, 2e-6));
+        assert_close(&what, &got, &want, tolerance(ops, &case));
     };
     for head_dim in [32, 64, 80, 96, 128, 256] {
         for heads in [(1, 1), (4, 1), (14, 2)] {
@@ -144,9 +180,67 @@ pub fn check(ops: &dyn Ops) {
             check_case(Case { heads, head_dim: 64, block_size, dtype, seqs: ragged(), window });
         }
     }
+    // Contexts of several KV tiles.
+    for (block_size, dtype) in [(8, DType::BF16), (16, DType::BF16), (32, DType::F16)] {
+        for window in [None, Some(100), Some(129)] {
+            let seqs = vec![(1, 300), (150, 150), (40, 513), (3, 129), (1, 256)];
+            check_case(Case { heads: (14, 2), head_dim: 64, block_size, dtype, seqs, window });
+        }
+    }
     // A head size that fills no vector, and a group larger than a task's rows.
     for (heads, head_dim) in [((3, 3), 20), ((70, 1), 32)] {
         let (block_size, dtype, seqs, window) = (16, DType::BF16, ragged(), None);
         check_case(Case { heads, head_dim, block_size, dtype, seqs, window });
+    }
+}
+
+/// Keys and values that a query cannot see change none of its bits, however large they are.
+fn hidden_positions_have_no_influence(
+    ops: &dyn Ops,
+    block_size: usize,
+    dtype: DType,
+    window: Option<usize>,
+) {
+    let seqs = vec![(70, 300)];
+    let case = Case { heads: (14, 2), head_dim: 64, block_size, dtype, seqs, window };
+    let what = format!("{} attention, hidden positions, {window:?}", ops.name());
+    let plain = Problem::new(&case, 7).run(ops, &what);
+    let run_with_huge = |is_huge: &dyn Fn(usize) -> bool| {
+        let mut problem = Problem::new(&case, 7);
+        problem.edit(|position, keys, values| {
+            if is_huge(position) {
+                keys.fill(1e30);
+                values.fill(-1e30);
+            }
+        });
+        problem.run(ops, &what)
+    };
+    // Queries are at positions 230..300.
+    let row_len = 14 * 64;
+    let later = run_with_huge(&|position| position >= 250);
+    assert_same(&what, &later[..20 * row_len], &plain[..20 * row_len]);
+    if let Some(window) = window {
+        let earlier = run_with_huge(&|position| position + window <= 250);
+        assert_same(&what, &earlier[20 * row_len..], &plain[20 * row_len..]);
+    }
+}
+
+/// Scores between -40 and 40 in an order that raises a running maximum often, and by much.
+fn scores_may_rise_and_fall(ops: &dyn Ops, block_size: usize, dtype: DType) {
+    let seqs = vec![(150, 400)];
+    let case = Case { heads: (14, 2), head_dim: 64, block_size, dtype, seqs, window: None };
+    let what = format!("{} attention, rising scores, {dtype}", ops.name());
+    for step in [1, 37, 399] {
+        let mut problem = Problem::new(&case, 8);
+        problem.edit(|position, keys, _| {
+            let size = (position * step % 400) as f32 / 200.0 - 1.0;
+            for (i, key) in keys.iter_mut().enumerate() {
+                *key = if i % 3 == 0 { 60.0 * size } else { -60.0 * size };
+            }
+        });
+        let (got, want) = (problem.run(ops, &what), problem.run(&ReferenceOps, &what));
+        // Rounding moves a score by a part of itself, so by more than in the cases above.
+        let (absolute, relative) = tolerance(ops, &case);
+        assert_close(&what, &got, &want, (10.0 * absolute, 10.0 * relative));
     }
 }

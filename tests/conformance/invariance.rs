@@ -20,6 +20,7 @@ pub fn check(ops: &dyn Ops) {
     }
     norm(ops);
     attention_in_chunks(ops);
+    attention_after_a_long_context(ops);
     attention_alone(ops);
 }
 
@@ -105,6 +106,29 @@ fn attention_in_chunks(ops: &dyn Ops) {
                 let what = format!("{} {heads:?} in chunks of {chunk}, {window:?}", ops.name());
                 assert_same(&what, &pieces, &whole);
             }
+        }
+    }
+}
+
+/// The end of a long prompt in chunks, whose scores raise the running maximum now and then.
+fn attention_after_a_long_context(ops: &dyn Ops) {
+    for (block_size, window) in [(8, None), (16, Some(200)), (32, None)] {
+        let seqs = vec![(90, 600)];
+        let mut problem = Problem::new(&Case { block_size, seqs, ..case(DType::BF16, window) }, 10);
+        problem.edit(|position, keys, _| {
+            keys.iter_mut().for_each(|key| *key *= (1 + position * 7 % 50) as f32);
+        });
+        let whole = problem.run(ops, "whole");
+        for chunk in [1, 5, 31, 64, 89] {
+            let mut pieces = Vec::new();
+            for start in (0..90).step_by(chunk) {
+                let end = 90.min(start + chunk);
+                let chunks = [(end - start, 510 + end)];
+                let rows = (start, end - start);
+                pieces.extend(problem.run_part(ops, &[0], &chunks, rows, "chunk"));
+            }
+            let what = format!("{} long context in chunks of {chunk}, {window:?}", ops.name());
+            assert_same(&what, &pieces, &whole);
         }
     }
 }

@@ -172,7 +172,7 @@ impl Kernel for AttendTile<'_> {
 impl AttendTile<'_> {
     /// Where the heads of one query lie in `q` and `out`.
     #[inline(always)]
-    fn heads_of(&self, query: usize) -> Range<usize> {
+    pub fn heads_of(&self, query: usize) -> Range<usize> {
         let len = self.sizes.group() * self.sizes.head_dim;
         let start = (query * self.sizes.num_kv_heads + self.kv_head) * len;
         start..start + len
@@ -254,7 +254,7 @@ impl AttendTile<'_> {
     /// The cache row of this head at `position`, and how many rows follow in its block, itself
     /// included.
     #[inline(always)]
-    fn rows_at(&self, position: usize) -> (usize, usize) {
+    pub fn rows_at(&self, position: usize) -> (usize, usize) {
         let Sizes { num_kv_heads, block_size, .. } = self.sizes;
         let (block, offset) = (position / block_size, position % block_size);
         let block = self.block_table[block] as usize;

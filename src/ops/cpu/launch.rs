@@ -8,9 +8,15 @@ use std::ops::Range;
 use std::sync::PoisonError;
 
 use super::attention::{AttendTile, Floats, Sizes, queries_per_tile};
+#[cfg(target_arch = "x86_64")]
+use super::isa::Isa;
+#[cfg(target_arch = "x86_64")]
+use super::launch_matmul::TASKS_PER_THREAD;
 use super::rows::{Convert, GatedActivation, Norm, ReadRow, Rotate};
 use super::share::Parts;
 use super::simd::Float;
+#[cfg(target_arch = "x86_64")]
+use super::tile_attention;
 use super::weight_rows::WeightRows;
 use super::{CpuOps, sample};
 use crate::formats::PackedMatrix;
@@ -160,13 +166,14 @@ impl CpuOps {
             block_size: args.k_cache.size(2),
         };
         let mut tiles = self.query_tiles.lock().unwrap_or_else(PoisonError::into_inner);
-        plan_queries(&mut tiles, &args, queries_per_tile(sizes.group()));
-        let (q, block_tables) = (args.q.as_slice::<f32>(), args.block_tables);
         let (k_cache, v_cache) = (Floats::of(args.k_cache), Floats::of(args.v_cache));
+        let per_tile = self.queries_per_tile(sizes, k_cache, args.q.size(0));
+        plan_queries(&mut tiles, &args, per_tile);
+        let (q, block_tables) = (args.q.as_slice::<f32>(), args.block_tables);
         let out = Parts::new(args.out.into_mut_slice::<f32>());
         self.pool.run(tiles.len() * sizes.num_kv_heads, |thread, i| {
             let tile = &tiles[i / sizes.num_kv_heads];
-            self.isa.run(AttendTile {
+            self.attend_tile(AttendTile {
                 q,
                 k_cache,
                 v_cache,
@@ -181,6 +188,25 @@ impl CpuOps {
                 scratch: &mut self.scratch.lock(thread),
             });
         });
+    }
+
+    fn attend_tile(&self, task: AttendTile<'_>) {
+        #[cfg(target_arch = "x86_64")]
+        if let (Isa::Amx(amx), true) = (self.isa, tile_attention::fits(task.sizes, task.k_cache)) {
+            let mut task = task;
+            return tile_attention::attend_on_tiles(amx, &mut task);
+        }
+        self.isa.run(task);
+    }
+
+    fn queries_per_tile(&self, sizes: Sizes, cache: Floats<'_>, num_tokens: usize) -> usize {
+        #[cfg(target_arch = "x86_64")]
+        if matches!(self.isa, Isa::Amx(_)) && tile_attention::fits(sizes, cache) {
+            let num_tasks = (self.threads() * TASKS_PER_THREAD).div_ceil(sizes.num_kv_heads);
+            return tile_attention::queries_per_tile(sizes.group(), num_tokens, num_tasks);
+        }
+        let _ = (cache, num_tokens); // other kernels do not care
+        queries_per_tile(sizes.group())
     }
 
     pub(super) fn sample_rows(&self, args: SampleArgs<'_>) -> Vec<SampledToken> {

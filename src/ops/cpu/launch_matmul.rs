@@ -31,7 +31,7 @@ const TASK_WEIGHT_BYTES: usize = 512 << 10;
 /// Multiplications below which a matmul is one task.
 const MATMUL_INLINE: usize = 1 << 18;
 /// Tasks per thread that let a fast thread take over from a slow one.
-const TASKS_PER_THREAD: usize = 4;
+pub const TASKS_PER_THREAD: usize = 4;
 /// Up to this many rows, weights are read once; beyond, they are kept in a cache.
 const FEW_ROWS: usize = 32;
 

@@ -8,6 +8,7 @@
 //! | `weight_rows`, `tile_weights`, `tile_pack` | weights of every format, and activations, as kernels read them |
 //! | `matmul`, `int8_matmul`, `attention`, `rows`, `sample` | the kernels on vectors |
 //! | `amx`, `tile_matmul` | tiles, and the matmul on them |
+//! | `tile_attention`, `tile_cache`, `tile_softmax` | attention on them |
 //! | `launch`, `launch_matmul` | how operations are cut into tasks |
 //!
 //! Activations are f32. No result depends on the number of threads, nor on which other rows
@@ -32,9 +33,15 @@ mod scalar;
 mod share;
 mod simd;
 #[cfg(target_arch = "x86_64")]
+mod tile_attention;
+#[cfg(target_arch = "x86_64")]
+mod tile_cache;
+#[cfg(target_arch = "x86_64")]
 mod tile_matmul;
 #[cfg(target_arch = "x86_64")]
 mod tile_pack;
+#[cfg(target_arch = "x86_64")]
+mod tile_softmax;
 #[cfg(target_arch = "x86_64")]
 mod tile_weights;
 mod topology;

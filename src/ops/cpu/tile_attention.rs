@@ -1,0 +1,308 @@
+//! Causal attention over a paged cache of bf16 on AMX tiles.
+//!
+//! The same tasks as `attention`. Scores are `K·Qᵀ`: sixteen cached keys are a left operand
+//! where they lie in their block, queries are packed once per task as right operands. An
+//! accumulator has a row per key and a lane per query, which is what `tile_softmax` turns into
+//! pairs of weights, and those are right operands again: sums are `Vᵀ·P`, a row per element of
+//! the head and a lane per query. Only values are rearranged, once per task and KV tile.
+//!
+//! Queries (times the scale), keys, values and weights are bf16; scores, totals and sums are
+//! f32. KV tiles start at multiples of [`KV_TILE`] positions, and a query's lane never meets
+//! another one's, so that a result depends on the query's own position and sequence alone. A
+//! value that a query cannot see is multiplied by an exact 0; values that no query of the task
+//! can see are taken as 0, and keys that it cannot see may be anything.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use super::amx::{Amx, Bf16, Left, ROW_BYTES, Right, TILE_BYTES, TILE_LEN, TILE_ROWS, Tiles};
+use super::attention::{AttendTile, Floats, Sizes};
+use super::avx512::transpose16;
+use super::tile_cache::{CHUNKS, Cache, KV_TILE, MAX_HEAD_DIM, left};
+use super::tile_pack::TileActivations;
+use super::tile_softmax::{CHUNK, Column, Sums, rescale, rows_of};
+
+/// Query rows of a task when there are enough for all threads; values are rearranged once for
+/// so many.
+const MOST_ROWS: usize = 256;
+const FEWEST_ROWS: usize = 64;
+
+/// Whether tiles can be used for such heads and such a cache.
+pub fn fits(sizes: Sizes, cache: Floats<'_>) -> bool {
+    let head_dim = sizes.head_dim;
+    matches!(cache, Floats::Bf16(_)) && head_dim.is_multiple_of(32) && head_dim <= MAX_HEAD_DIM
+}
+
+/// Queries that one task takes for heads in groups of `group`, when `num_queries` should make
+/// `num_tasks` tasks.
+pub fn queries_per_tile(group: usize, num_queries: usize, num_tasks: usize) -> usize {
+    ((num_queries * group / num_tasks).clamp(FEWEST_ROWS, MOST_ROWS) / group).max(1)
+}
+
+/// Runs a task whose heads and cache are as [`fits`] demands.
+pub fn attend_on_tiles(amx: Amx, task: &mut AttendTile<'_>) {
+    let (Floats::Bf16(keys), Floats::Bf16(values)) = (task.k_cache, task.v_cache) else {
+        panic!("tiles read a cache of bf16");
+    };
+    let mut scratch = std::mem::take(task.scratch);
+    let (columns, dim) = (columns(task), task.sizes.head_dim);
+    let end = task.first_position + task.queries.len();
+    let begin = (task.first_position + 1).saturating_sub(task.window);
+    let lengths = Lengths::new(columns.len(), dim);
+    let mut pass = Pass {
+        task,
+        cache: Cache { task, keys, values, dim, seen: begin..end },
+        buffers: Buffers::new(scratch.take_words(lengths.total()), &lengths),
+        columns,
+    };
+    // SAFETY: the token proves that the instructions exist.
+    unsafe { pass.run(amx) }
+    *task.scratch = scratch;
+}
+
+/// Query rows of a task in tiles of sixteen; the last row is repeated to fill the last one.
+fn columns(task: &AttendTile<'_>) -> Vec<Column> {
+    let group = task.sizes.group();
+    let rows = task.queries.len() * group;
+    let position = |row: usize| task.first_position + row.min(rows - 1) / group;
+    let column = |tile| std::array::from_fn(|lane| position(tile * TILE_ROWS + lane));
+    (0..rows.div_ceil(TILE_ROWS)).map(|tile| Column::new(column(tile), task.window)).collect()
+}
+
+/// Words of each buffer of a task.
+struct Lengths {
+    queries: usize,
+    sums: usize,
+    scores: usize,
+    weights: usize,
+    values: usize,
+    keys: usize,
+}
+
+impl Lengths {
+    fn new(num_tiles: usize, dim: usize) -> Lengths {
+        let steps = dim / 32;
+        Lengths {
+            queries: num_tiles * steps * TILE_LEN,
+            sums: num_tiles.div_ceil(2) * steps * 4 * TILE_LEN,
+            scores: CHUNKS * 4 * TILE_LEN,
+            weights: 2 * CHUNKS * TILE_LEN,
+            values: 2 * steps * CHUNKS * TILE_LEN,
+            keys: KV_TILE * dim / 2,
+        }
+    }
+
+    fn total(&self) -> usize {
+        self.queries + self.sums + self.scores + self.weights + self.values + self.keys
+    }
+}
+
+/// The scratch of a task.
+struct Buffers<'a> {
+    /// `[tiles, head_dim / 32]` right operands.
+    queries: &'a mut [u32],
+    /// `[pairs of tiles, head_dim / 32]` accumulators: a row per element of the head.
+    sums: &'a mut [Sums],
+    /// `[CHUNKS]` accumulators of a pair of tiles: a row per key.
+    scores: &'a mut [Sums],
+    /// `[2, CHUNKS]` right operands.
+    weights: &'a mut [[u32; TILE_LEN]],
+    /// `[head_dim / 16, CHUNKS]` left operands: a row per element of the head.
+    values: &'a mut [[u32; TILE_LEN]],
+    /// `[KV_TILE, head_dim]` bf16: keys that do not lie sixteen in a row.
+    keys: &'a mut [u32],
+}
+
+impl<'a> Buffers<'a> {
+    fn new(words: &'a mut [u32], lengths: &Lengths) -> Buffers<'a> {
+        let (queries, rest) = words.split_at_mut(lengths.queries);
+        let (sums, rest) = rest.split_at_mut(lengths.sums);
+        let (scores, rest) = rest.split_at_mut(lengths.scores);
+        let (weights, rest) = rest.split_at_mut(lengths.weights);
+        let (values, keys) = rest.split_at_mut(lengths.values);
+        sums.fill(0);
+        Buffers {
+            queries,
+            sums: sums.as_chunks_mut().0.as_chunks_mut().0,
+            scores: scores.as_chunks_mut().0.as_chunks_mut().0,
+            weights: weights.as_chunks_mut().0,
+            values: values.as_chunks_mut().0,
+            keys,
+        }
+    }
+}
+
+/// A task that leads all its queries past its keys and values.
+struct Pass<'a> {
+    task: &'a AttendTile<'a>,
+    cache: Cache<'a>,
+    buffers: Buffers<'a>,
+    columns: Vec<Column>,
+}
+
+impl Pass<'_> {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn run(&mut self, amx: Amx) {
+        self.pack_queries(amx);
+        let mut tiles = Tiles::open(amx);
+        let Range { start: begin, end } = self.cache.seen;
+        for start in (begin - begin % KV_TILE..end).step_by(KV_TILE) {
+            let mut keys = [left(self.buffers.keys.as_ptr().cast(), 0); CHUNKS];
+            for chunk in chunks(&self.cache.seen, start) {
+                let position = start + chunk * CHUNK;
+                let gathered = &mut self.buffers.keys[chunk * CHUNK * self.cache.dim / 2..];
+                keys[chunk] = self.cache.keys(position, gathered);
+                self.cache.transpose_values(position, &mut self.buffers.values[chunk..]);
+                self.cache.prefetch(position + KV_TILE);
+            }
+            for pair in 0..self.columns.len().div_ceil(2) {
+                self.attend_pair(&mut tiles, pair, start, &keys);
+            }
+        }
+        self.write_out();
+    }
+
+    /// Rounds the queries, times the scale and log2 e, to bf16.
+    fn pack_queries(&mut self, amx: Amx) {
+        let dim = self.cache.dim;
+        let (group, scale) = (self.task.sizes.group(), self.task.scale * std::f32::consts::LOG2_E);
+        let rows = self.task.queries.clone().flat_map(|query| {
+            let heads = &self.task.q[self.task.heads_of(query)];
+            (0..group).map(move |head| &heads[head * dim..][..dim])
+        });
+        let mut scaled = [0.0; TILE_ROWS * MAX_HEAD_DIM];
+        let scaled = &mut scaled[..TILE_ROWS * dim];
+        let mut rows = rows.peekable();
+        for words in self.buffers.queries.chunks_exact_mut(dim / 32 * TILE_LEN) {
+            for (to, row) in scaled.chunks_exact_mut(dim).zip(rows.by_ref()) {
+                for (to, x) in to.iter_mut().zip(row) {
+                    *to = x * scale;
+                }
+            }
+            Bf16::pack(amx, scaled, dim, words, &mut []);
+        }
+    }
+
+    /// Leads two tiles of queries past one KV tile.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn attend_pair(&mut self, tiles: &mut Tiles, pair: usize, start: usize, keys: &[Left; CHUNKS]) {
+        let steps = self.cache.dim / 32;
+        let columns = 2 * pair..self.columns.len().min(2 * pair + 2);
+        let last = self.columns[columns.end - 1].seen().end;
+        let chunks = chunks(&(self.columns[columns.start].seen().start..last), start);
+        if chunks.is_empty() {
+            return;
+        }
+        let Buffers { queries, sums, scores, weights, values, .. } = &mut self.buffers;
+        let query = |tile: usize| right(queries[tile * steps * TILE_LEN..].as_ptr().cast());
+        for chunk in chunks.clone() {
+            tiles.clear();
+            // SAFETY: sixteen rows of keys are readable at both halves, and queries have all
+            // their steps.
+            unsafe { multiply(tiles, keys[chunk], columns.clone().map(query), steps) };
+            tiles.store(&mut scores[chunk]);
+        }
+        let first_key = start + chunks.start * CHUNK;
+        let scores = &mut scores[chunks.clone()];
+        let sums = &mut sums[pair * steps..(pair + 1) * steps];
+        for (i, column) in self.columns[columns.clone()].iter_mut().enumerate() {
+            let weights = &mut weights[i * CHUNKS..(i + 1) * CHUNKS][chunks.clone()];
+            if let Some(factors) = column.weigh(first_key, scores, i, weights) {
+                rescale(sums, i, &factors);
+            }
+        }
+        let weight = |i: usize| right(weights[i * CHUNKS + chunks.start..].as_ptr().cast());
+        let value = |row: usize| values[row * CHUNKS + chunks.start..].as_ptr().cast::<u8>();
+        for (i, sums) in sums.iter_mut().enumerate() {
+            tiles.load(sums);
+            let values = Left {
+                upper: value(2 * i),
+                lower: value(2 * i + 1),
+                row_stride: ROW_BYTES,
+                step: TILE_BYTES,
+                next_upper: value(2 * i),
+                next_lower: value(2 * i + 1),
+            };
+            // SAFETY: values and weights have a tile for every chunk.
+            unsafe { multiply(tiles, values, (0..columns.len()).map(weight), chunks.len()) };
+            tiles.store(sums);
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn write_out(&mut self) {
+        let steps = self.cache.dim / 32;
+        for (tile, column) in self.columns.iter().enumerate() {
+            let sums = &mut self.buffers.sums[tile / 2 * steps..][..steps];
+            for (step, sums) in sums.iter_mut().enumerate() {
+                for (half, sums) in rows_of(sums, tile % 2).as_chunks().0.iter().enumerate() {
+                    let lines = means(sums, column.totals());
+                    write_lines(self.task, tile, (2 * step + half) * TILE_ROWS, &lines);
+                }
+            }
+        }
+    }
+}
+
+/// Writes elements `at..at + 16` of the heads of a tile of queries.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn write_lines(task: &AttendTile<'_>, tile: usize, at: usize, lines: &[__m512; TILE_ROWS]) {
+    let (dim, group) = (task.sizes.head_dim, task.sizes.group());
+    for (row, line) in (tile * TILE_ROWS..task.queries.len() * group).zip(lines) {
+        let heads = task.heads_of(task.queries.start + row / group);
+        let at = heads.start + row % group * dim + at;
+        // SAFETY: this task alone writes these heads of these rows; the part has sixteen elements.
+        unsafe {
+            let out = task.out.part(at..at + TILE_ROWS);
+            _mm512_storeu_ps(out.as_mut_ptr(), *line);
+        }
+    }
+}
+
+/// Sums divided by totals: a line per query.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn means(sums: &[[u32; TILE_ROWS]; TILE_ROWS], totals: &[f32; TILE_ROWS]) -> [__m512; TILE_ROWS] {
+    let mut lines = [_mm512_setzero_ps(); TILE_ROWS];
+    // SAFETY: rows and totals have sixteen words; the instructions exist here.
+    unsafe {
+        let totals = _mm512_loadu_ps(totals.as_ptr());
+        for (line, sums) in lines.iter_mut().zip(sums) {
+            *line = _mm512_div_ps(_mm512_loadu_ps(sums.as_ptr().cast()), totals);
+        }
+        transpose16(lines)
+    }
+}
+
+/// Multiplies by one or two right operands.
+///
+/// # Safety
+/// As [`Tiles::multiply_two`].
+unsafe fn multiply(
+    tiles: &mut Tiles,
+    left: Left,
+    mut right: impl Iterator<Item = Right>,
+    steps: usize,
+) {
+    // SAFETY: the same contract.
+    unsafe {
+        match (right.next(), right.next()) {
+            (Some(first), Some(second)) => {
+                tiles.multiply_two::<Bf16>(left, first, second, steps);
+            }
+            (Some(first), None) => tiles.multiply_one::<Bf16>(left, first, steps),
+            (None, _) => {}
+        }
+    }
+}
+
+fn right(start: *const u8) -> Right {
+    Right { start, row_stride: ROW_BYTES }
+}
+
+/// Chunks of the KV tile at `start` with positions that are seen.
+fn chunks(seen: &Range<usize>, start: usize) -> Range<usize> {
+    let first = seen.start.saturating_sub(start) / CHUNK;
+    let end = seen.end.saturating_sub(start).div_ceil(CHUNK).min(CHUNKS);
+    first.min(end)..end
+}

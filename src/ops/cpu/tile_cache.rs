@@ -1,0 +1,163 @@
+//! Cached keys and values of one KV head of one sequence as left operands of tile products.
+//!
+//! Sixteen keys are read where they lie when their block has them all. Values are transposed,
+//! because a product with weights sums over keys: a row per element of the head.
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+use half::bf16;
+
+use super::amx::{Left, ROW_BYTES, TILE_LEN, TILE_ROWS};
+use super::attention::AttendTile;
+use super::avx512::transpose16;
+use super::tile_softmax::CHUNK;
+
+/// Positions that all queries of a task are led past at a time: enough for a sum to stay in
+/// its accumulator for a while, few enough for scores to stay in the first-level cache.
+pub const KV_TILE: usize = 128;
+/// Products of a KV tile.
+pub const CHUNKS: usize = KV_TILE / CHUNK;
+/// Longest heads.
+pub const MAX_HEAD_DIM: usize = 256;
+
+/// Two tiles of keys of `dim` elements that follow each other.
+pub fn left(keys: *const u8, dim: usize) -> Left {
+    let lower = keys.wrapping_add(TILE_ROWS * 2 * dim);
+    Left {
+        upper: keys,
+        lower,
+        row_stride: 2 * dim,
+        step: ROW_BYTES,
+        next_upper: keys,
+        next_lower: keys,
+    }
+}
+
+/// The cached vectors of one KV head of one sequence.
+pub struct Cache<'a> {
+    /// Says which head of which sequence, and where its blocks are.
+    pub task: &'a AttendTile<'a>,
+    /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
+    pub keys: &'a [bf16],
+    /// As `keys`.
+    pub values: &'a [bf16],
+    /// Elements of the head.
+    pub dim: usize,
+    /// Positions that a query of the task sees.
+    pub seen: Range<usize>,
+}
+
+/// Stands for values that nobody sees.
+static ZEROS: [bf16; MAX_HEAD_DIM] = [bf16::ZERO; MAX_HEAD_DIM];
+
+impl Cache<'_> {
+    /// Keys of the chunk at `position` as a left operand; rows that nobody sees are any numbers.
+    pub fn keys(&self, position: usize, gathered: &mut [u32]) -> Left {
+        let middle = position + TILE_ROWS;
+        let (first, second) = gathered.split_at_mut(TILE_ROWS * self.dim / 2);
+        let upper = self.sixteen_keys(position, first);
+        let lower = self.sixteen_keys(middle, second);
+        Left { lower, ..left(upper, self.dim) }
+    }
+
+    /// The first of sixteen rows of keys: in place where a block has them all.
+    fn sixteen_keys(&self, position: usize, gathered: &mut [u32]) -> *const u8 {
+        let seen = self.seen.start.max(position)..self.seen.end.min(position + TILE_ROWS);
+        if self.task.sizes.block_size.is_multiple_of(TILE_ROWS) && !seen.is_empty() {
+            let row = self.task.rows_at(position).0 * self.dim;
+            return self.keys[row..row + TILE_ROWS * self.dim].as_ptr().cast();
+        }
+        let words = self.dim / 2;
+        self.for_runs(seen, |first, row, run| {
+            let from = self.keys[row * self.dim..(row + run) * self.dim].as_ptr();
+            let to = &mut gathered[(first - position) * words..][..run * words];
+            // SAFETY: as many bytes are readable as are writable, and scratch is not the cache.
+            unsafe { from.cast::<u32>().copy_to_nonoverlapping(to.as_mut_ptr(), run * words) }
+        });
+        gathered.as_ptr().cast()
+    }
+
+    /// Calls `visit` with a position, its cache row and how many rows follow each other there.
+    #[inline(always)]
+    fn for_runs(&self, positions: Range<usize>, mut visit: impl FnMut(usize, usize, usize)) {
+        let mut position = positions.start;
+        while position < positions.end {
+            let (row, run) = self.task.rows_at(position);
+            let run = run.min(positions.end - position);
+            visit(position, row, run);
+            position += run;
+        }
+    }
+
+    /// Values of the chunk at `position` as left operands, `CHUNKS` tiles apart: word `i` of the
+    /// row of an element is the pair of values at positions `2 i` and `2 i + 1`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    pub fn transpose_values(&self, position: usize, tiles: &mut [[u32; TILE_LEN]]) {
+        let mut rows = [ZEROS.as_ptr(); CHUNK];
+        let seen = self.seen.start.max(position)..self.seen.end.min(position + CHUNK);
+        self.for_runs(seen, |first, row, run| {
+            let from = &self.values[row * self.dim..(row + run) * self.dim];
+            let rows = rows[first - position..][..run].iter_mut();
+            for (row, from) in rows.zip(from.chunks_exact(self.dim)) {
+                *row = from.as_ptr();
+            }
+        });
+        for at in (0..self.dim).step_by(32) {
+            let (upper, lower) = tiles[at / TILE_ROWS * CHUNKS..].split_at_mut(CHUNKS);
+            // SAFETY: all rows have `dim` elements.
+            unsafe { transpose_square(&rows, at, &mut upper[0], &mut lower[0]) }
+        }
+    }
+
+    /// Asks for keys and values of the chunk at `position`: blocks lie apart, so the hardware
+    /// cannot guess where the next one is.
+    pub fn prefetch(&self, position: usize) {
+        let positions = position..self.seen.end.min(position + CHUNK);
+        self.for_runs(positions, |_, row, run| {
+            for at in (row * self.dim..(row + run) * self.dim).step_by(32) {
+                for cache in [self.keys, self.values] {
+                    // SAFETY: a prefetch never faults.
+                    unsafe {
+                        _mm_prefetch::<_MM_HINT_T1>(cache.as_ptr().wrapping_add(at).cast());
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// Elements `at..at + 32` of 32 rows, transposed.
+///
+/// # Safety
+/// All rows must have these elements.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn transpose_square(
+    rows: &[*const bf16; CHUNK],
+    at: usize,
+    upper: &mut [u32; TILE_LEN],
+    lower: &mut [u32; TILE_LEN],
+) {
+    for is_high in [false, true] {
+        let mut pairs = [_mm512_setzero_ps(); TILE_ROWS];
+        for (pair, rows) in pairs.iter_mut().zip(rows.as_chunks::<2>().0) {
+            // SAFETY: the caller vouches for the rows.
+            let [even, odd] = rows.map(|row| unsafe { _mm512_loadu_si512(row.add(at).cast()) });
+            *pair = _mm512_castsi512_ps(if is_high {
+                _mm512_unpackhi_epi16(even, odd)
+            } else {
+                _mm512_unpacklo_epi16(even, odd)
+            });
+        }
+        // SAFETY: the instructions exist here.
+        let columns = unsafe { transpose16(pairs) };
+        for (i, column) in columns.into_iter().enumerate() {
+            // Quarter i / 4 of the vectors held elements 8 (i / 4) + 0..4, or 4..8 when high.
+            let element = 8 * (i / 4) + i % 4 + if is_high { 4 } else { 0 };
+            let tile = if element < TILE_ROWS { &mut *upper } else { &mut *lower };
+            let row = &mut tile[element % TILE_ROWS * TILE_ROWS..][..TILE_ROWS];
+            // SAFETY: the row has sixteen words.
+            unsafe { _mm512_storeu_ps(row.as_mut_ptr().cast(), column) }
+        }
+    }
+}
