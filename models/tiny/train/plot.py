@@ -1,4 +1,4 @@
-"""Draws the loss curves of the target and the draft from their training histories."""
+"""Draws the loss curves of the target, and of the draft if wanted, from their training histories."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", type=Path, required=True, help="history.json of the target")
-    parser.add_argument("--draft", type=Path, required=True, help="history.json of the draft")
+    parser.add_argument("--draft", type=Path, help="history.json of the draft")
     parser.add_argument("--out", type=Path, default=Path("../loss.svg"))
     args = parser.parse_args()
-    draw({"target": args.target, "draft": args.draft}, args.out)
+    histories = {"target": args.target} | ({"draft": args.draft} if args.draft else {})
+    draw(histories, args.out)
 
 
 if __name__ == "__main__":
