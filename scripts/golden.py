@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def served(binary: Path, name: str, rows: list[Row], extra: list[str]) -> dict[s
     command += [] if weights == "bf16" else ["--quantization", weights]
     command += ["--cpu-isa", isa] if isa else []
     base_url = f"http://127.0.0.1:{command[3]}"
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"RUST_LOG": "warn"})
     try:
         for _ in range(600):
             if server.poll() is not None:

@@ -289,7 +289,7 @@ unsafe fn rebias_e4m3(rows: &Coded<'_, E4m3>, row: usize, steps: Range<usize>, t
 unsafe fn look_up_nibbles(rows: &Coded<'_, Nibbles>, row: usize, steps: Range<usize>, to: *mut u8) {
     let (first_cell, shift) = (rows.cell(row, 0), rows.cols_shift());
     let table = |step: usize| {
-        let cell = first_cell + (step * Bf16::PER_ROW >> shift);
+        let cell = first_cell + ((step * Bf16::PER_ROW) >> shift);
         // SAFETY: this function is only entered where the instructions exist.
         unsafe { table_of_group(rows, cell) }
     };
