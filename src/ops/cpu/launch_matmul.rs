@@ -13,7 +13,7 @@ use super::rows::Convert;
 use super::share::{Parts, Scratch};
 #[cfg(target_arch = "x86_64")]
 use super::tile_matmul::{
-    AddBias, Epilogue, Half, PAIR, ScaleCols, ScaleSums, TileTask, panel_cols,
+    AddBias, Epilogue, FEW_ROWS, Half, PAIR, ScaleCols, ScaleSums, TileTask, panel_cols,
 };
 #[cfg(target_arch = "x86_64")]
 use super::tile_pack::{PackedRows, TileActivations, num_words, words_per_tile};
@@ -32,8 +32,6 @@ const TASK_WEIGHT_BYTES: usize = 512 << 10;
 const MATMUL_INLINE: usize = 1 << 18;
 /// Tasks per thread that let a fast thread take over from a slow one.
 pub const TASKS_PER_THREAD: usize = 4;
-/// Up to this many rows, weights are read once; beyond, they are kept in a cache.
-const FEW_ROWS: usize = 32;
 
 /// Room for activations in the form that kernels want.
 #[derive(Default)]
@@ -396,7 +394,7 @@ fn tile_kernel<'a>(
     let (amx, x) = (tiled.amx, tiled.bf16.expect(PACKED));
     match main.weight.format {
         Format::Dense => boxed(amx, x, (main, up), out, |Weighted { weight, bias }| Half {
-            weights: DenseRows { elements: weight.data.as_slice(), k: weight.num_cols },
+            weights: DenseRows::of(weight),
             epilogue: AddBias { bias },
         }),
         Format::Int4 => boxed(amx, x, (main, up), out, coded::<Nibbles>),
@@ -439,4 +437,20 @@ fn boxed<'a, W: TileWeights + 'a, E: Epilogue + 'a>(
     let num_cols = main.weight.num_rows;
     let up = up.map(|(up, activation)| (half(up), activation));
     Box::new(TileTask { amx, x, main: half(main), up, num_cols, out })
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_reserved_for_every_smaller_operation() {
+        for (max_rows, max_width) in [(1, 1), (16, 64), (33, 896), (2048, 4865)] {
+            let [floats, bytes] = Prepared::words(max_rows, max_width);
+            for rows in [1, max_rows.div_ceil(2), max_rows] {
+                assert!(num_words::<Bf16>(rows, max_width) <= floats, "{rows} × {max_width} bf16");
+                assert!(num_words::<Int8>(rows, max_width) <= bytes, "{rows} × {max_width} int8");
+            }
+        }
+    }
 }

@@ -166,13 +166,12 @@ impl Pass<'_> {
     fn pack_queries(&mut self, amx: Amx) {
         let dim = self.cache.dim;
         let (group, scale) = (self.task.sizes.group(), self.task.scale * std::f32::consts::LOG2_E);
-        let rows = self.task.queries.clone().flat_map(|query| {
+        let mut rows = self.task.queries.clone().flat_map(|query| {
             let heads = &self.task.q[self.task.heads_of(query)];
             (0..group).map(move |head| &heads[head * dim..][..dim])
         });
         let mut scaled = [0.0; TILE_ROWS * MAX_HEAD_DIM];
         let scaled = &mut scaled[..TILE_ROWS * dim];
-        let mut rows = rows.peekable();
         for words in self.buffers.queries.chunks_exact_mut(dim / 32 * TILE_LEN) {
             for (to, row) in scaled.chunks_exact_mut(dim).zip(rows.by_ref()) {
                 for (to, x) in to.iter_mut().zip(row) {

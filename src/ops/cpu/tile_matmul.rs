@@ -27,6 +27,8 @@ use crate::ops::args::Activation;
 
 /// Output columns of a product: two tiles.
 pub const PAIR: usize = 2 * TILE_ROWS;
+/// Up to this many rows, weights are read once; beyond, they are kept in a cache.
+pub const FEW_ROWS: usize = 2 * TILE_ROWS;
 /// Steps of `k` that are converted at a time for few rows: with two tiles of columns they fill
 /// two thirds of the first-level cache.
 const CHUNK_STEPS: usize = 16;
@@ -89,7 +91,7 @@ impl<W: TileWeights, E: Epilogue> TileTask<'_, W, E> {
     pub fn run_columns(&self, cols: Range<usize>, scratch: &mut Scratch) {
         let mut tiles = Tiles::open(self.amx);
         let mut sums = Sums([[0; TILE_LEN]; 4]);
-        if self.x.num_rows <= 2 * TILE_ROWS {
+        if self.x.num_rows <= FEW_ROWS {
             for col in cols.clone().step_by(self.pair()) {
                 let cols = col..cols.end.min(col + self.pair());
                 self.stream(&mut tiles, cols.clone(), scratch);

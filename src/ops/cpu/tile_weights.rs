@@ -10,7 +10,8 @@ use half::bf16;
 
 use super::amx::{Bf16, Int8, ROW_BYTES, TILE_BYTES, TILE_ROWS, TileElement};
 use super::avx512::Avx512;
-use super::weight_rows::{Bytes, Code, Coded, E4m3, Nibbles, WeightRows};
+use super::weight_rows::{Bytes, Code, Coded, Dense, E4m3, Nibbles, WeightRows};
+use crate::formats::PackedMatrix;
 
 /// Rows from one pair of tiles to the next: what is asked for ahead of time.
 const AHEAD_ROWS: usize = 2 * TILE_ROWS;
@@ -35,10 +36,16 @@ pub trait TileWeights: Copy + Send + Sync {
 /// Dense rows of bf16.
 #[derive(Clone, Copy)]
 pub struct DenseRows<'a> {
-    /// `[num_cols of the output, k]`.
-    pub elements: &'a [bf16],
-    /// Length of a row.
-    pub k: usize,
+    elements: &'a [bf16],
+    k: usize,
+}
+
+impl<'a> DenseRows<'a> {
+    /// The rows of a dense matrix of bf16; panics when elements are missing.
+    pub fn of(matrix: &'a PackedMatrix) -> DenseRows<'a> {
+        let Dense { elements, stride } = Dense::of(matrix);
+        DenseRows { elements, k: stride }
+    }
 }
 
 impl TileWeights for DenseRows<'_> {

@@ -37,6 +37,15 @@ pub struct Dense<'a, E> {
     pub stride: usize,
 }
 
+impl<'a, E: Float> Dense<'a, E> {
+    /// The rows of a dense matrix; panics on another element type, or when elements are missing.
+    pub fn of(matrix: &'a PackedMatrix) -> Dense<'a, E> {
+        let (elements, stride) = (matrix.data.as_slice(), matrix.num_cols);
+        assert!(elements.len() >= matrix.num_rows * stride, "rows of elements are whole");
+        Dense { elements, stride }
+    }
+}
+
 impl<E: Float> WeightRows for Dense<'_, E> {
     #[inline(always)]
     unsafe fn lanes<S: Simd>(&self, simd: S, row: usize, at: usize) -> S::V {
@@ -248,7 +257,7 @@ macro_rules! with_rows {
     ($matrix:expr, $rows:ident => $body:expr) => {
         match ($matrix.format, $matrix.data.dtype()) {
             (Format::Dense, dtype) => with_float!(dtype, E => {
-                let $rows = Dense { elements: $matrix.data.as_slice::<E>(), stride: $matrix.num_cols };
+                let $rows = Dense::<E>::of($matrix);
                 $body
             }),
             (Format::Int8 | Format::Q8, _) => {
