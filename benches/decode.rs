@@ -6,11 +6,11 @@
 //! tied vocabulary of 32,768.
 
 use std::hint::black_box;
-use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use tokenmill::checkpoint::dummy::DummySource;
+use tokenmill::cli::bench::steps::uniform_batch;
 use tokenmill::config::{
     CacheConfig, CpuIsa, KvCacheDtype, Quantization, SchedulerConfig, SchedulingPolicy,
 };
@@ -18,9 +18,8 @@ use tokenmill::device::RankContext;
 use tokenmill::model::decoder::Decoder;
 use tokenmill::model::spec::ModelSpec;
 use tokenmill::ops::cpu::physical_cores;
-use tokenmill::request::SamplingParams;
 use tokenmill::runner::{MemoryPlan, ModelRunner, StepRunner};
-use tokenmill::scheduler::batch::{ScheduledBatch, ScheduledSequence, SequenceId};
+use tokenmill::scheduler::batch::ScheduledBatch;
 use tokenmill::weights::Loader;
 
 const TINY: &str = include_str!("../models/tiny/config.json");
@@ -79,29 +78,9 @@ fn runner(config_json: &str, quantization: Option<Quantization>) -> (ModelRunner
     (ModelRunner::new(decoder, &spec, rank, &plan), weights_bytes)
 }
 
-/// `num_seqs` sequences that each compute the last `num_tokens` of `context_len` tokens.
+/// Steps of sequences alike; token ids exist in every vocabulary here.
 fn batch(num_seqs: usize, num_tokens: usize, context_len: usize) -> ScheduledBatch {
-    let params = Arc::new(SamplingParams::greedy());
-    let blocks_per_seq = context_len.div_ceil(BLOCK_SIZE);
-    let sequence = |i: usize| ScheduledSequence {
-        id: SequenceId(i as u64),
-        tokens: i * num_tokens..(i + 1) * num_tokens,
-        blocks: i * blocks_per_seq..(i + 1) * blocks_per_seq,
-        start_position: (context_len - num_tokens) as u32,
-        samples: true,
-        scores: 0..0,
-        params: Arc::clone(&params),
-        seed: 0,
-        prompt_history: 0..0,
-        output_history: 0..0,
-        banned: 0..0,
-    };
-    ScheduledBatch {
-        sequences: (0..num_seqs).map(sequence).collect(),
-        token_ids: (0..num_seqs * num_tokens).map(|i| (i * 7 % 4000) as u32).collect(),
-        block_ids: (0..(num_seqs * blocks_per_seq) as u32).collect(),
-        ..ScheduledBatch::default()
-    }
+    uniform_batch(num_seqs, num_tokens, context_len, (BLOCK_SIZE, 4000))
 }
 
 /// Benches one model in every format; formats that the command line's filter leaves out are not

@@ -228,30 +228,40 @@ impl StepBench {
         Ok(started.elapsed().as_secs_f64() * 1e3)
     }
 
-    /// `num_seqs` sequences that each compute the last `num_tokens` of `context_len` tokens.
     fn batch(&self, num_seqs: usize, num_tokens: usize, context_len: usize) -> ScheduledBatch {
-        let params = Arc::new(SamplingParams::greedy());
-        let blocks_per_seq = context_len.div_ceil(self.plan.block_size);
-        let sequence = |i: usize| ScheduledSequence {
-            id: SequenceId(i as u64),
-            tokens: i * num_tokens..(i + 1) * num_tokens,
-            blocks: i * blocks_per_seq..(i + 1) * blocks_per_seq,
-            start_position: (context_len - num_tokens) as u32,
-            samples: true,
-            scores: 0..0,
-            params: Arc::clone(&params),
-            seed: 0,
-            prompt_history: 0..0,
-            output_history: 0..0,
-            banned: 0..0,
-        };
-        let vocab_size = self.spec.vocab_size;
-        ScheduledBatch {
-            sequences: (0..num_seqs).map(sequence).collect(),
-            token_ids: (0..num_seqs * num_tokens).map(|i| (i * 7 % vocab_size) as u32).collect(),
-            block_ids: (0..(num_seqs * blocks_per_seq) as u32).collect(),
-            ..ScheduledBatch::default()
-        }
+        let sizes = (self.plan.block_size, self.spec.vocab_size);
+        uniform_batch(num_seqs, num_tokens, context_len, sizes)
+    }
+}
+
+/// `num_seqs` sequences that each compute the last `num_tokens` of `context_len` tokens, in
+/// blocks of their own.
+pub fn uniform_batch(
+    num_seqs: usize,
+    num_tokens: usize,
+    context_len: usize,
+    (block_size, vocab_size): (usize, usize),
+) -> ScheduledBatch {
+    let params = Arc::new(SamplingParams::greedy());
+    let blocks_per_seq = context_len.div_ceil(block_size);
+    let sequence = |i: usize| ScheduledSequence {
+        id: SequenceId(i as u64),
+        tokens: i * num_tokens..(i + 1) * num_tokens,
+        blocks: i * blocks_per_seq..(i + 1) * blocks_per_seq,
+        start_position: (context_len - num_tokens) as u32,
+        samples: true,
+        scores: 0..0,
+        params: Arc::clone(&params),
+        seed: 0,
+        prompt_history: 0..0,
+        output_history: 0..0,
+        banned: 0..0,
+    };
+    ScheduledBatch {
+        sequences: (0..num_seqs).map(sequence).collect(),
+        token_ids: (0..num_seqs * num_tokens).map(|i| (i * 7 % vocab_size) as u32).collect(),
+        block_ids: (0..(num_seqs * blocks_per_seq) as u32).collect(),
+        ..ScheduledBatch::default()
     }
 }
 
