@@ -7,6 +7,7 @@
 use std::any::Any;
 use std::fmt;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -171,6 +172,15 @@ impl HostAllocation {
         HostAllocation { base, layout }
     }
 
+    /// As [`HostAllocation::zeroed`], on large pages where there are any.
+    fn on_large_pages(len_bytes: usize) -> Self {
+        let allocation = HostAllocation::zeroed(len_bytes);
+        let start = allocation.start().as_ptr().cast::<MaybeUninit<u8>>();
+        // SAFETY: the allocation has as many bytes from its start on, and nobody else uses it yet.
+        prefer_large_pages(unsafe { std::slice::from_raw_parts_mut(start, len_bytes) });
+        allocation
+    }
+
     /// The first aligned byte.
     fn start(&self) -> NonNull<u8> {
         // SAFETY: the offset is below ALIGNMENT, which was allocated on top.
@@ -183,6 +193,27 @@ impl Drop for HostAllocation {
         // SAFETY: allocated in `zeroed` with this layout and freed once.
         unsafe { std::alloc::dealloc(self.base.as_ptr(), self.layout) }
     }
+}
+
+/// Asks the system for large pages (2 MiB) under memory that is not touched yet, as far as whole
+/// ones fit: a core that streams weights looks up five hundred times fewer addresses. Where the
+/// system has none to give, nothing changes.
+pub fn prefer_large_pages<T>(memory: &mut [MaybeUninit<T>]) {
+    const PAGE: usize = 2 << 20;
+    #[cfg(target_os = "linux")]
+    {
+        let start = memory.as_mut_ptr().cast::<u8>();
+        let skipped = start.align_offset(PAGE);
+        if let Some(rest) = size_of_val(memory).checked_sub(skipped)
+            && rest >= PAGE
+        {
+            let (first, whole) = (start.wrapping_add(skipped).cast(), rest - rest % PAGE);
+            // SAFETY: the range lies inside the caller's memory, and the advice changes no byte.
+            unsafe { libc::madvise(first, whole, libc::MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (memory, PAGE);
 }
 
 /// A dense, row-major tensor in host memory.
@@ -204,7 +235,18 @@ impl Tensor {
     /// A new tensor filled with zero bytes.
     pub fn zeros(dtype: DType, shape: impl Into<Shape>) -> Tensor {
         let shape = shape.into();
-        let allocation = HostAllocation::zeroed(shape.len() * dtype.size_bytes());
+        Tensor::allocated(HostAllocation::zeroed(shape.len() * dtype.size_bytes()), dtype, shape)
+    }
+
+    /// As [`Tensor::zeros`], for weights and activations: all of it will be touched, and large
+    /// pages make that cheap.
+    pub fn zeros_on_large_pages(dtype: DType, shape: impl Into<Shape>) -> Tensor {
+        let shape = shape.into();
+        let len_bytes = shape.len() * dtype.size_bytes();
+        Tensor::allocated(HostAllocation::on_large_pages(len_bytes), dtype, shape)
+    }
+
+    fn allocated(allocation: HostAllocation, dtype: DType, shape: Shape) -> Tensor {
         Tensor {
             ptr: allocation.start(),
             dtype,

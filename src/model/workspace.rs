@@ -78,7 +78,7 @@ impl Workspace {
         max_logit_rows: usize,
     ) -> Workspace {
         let s = Shapes::new(spec, max_num_tokens, max_logit_rows);
-        let tokens = |width: usize| Tensor::zeros(dtype, [s.token_rows, width]);
+        let tokens = |width: usize| Tensor::zeros_on_large_pages(dtype, [s.token_rows, width]);
         Workspace {
             residual: tokens(s.hidden),
             hidden: tokens(s.hidden),
@@ -92,7 +92,7 @@ impl Workspace {
             up: tokens(s.intermediate),
             activated: tokens(s.intermediate),
             selected: Tensor::zeros(dtype, [s.logit_rows, s.hidden]),
-            logits: Tensor::zeros(DType::F32, [s.logit_rows, s.vocab]),
+            logits: Tensor::zeros_on_large_pages(DType::F32, [s.logit_rows, s.vocab]),
             logit_rows: Tensor::zeros(DType::U32, [s.logit_rows]),
         }
     }

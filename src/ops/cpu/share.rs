@@ -4,6 +4,8 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::tensor::prefer_large_pages;
+
 /// A mutable slice whose parts go to different tasks.
 pub struct Parts<'a, T> {
     ptr: *mut T,
@@ -50,6 +52,7 @@ impl Scratch {
     pub fn take(&mut self, len: usize) -> &mut [f32] {
         let num_lines = len.div_ceil(16);
         if self.lines.len() < num_lines {
+            self.reserve(len);
             self.lines.resize(num_lines, Line([0.0; 16]));
         }
         // SAFETY: a line is sixteen f32 without padding, and the borrow is exclusive.
@@ -58,7 +61,11 @@ impl Scratch {
 
     /// Makes room for `len` floats without touching it.
     pub fn reserve(&mut self, len: usize) {
-        self.lines.reserve(len.div_ceil(16).saturating_sub(self.lines.len()));
+        let missing = len.div_ceil(16).saturating_sub(self.lines.len());
+        if self.lines.capacity() - self.lines.len() < missing {
+            self.lines.reserve(missing);
+            prefer_large_pages(self.lines.spare_capacity_mut());
+        }
     }
 
     /// `len` words with any content, aligned to a cache line.
@@ -66,6 +73,13 @@ impl Scratch {
         let floats = self.take(len);
         // SAFETY: any f32 is a valid u32 of the same size and alignment.
         unsafe { std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast::<u32>(), len) }
+    }
+
+    /// `len` integers with any content, aligned to a cache line.
+    pub fn take_ints(&mut self, len: usize) -> &mut [i32] {
+        let floats = self.take(len);
+        // SAFETY: any f32 is a valid i32 of the same size and alignment.
+        unsafe { std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast::<i32>(), len) }
     }
 
     /// `len` bytes with any content, aligned to a cache line.
