@@ -68,14 +68,15 @@ fn runner(config_json: &str, quantization: Option<Quantization>) -> (ModelRunner
     };
     let expected = spec.expected_tensors();
     let source = DummySource::new(expected.clone(), spec.dtype);
-    let loader = Loader::new(&source).quantized(quantization, physical_cores());
+    let rank = RankContext::cpu(&cache).expect("this machine has a CPU");
+    let loader =
+        Loader::new(&source).quantized(quantization, physical_cores()).arranged(&*rank.ops);
     let weights_bytes = loader.size_bytes(&expected);
     let mut plan = MemoryPlan::new(&spec, weights_bytes, None, &cache, &scheduler, 8 << 30)
         .expect("the machine has room");
     plan.num_blocks = MAX_NUM_SEQS * MAX_CONTEXT / BLOCK_SIZE;
-    let rank = RankContext::cpu(&cache).expect("this machine has a CPU");
     let decoder = Decoder::load(&spec, &loader, MAX_CONTEXT).expect("dummy weights fit");
-    (ModelRunner::new(decoder, &spec, rank, &plan), weights_bytes)
+    (ModelRunner::new(decoder, &spec, rank.clone(), &plan), weights_bytes)
 }
 
 /// Steps of sequences alike; token ids exist in every vocabulary here.

@@ -75,7 +75,8 @@ fn load(config: &EngineConfig, files: &ModelFiles) -> anyhow::Result<Loaded> {
     info!(family = %spec.family, backend = %rank.ops.name(), "opening the model");
     let free = free_memory_bytes();
     let threads = config.cache.threads.unwrap_or_else(physical_cores);
-    let loader = Loader::new(&*source).quantized(config.model.quantization, threads);
+    let loader =
+        Loader::new(&*source).quantized(config.model.quantization, threads).arranged(&*rank.ops);
     let plan = MemoryPlan::new(
         &spec,
         loader.size_bytes(&spec.expected_tensors()),
@@ -87,7 +88,7 @@ fn load(config: &EngineConfig, files: &ModelFiles) -> anyhow::Result<Loaded> {
     info!("memory plan: {plan}");
     let decoder = Decoder::load(&spec, &loader, plan.max_model_len)?;
     let backend = rank.ops.name();
-    let runner = ModelRunner::new(decoder, &spec, rank, &plan);
+    let runner = ModelRunner::new(decoder, &spec, rank.clone(), &plan);
     Ok(Loaded { runner, spec, plan, backend })
 }
 

@@ -4,7 +4,7 @@
 //! `value = e4m3 · scale`. The two codes that mean "not a number" do not occur in weights: they
 //! would read as ±480 here.
 
-use super::{Format, ROW_ALIGN, RowQuantizer, ScaleGrid, largest_magnitude, round};
+use super::{Format, RowQuantizer, ScaleGrid, largest_magnitude, round};
 
 /// Largest finite value.
 pub const MAX_VALUE: f32 = 448.0;
@@ -36,7 +36,6 @@ pub fn encode(value: f32) -> u8 {
 pub struct PerRow;
 
 impl RowQuantizer for PerRow {
-    type Code = u8;
     type Scale = f32;
 
     fn format(&self) -> Format {
@@ -47,12 +46,9 @@ impl RowQuantizer for PerRow {
         ScaleGrid::per_row(num_cols)
     }
 
-    fn codes_per_row(&self, num_cols: usize) -> usize {
-        num_cols.next_multiple_of(ROW_ALIGN)
-    }
-
     fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f32]) {
         let largest = largest_magnitude(values);
+        codes.fill(0);
         scales[0] = if largest > 0.0 { largest / MAX_VALUE } else { 1.0 };
         for (code, value) in codes.iter_mut().zip(values) {
             *code = encode(value / scales[0]);

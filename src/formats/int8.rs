@@ -1,12 +1,12 @@
 //! INT8, W8A8: a byte per weight, a scale per output row, and activations that are quantized
-//! to bytes per token while computing.
+//! to bytes per token while computing. Blocks of sixteen rows (see `blocks`).
 //!
 //! `value = code · scale`, codes from -127 to 127. A product sums integers, exactly, in any
 //! order; the sum is multiplied by the token's scale and by the row's.
 
 use half::f16;
 
-use super::{Format, ROW_ALIGN, RowQuantizer, ScaleGrid, largest_magnitude, round};
+use super::{Format, RowQuantizer, ScaleGrid, largest_magnitude, round};
 
 /// Largest magnitude of a code.
 pub const MAX_CODE: f32 = 127.0;
@@ -15,7 +15,6 @@ pub const MAX_CODE: f32 = 127.0;
 pub struct PerRow;
 
 impl RowQuantizer for PerRow {
-    type Code = i8;
     type Scale = f32;
 
     fn format(&self) -> Format {
@@ -26,21 +25,26 @@ impl RowQuantizer for PerRow {
         ScaleGrid::per_row(num_cols)
     }
 
-    fn codes_per_row(&self, num_cols: usize) -> usize {
-        num_cols.next_multiple_of(ROW_ALIGN)
+    fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f32]) {
+        codes.fill(0);
+        let (scale, inverse) = scale_of(values);
+        for (code, value) in codes.iter_mut().zip(values) {
+            *code = round(value * inverse) as i8 as u8;
+        }
+        scales[0] = scale;
     }
+}
 
-    fn quantize_row(&self, values: &[f32], codes: &mut [i8], scales: &mut [f32]) {
-        scales[0] = quantize_row(values, codes);
-    }
+/// The scale that makes the largest magnitude 127, and what values are multiplied by.
+fn scale_of(values: &[f32]) -> (f32, f32) {
+    let largest = largest_magnitude(values);
+    (largest / MAX_CODE, if largest > 0.0 { MAX_CODE / largest } else { 0.0 })
 }
 
 /// Quantizes values to codes with one scale, which is returned: the largest magnitude becomes
 /// 127 and the others are rounded to nearest, ties to even.
 pub fn quantize_row(values: &[f32], codes: &mut [i8]) -> f32 {
-    let largest = largest_magnitude(values);
-    let scale = largest / MAX_CODE;
-    let inverse = if largest > 0.0 { MAX_CODE / largest } else { 0.0 };
+    let (scale, inverse) = scale_of(values);
     for (code, value) in codes.iter_mut().zip(values) {
         *code = round(value * inverse) as i8;
     }
@@ -48,12 +52,12 @@ pub fn quantize_row(values: &[f32], codes: &mut [i8]) -> f32 {
 }
 
 /// As [`quantize_row`], for a scale that is stored as f16: codes fit the stored scale.
-pub fn quantize_group(values: &[f32], codes: &mut [i8]) -> f16 {
+pub fn quantize_group(values: &[f32], codes: &mut [u8]) -> f16 {
     let largest = largest_magnitude(values);
     let scale = f16::from_f32(largest / MAX_CODE);
     let inverse = if scale > f16::ZERO { 1.0 / scale.to_f32() } else { 0.0 };
     for (code, value) in codes.iter_mut().zip(values) {
-        *code = round((value * inverse).clamp(-MAX_CODE, MAX_CODE)) as i8;
+        *code = round((value * inverse).clamp(-MAX_CODE, MAX_CODE)) as i8 as u8;
     }
     scale
 }
@@ -70,7 +74,7 @@ mod tests {
         for (got, want) in matrix.row(0).iter().zip(values) {
             assert!((got - want).abs() <= 0.5 / 127.0 + 1e-7, "{got} for {want}");
         }
-        assert_eq!(matrix.row_bytes(), ROW_ALIGN);
+        assert_eq!(matrix.data.size_bytes(), 16 * 64, "padded to a block of whole rows");
     }
 
     #[test]
@@ -84,11 +88,11 @@ mod tests {
         let read = |row: usize, to: &mut [f32]| {
             to.iter_mut().enumerate().for_each(|(i, x)| *x = ((row * 7 + i * 3) % 11) as f32);
         };
-        let alone = quantize(&PerRow, [7, 70], 1, read);
+        let alone = quantize(&PerRow, [67, 70], 1, read);
         for threads in [2, 3, 16] {
-            let shared = quantize(&PerRow, [7, 70], threads, read);
-            assert_eq!(shared.data.as_slice::<i8>(), alone.data.as_slice::<i8>());
-            assert_eq!(shared.row(6), alone.row(6));
+            let shared = quantize(&PerRow, [67, 70], threads, read);
+            assert_eq!(shared.data.as_slice::<u8>(), alone.data.as_slice::<u8>());
+            assert_eq!(shared.row(66), alone.row(66));
         }
     }
 }

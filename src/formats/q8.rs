@@ -1,40 +1,56 @@
-//! Bytes with a scale per group of a row, for weight-only quantization: Q8_0 (groups of 32,
-//! f16 scales) and W8A16 (one group per row).
+//! Bytes with a scale per group of a row.
 //!
-//! `value = code · scale`. Activations keep their precision.
+//! `value = code · scale`. Q8_0 has groups of 32 with f16 scales, in blocks of sixteen rows;
+//! activations are quantized to bytes per group, as for INT4. W8A16 has one group per row, row
+//! by row, and activations keep their precision.
 
 use half::f16;
 
-use super::{Format, ROW_ALIGN, RowQuantizer, ScaleGrid, int8};
+use super::{Format, RowQuantizer, ScaleGrid, int8};
 
 /// Group of Q8_0.
 pub const Q8_0_GROUP: usize = 32;
 
-/// Quantizes groups of this many elements, or whole rows.
-pub struct Grouped(pub Option<usize>);
+/// Q8_0.
+pub struct Q8_0;
 
-impl RowQuantizer for Grouped {
-    type Code = i8;
+impl RowQuantizer for Q8_0 {
     type Scale = f16;
 
     fn format(&self) -> Format {
         Format::Q8
     }
 
-    fn grid(&self, num_cols: usize) -> ScaleGrid {
-        self.0.map_or(ScaleGrid::per_row(num_cols), ScaleGrid::groups)
+    fn grid(&self, _: usize) -> ScaleGrid {
+        ScaleGrid::groups(Q8_0_GROUP)
     }
 
-    fn codes_per_row(&self, num_cols: usize) -> usize {
-        num_cols.next_multiple_of(ROW_ALIGN)
-    }
-
-    fn quantize_row(&self, values: &[f32], codes: &mut [i8], scales: &mut [f16]) {
-        let group = self.grid(values.len()).cols;
-        let groups = values.chunks(group).zip(codes.chunks_mut(group));
+    fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f16]) {
+        codes.fill(0);
+        let groups = values.chunks(Q8_0_GROUP).zip(codes.chunks_mut(Q8_0_GROUP));
         for ((values, codes), scale) in groups.zip(scales) {
             *scale = int8::quantize_group(values, codes);
         }
+    }
+}
+
+/// W8A16.
+pub struct W8A16;
+
+impl RowQuantizer for W8A16 {
+    type Scale = f16;
+
+    fn format(&self) -> Format {
+        Format::W8A16
+    }
+
+    fn grid(&self, num_cols: usize) -> ScaleGrid {
+        ScaleGrid::per_row(num_cols)
+    }
+
+    fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f16]) {
+        codes.fill(0);
+        scales[0] = int8::quantize_group(values, codes);
     }
 }
 
@@ -46,8 +62,7 @@ mod tests {
     #[test]
     fn every_group_has_its_own_scale() {
         let values: Vec<f32> = (0..70).map(|i| if i < 32 { i as f32 } else { 0.01 }).collect();
-        let by_group = Grouped(Some(Q8_0_GROUP));
-        let matrix = quantize(&by_group, [1, 70], 1, |_, to| to.copy_from_slice(&values));
+        let matrix = quantize(&Q8_0, [1, 70], 1, |_, to| to.copy_from_slice(&values));
         for (got, want) in matrix.row(0).iter().zip(&values) {
             assert!((got - want).abs() <= want.abs() * 2e-3 + 0.13, "{got} for {want}");
         }

@@ -10,6 +10,7 @@ pub mod cpu;
 pub mod random;
 pub mod reference;
 
+use crate::formats::PackedMatrix;
 use crate::output::SampledToken;
 use crate::tensor::DType;
 use args::*;
@@ -26,6 +27,17 @@ pub trait Ops: Send + Sync {
     /// later operation has to; backends that need none do nothing.
     fn reserve(&self, max_rows: usize, max_width: usize) {
         let _ = (max_rows, max_width);
+    }
+
+    /// Brings a matrix, at load, into the layout that this device multiplies by fastest; its
+    /// values stay the same.
+    fn arrange(&self, matrix: PackedMatrix) -> PackedMatrix {
+        matrix
+    }
+
+    /// Bytes that a floating-point matrix of this dtype and shape takes once arranged.
+    fn arranged_bytes(&self, dtype: DType, shape: [usize; 2]) -> usize {
+        shape.iter().product::<usize>() * dtype.size_bytes()
     }
 
     /// `out[t, :] = table[token_ids[t], :]`.

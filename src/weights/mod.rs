@@ -13,6 +13,7 @@ use crate::checkpoint::{
 };
 use crate::config::Quantization;
 use crate::formats::PackedMatrix;
+use crate::ops::Ops;
 use crate::tensor::{DType, Tensor};
 
 /// One way of storing the matrix of a linear layer.
@@ -34,12 +35,13 @@ pub struct Loader<'a> {
     source: &'a dyn TensorSource,
     quantization: Option<Quantization>,
     threads: usize,
+    ops: Option<&'a dyn Ops>,
 }
 
 impl<'a> Loader<'a> {
     /// Reads tensors as they are.
     pub fn new(source: &'a dyn TensorSource) -> Loader<'a> {
-        Loader { source, quantization: None, threads: 1 }
+        Loader { source, quantization: None, threads: 1, ops: None }
     }
 
     /// Quantizes floating-point matrices, on `threads` threads.
@@ -47,13 +49,18 @@ impl<'a> Loader<'a> {
         Loader { quantization, threads, ..self }
     }
 
+    /// Arranges matrices as these operations want them.
+    pub fn arranged(self, ops: &'a dyn Ops) -> Loader<'a> {
+        Loader { ops: Some(ops), ..self }
+    }
+
     /// Where the tensors come from.
     pub fn source(&self) -> &'a dyn TensorSource {
         self.source
     }
 
-    /// A norm's weight or another small tensor. With quantization it is copied: a matrix that
-    /// was replaced must not be kept in memory by a neighbour in the same file.
+    /// A norm's weight or another small tensor. It is copied where matrices may be: one that was
+    /// replaced must not be kept in memory by a neighbour in the same file.
     pub fn tensor(&self, name: &str) -> Result<Tensor, CheckpointError> {
         Ok(self.detached(self.source.tensor(name)?))
     }
@@ -69,24 +76,30 @@ impl<'a> Loader<'a> {
         let scheme = SCHEMES.iter().find(|scheme| (scheme.holds)(self.source, name));
         let scheme = scheme
             .ok_or_else(|| CheckpointError::MissingTensor { name: plain::weight_name(name) })?;
-        Ok(self.quantize((scheme.load)(self.source, name, shape)?))
+        Ok(self.prepare((scheme.load)(self.source, name, shape)?))
     }
 
     /// A table of floats, such as tied embeddings, as a matrix.
     fn table(&self, name: &str, shape: [usize; 2]) -> Result<PackedMatrix, CheckpointError> {
         let table = plain::load_float(self.source, name, &shape)?;
-        Ok(self.quantize(crate::formats::dense::pack(table)))
+        Ok(self.prepare(crate::formats::dense::pack(table)))
     }
 
-    fn quantize(&self, matrix: PackedMatrix) -> PackedMatrix {
-        match self.quantization {
+    /// Quantizes and arranges what was read.
+    fn prepare(&self, matrix: PackedMatrix) -> PackedMatrix {
+        let matrix = match self.quantization {
             Some(wanted) => quantize::quantize(matrix, wanted, self.threads),
+            None => matrix,
+        };
+        match self.ops {
+            Some(ops) => ops.arrange(matrix),
             None => matrix,
         }
     }
 
     fn detached(&self, tensor: Tensor) -> Tensor {
-        if self.quantization.is_none() { tensor } else { tensor.to_owned_memory() }
+        let is_shared = self.quantization.is_none() && self.ops.is_none();
+        if is_shared { tensor } else { tensor.to_owned_memory() }
     }
 
     /// Bytes that these tensors will take in memory.
@@ -96,13 +109,16 @@ impl<'a> Loader<'a> {
 
     fn tensor_bytes(&self, tensor: &ExpectedTensor) -> usize {
         let dtype = self.source.info(&tensor.name).and_then(|info| supported_dtype(info.dtype));
-        match (self.quantization, tensor.role, tensor.shape.as_slice()) {
-            (Some(wanted), TensorRole::Matrix, &[rows, cols])
-                if dtype.is_some_and(DType::is_float) =>
-            {
-                quantize::size_bytes(wanted, [rows, cols])
+        let floats = dtype.filter(|dtype| dtype.is_float());
+        if let (TensorRole::Matrix, &[rows, cols], Some(dtype)) =
+            (tensor.role, tensor.shape.as_slice(), floats)
+        {
+            match (self.quantization, self.ops) {
+                (Some(wanted), _) => return quantize::size_bytes(wanted, [rows, cols]),
+                (None, Some(ops)) => return ops.arranged_bytes(dtype, [rows, cols]),
+                (None, None) => {}
             }
-            _ => tensor.shape.iter().product::<usize>() * dtype.map_or(0, DType::size_bytes),
         }
+        tensor.shape.iter().product::<usize>() * dtype.map_or(0, DType::size_bytes)
     }
 }

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 
 use crate::config::Quantization;
 use crate::formats;
-use crate::formats::{Format, PackedMatrix, RowQuantizer, fp8, int4, int8, q8};
+use crate::formats::{Format, PackedMatrix, fp8, int4, int8, q8};
 use crate::tensor::DType;
 
 /// Runs `$body` with `$quantizer` bound to the way of quantizing that `$wanted` names.
@@ -17,11 +17,11 @@ macro_rules! with_quantizer {
                 $body
             }
             Quantization::W8A16 => {
-                let $quantizer = q8::Grouped(None);
+                let $quantizer = q8::W8A16;
                 $body
             }
             Quantization::Q8_0 => {
-                let $quantizer = q8::Grouped(Some(q8::Q8_0_GROUP));
+                let $quantizer = q8::Q8_0;
                 $body
             }
             Quantization::Int4 => {
@@ -70,13 +70,8 @@ fn widen_row(matrix: &PackedMatrix, row: usize, to: &mut [f32]) {
 }
 
 /// Bytes of a matrix of this shape in the wanted format.
-pub fn size_bytes(wanted: Quantization, [num_rows, num_cols]: [usize; 2]) -> usize {
-    fn bytes<Q: RowQuantizer>(quantizer: &Q, num_rows: usize, num_cols: usize) -> usize {
-        let [rows, groups] = quantizer.grid(num_cols).shape(num_rows, num_cols);
-        let codes = num_rows * quantizer.codes_per_row(num_cols) * size_of::<Q::Code>();
-        codes + rows * groups * size_of::<Q::Scale>()
-    }
-    with_quantizer!(wanted, quantizer => bytes(&quantizer, num_rows, num_cols))
+pub fn size_bytes(wanted: Quantization, shape: [usize; 2]) -> usize {
+    with_quantizer!(wanted, quantizer => formats::quantized_bytes(&quantizer, shape))
 }
 
 #[cfg(test)]

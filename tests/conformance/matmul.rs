@@ -1,6 +1,6 @@
 //! Matmul in every format, sizes around every tile boundary.
 
-use tokenmill::formats::{Format, PackedMatrix};
+use tokenmill::formats::{Format, PackedMatrix, dense};
 use tokenmill::ops::args::{Activation, GatedMatmulArgs, MatmulArgs, Projection};
 use tokenmill::ops::reference::ReferenceOps;
 use tokenmill::ops::{Ops, gated_in_steps};
@@ -51,6 +51,8 @@ fn tolerance(ops: &dyn Ops, format: Format, k: usize) -> (f32, f32) {
     match format {
         // Integers are exact, and scales are multiplied in one order.
         Format::Int8 => (0.0, 0.0),
+        // Sums of groups are exact; f32 adds them up.
+        Format::Q8 | Format::Int4 => (1e-6 + 1e-7 * k as f32, 1e-6),
         // Tiles round weight × scale, below 2, to bf16: at most 2⁻⁸ each, √k in all.
         _ if ops.name().contains("amx") => (4e-3 * (k as f32).sqrt() + 1e-4, 1e-5),
         _ => (1e-6 + 1e-7 * k as f32, 1e-6),
@@ -87,6 +89,7 @@ fn gated(ops: &dyn Ops) {
         let mut all: Vec<PackedMatrix> =
             quantized(rng, cols, k).into_iter().map(|(_, weight)| weight).collect();
         all.extend(FLOATS.map(|dtype| rng.matrix(dtype, cols, k)));
+        all.extend(FLOATS.map(|dtype| ops.arrange(rng.matrix(dtype, cols, k))));
         all
     };
     for (rows, cols) in [(1, 70), (16, 16), (20, 33), (33, 130), (70, 48)] {
@@ -146,7 +149,7 @@ fn several_projections(ops: &dyn Ops) {
 
 /// Tiles round activations to bf16; what is compared is the arithmetic after that.
 fn rounded_x(rng: &mut Rng, ops: &dyn Ops, weight: &PackedMatrix, shape: [usize; 2]) -> Tensor {
-    let is_exact = weight.format == Format::Int8
+    let is_exact = matches!(weight.format, Format::Int8 | Format::Q8 | Format::Int4)
         || weight.format == Format::Dense && weight.data.dtype() != DType::BF16;
     let rounds = ops.name().contains("amx") && !is_exact;
     let x = rng.tensor(if rounds { DType::BF16 } else { DType::F32 }, shape);
@@ -162,17 +165,22 @@ pub fn check(ops: &dyn Ops) {
             for bias_dtype in [None, Some(dtype)] {
                 let bias = bias_dtype.map(|dtype| rng.tensor(dtype, [cols]));
                 let what = format!("{} matmul {rows} x {cols} x {k} {dtype}", ops.name());
-                let run = |ops: &dyn Ops| {
+                let run = |ops: &dyn Ops, weight: &PackedMatrix| {
                     let mut out = Guarded::poisoned([rows, cols]);
                     let bias = bias.as_ref().map(|bias| bias.view());
-                    let projection = Projection { out: out.view(), weight: &weight, bias };
+                    let projection = Projection { out: out.view(), weight, bias };
                     ops.matmul(MatmulArgs { x: x.view(), projections: vec![projection] });
                     out.finish(&what)
                 };
                 // f32 sums of k products below 1 against f64: the error grows like a random
                 // walk, √k steps of half a unit in the last place of sums of size √k.
                 let tolerance = (1e-6 + 1e-7 * k as f32, 1e-6);
-                assert_close(&what, &run(ops), &run(&ReferenceOps), tolerance);
+                let got = run(ops, &weight);
+                assert_close(&what, &got, &run(&ReferenceOps, &weight), tolerance);
+                // How the backend arranges it at load changes no bit.
+                let arranged = ops.arrange(dense::pack(weight.data.to_owned_memory()));
+                assert_same(&what, &run(ops, &arranged), &got);
+                assert_eq!(arranged.size_bytes(), ops.arranged_bytes(dtype, [cols, k]), "{what}");
             }
         }
     }

@@ -38,7 +38,7 @@ fn both(ops: &dyn Ops, run: impl Fn(&dyn Ops) -> Vec<f32>) -> (Vec<f32>, Vec<f32
 
 fn embed(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize), dtype: DType) {
     let what = format!("{} embed {rows} x {width} {dtype}", ops.name());
-    let table = rng.matrix(dtype, 50, width);
+    let table = ops.arrange(rng.matrix(dtype, 50, width));
     let token_ids = ids(&(0..rows).map(|_| rng.below(50) as u32).collect::<Vec<_>>());
     let (got, want) = both(ops, |ops| {
         let mut out = Guarded::poisoned([rows, width]);

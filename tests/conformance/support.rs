@@ -81,12 +81,16 @@ pub fn quantized(rng: &mut Rng, rows: usize, cols: usize) -> Vec<(&'static str, 
     let shape = [rows, cols];
     vec![
         ("int8", packed(&int8::PerRow, shape, read)),
-        ("w8a16", packed(&q8::Grouped(None), shape, read)),
-        ("q8_0", packed(&q8::Grouped(Some(32)), shape, read)),
+        ("w8a16", packed(&q8::W8A16, shape, read)),
+        ("q8_0", packed(&q8::Q8_0, shape, read)),
         ("int4 32", packed(&int4::Grouped(32), shape, read)),
         ("int4 64", packed(&int4::Grouped(64), shape, read)),
         ("int4 128", packed(&int4::Grouped(128), shape, read)),
         ("int4 with zero points", with_zero_points(rng, packed(&int4::Grouped(64), shape, read))),
+        (
+            "int4 32 with zero points",
+            with_zero_points(rng, packed(&int4::Grouped(32), shape, read)),
+        ),
         ("fp8", packed(&fp8::PerRow, shape, read)),
         ("fp8 in blocks", fp8_blocks(rng, rows, cols)),
     ]

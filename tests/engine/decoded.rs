@@ -69,8 +69,9 @@ fn runner(setting: &Setting) -> ModelRunner {
     plan.num_blocks = setting.num_blocks;
     let rank = RankContext::cpu(&cache).expect("this machine has a CPU");
     let source = DummySource::new(spec.expected_tensors(), spec.dtype);
-    let decoder = Decoder::load(&spec, &Loader::new(&source), 256).expect("dummy weights fit");
-    ModelRunner::new(decoder, &spec, rank, &plan)
+    let loader = Loader::new(&source).arranged(&*rank.ops);
+    let decoder = Decoder::load(&spec, &loader, 256).expect("dummy weights fit");
+    ModelRunner::new(decoder, &spec, rank.clone(), &plan)
 }
 
 fn scheduler(setting: &Setting) -> Scheduler {

@@ -39,7 +39,8 @@ impl Greedy {
         let files = ModelFiles::open(&ModelSource::Bundled, Progress::Hidden).unwrap();
         let spec = ModelSpec::from_config(&files.required_text(CONFIG).unwrap()).unwrap();
         let source = files.weights(LoadFormat::Auto, spec.expected_tensors(), spec.dtype).unwrap();
-        let loader = Loader::new(&*source).quantized(quantization, 2);
+        let ops = Arc::new(CpuOps::new(None, isa).unwrap());
+        let loader = Loader::new(&*source).quantized(quantization, 2).arranged(&*ops);
         let num_blocks = MAX_LEN / BLOCK_SIZE;
         let limits = BatchLimits {
             max_num_tokens: MAX_LEN,
@@ -48,7 +49,7 @@ impl Greedy {
         };
         Greedy {
             decoder: Decoder::load(&spec, &loader, MAX_LEN).unwrap(),
-            rank: RankContext::solo(Arc::new(CpuOps::new(None, isa).unwrap())),
+            rank: RankContext::solo(ops.clone()),
             cache: KvCache::new(&spec, num_blocks, BLOCK_SIZE, DType::F32),
             workspace: Workspace::new(&spec, DType::F32, MAX_LEN, 1),
             batch: ForwardBatch::new(limits),

@@ -27,7 +27,8 @@ fn decode(case: &Case, ops: Arc<dyn Ops>, chunk: usize) -> Vec<f32> {
     let spec = ModelSpec::from_config(&case.config_json).unwrap();
     let source = Checkpoint::open(&case.folder).unwrap();
     let prompt_len = case.token_ids.len();
-    let decoder = Decoder::load(&spec, &Loader::new(&source), prompt_len).unwrap();
+    let loader = Loader::new(&source).arranged(&*rank.ops);
+    let decoder = Decoder::load(&spec, &loader, prompt_len).unwrap();
     let num_blocks = prompt_len.div_ceil(BLOCK_SIZE);
     let block_ids: Vec<u32> = (0..num_blocks as u32).rev().collect();
     let mut cache = KvCache::new(&spec, num_blocks, BLOCK_SIZE, DType::F32);

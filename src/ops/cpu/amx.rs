@@ -243,6 +243,31 @@ macro_rules! multiply_loop {
     };
 }
 
+/// One accumulator that goes straight to memory.
+macro_rules! product_apart {
+    ($sum:literal, $a:literal, $b:literal, $left:expr, $right:expr, $steps:expr, $to:expr) => {
+        asm!(
+            concat!("tilezero ", $sum),
+            "2:",
+            concat!("tileloadd ", $a, ", [{left} + {line}*1]"),
+            concat!("tileloadd ", $b, ", [{right} + {line}*1]"),
+            "add {left}, {step}",
+            "add {right}, 1024",
+            concat!("tdpbssd ", $sum, ", ", $a, ", ", $b),
+            "dec {n}",
+            "jnz 2b",
+            concat!("tilestored [{to} + {line}*1], ", $sum),
+            left = inout(reg) $left.0 => _,
+            step = in(reg) $left.1,
+            right = inout(reg) $right => _,
+            n = inout(reg) $steps => _,
+            to = in(reg) $to,
+            line = in(reg) ROW_BYTES,
+            options(nostack),
+        )
+    };
+}
+
 /// Asks for the next kibibyte of both halves of the left operand.
 macro_rules! with_prefetches {
     ($loop:ident ! ($($args:expr),*)) => {
@@ -392,6 +417,31 @@ impl Tiles {
                 "tileloadd tmm3, [{from} + {line}*1 + 3072]",
                 from = in(reg) from, line = in(reg) ROW_BYTES, options(readonly, nostack),
             );
+        }
+    }
+
+    /// Writes to `to` the products of bytes of one tile after the other of `left` (its first tile
+    /// and the bytes to the next) and of `right` (tiles that follow each other). `turn` chooses
+    /// registers, so that products of different turns can overlap.
+    ///
+    /// # Safety
+    /// All tiles must be readable and `to` writable; `steps` is not 0.
+    pub unsafe fn multiply_apart(
+        &mut self,
+        turn: usize,
+        left: (*const u8, usize),
+        right: *const u8,
+        steps: usize,
+        to: *mut u32,
+    ) {
+        // SAFETY: the caller vouches for the memory.
+        unsafe {
+            match turn % 4 {
+                0 => product_apart!("tmm0", "tmm4", "tmm6", left, right, steps, to),
+                1 => product_apart!("tmm1", "tmm5", "tmm7", left, right, steps, to),
+                2 => product_apart!("tmm2", "tmm4", "tmm6", left, right, steps, to),
+                _ => product_apart!("tmm3", "tmm5", "tmm7", left, right, steps, to),
+            }
         }
     }
 }

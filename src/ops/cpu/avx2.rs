@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
+use super::byte_simd::ByteKernel;
 use super::simd::{Kernel, Simd};
 
 /// Proof that the machine has AVX2, FMA and F16C.
@@ -24,11 +25,22 @@ impl Avx2 {
         // SAFETY: the token proves that the instructions exist.
         unsafe { enter(self, kernel) }
     }
+
+    /// As [`Avx2::run`], for products of bytes.
+    pub fn run_bytes<K: ByteKernel>(self, kernel: K) {
+        // SAFETY: as above.
+        unsafe { enter_bytes(self, kernel) }
+    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn enter<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
     kernel.run(simd)
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn enter_bytes<K: ByteKernel>(simd: Avx2, kernel: K) {
+    kernel.run(simd);
 }
 
 /// Sums of the lanes of four vectors: neighbours, then pairs, then halves.
@@ -143,22 +155,6 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(from.cast()))) }
     }
     #[inline(always)]
-    unsafe fn load_low_nibbles(self, from: *const u8) -> __m256 {
-        // SAFETY: see `load_f32`.
-        unsafe {
-            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
-            _mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(15)))
-        }
-    }
-    #[inline(always)]
-    unsafe fn load_high_nibbles(self, from: *const u8) -> __m256 {
-        // SAFETY: see `load_f32`.
-        unsafe {
-            let bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast()));
-            _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(bytes))
-        }
-    }
-    #[inline(always)]
     unsafe fn load_e4m3(self, from: *const u8) -> __m256 {
         // The bits of an E4M3 number are those of an f16 that is 2⁸ times smaller.
         // SAFETY: see `load_f32`.
@@ -171,26 +167,6 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn dot4_i8(self, x: *const i8, rows: [*const i8; 4], len: usize) -> [i32; 4] {
-        // SAFETY: see `load_f32`; pairs of 16-bit products fit 32 bits.
-        unsafe {
-            let mut sums = [_mm256_setzero_si256(); 4];
-            for at in (0..len).step_by(16) {
-                let wide =
-                    |from: *const i8| _mm256_cvtepi8_epi16(_mm_loadu_si128(from.add(at).cast()));
-                let x = wide(x);
-                for (sum, row) in sums.iter_mut().zip(rows) {
-                    *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(x, wide(row)));
-                }
-            }
-            sums.map(|sum| {
-                let mut lanes = [0i32; 8];
-                _mm256_storeu_si256(lanes.as_mut_ptr().cast(), sum);
-                lanes.iter().sum()
-            })
-        }
-    }
-    #[inline(always)]
     fn splat_f16(self, x: f16) -> __m256 {
         // SAFETY: see `splat`.
         unsafe { _mm256_cvtph_ps(_mm_set1_epi16(x.to_bits() as i16)) }
@@ -199,6 +175,16 @@ impl Simd for Avx2 {
     unsafe fn store_f32(self, to: *mut f32, v: __m256) {
         // SAFETY: see `load_f32`.
         unsafe { _mm256_storeu_ps(to, v) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8, v: __m256) {
+        // SAFETY: `self` proves the instructions; the caller vouches for the bytes.
+        unsafe {
+            let ints = _mm256_cvtps_epi32(v);
+            let (low, high) = (_mm256_castsi256_si128(ints), _mm256_extracti128_si256::<1>(ints));
+            let words = _mm_packs_epi32(low, high);
+            _mm_storel_epi64(to.cast(), _mm_packs_epi16(words, words));
+        }
     }
     #[inline(always)]
     unsafe fn store_bf16(self, to: *mut bf16, v: __m256) {

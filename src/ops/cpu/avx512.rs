@@ -5,13 +5,16 @@ use std::arch::x86_64::*;
 use half::{bf16, f16};
 
 use super::avx2;
+use super::byte_simd::ByteKernel;
 use super::simd::{Kernel, Simd};
 
 /// Proof that the machine has AVX-512 F, BW, DQ and VL, and AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Avx512 {
-    has_vnni: bool,
-}
+pub struct Avx512(());
+
+/// Proof that the machine has VNNI too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Vnni(Avx512);
 
 impl Avx512 {
     /// The token, on a machine that has the instructions.
@@ -21,8 +24,12 @@ impl Avx512 {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl");
-        let has_vnni = is_x86_feature_detected!("avx512vnni");
-        found.then_some(Avx512 { has_vnni })
+        found.then_some(Avx512(()))
+    }
+
+    /// The token for products of bytes, on a machine that has VNNI.
+    pub fn vnni(self) -> Option<Vnni> {
+        is_x86_feature_detected!("avx512vnni").then_some(Vnni(self))
     }
 
     /// The token, inside a function that is compiled for the instructions and was entered with it.
@@ -31,7 +38,7 @@ impl Avx512 {
     /// The machine must have the instructions.
     #[inline(always)]
     pub unsafe fn assume() -> Avx512 {
-        Avx512 { has_vnni: false }
+        Avx512(())
     }
 
     /// Runs a kernel compiled for these instructions.
@@ -39,11 +46,44 @@ impl Avx512 {
         // SAFETY: the token proves that the instructions exist.
         unsafe { enter(self, kernel) }
     }
+
+    /// As [`Avx512::run`], for products of bytes, with VNNI where the machine has it.
+    pub fn run_bytes<K: ByteKernel>(self, kernel: K) {
+        match self.vnni() {
+            Some(vnni) => vnni.run(kernel),
+            // SAFETY: as above.
+            None => unsafe { enter_bytes(self, kernel) },
+        }
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 fn enter<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
     kernel.run(simd)
+}
+
+impl Vnni {
+    /// The vectors of f32 beside it.
+    #[inline(always)]
+    pub fn vectors(self) -> Avx512 {
+        self.0
+    }
+
+    /// Runs a kernel compiled for these instructions.
+    pub fn run<K: ByteKernel>(self, kernel: K) {
+        // SAFETY: the token proves that the instructions exist.
+        unsafe { enter_vnni(self, kernel) }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn enter_vnni<K: ByteKernel>(simd: Vnni, kernel: K) {
+    kernel.run(simd);
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+fn enter_bytes<K: ByteKernel>(simd: Avx512, kernel: K) {
+    kernel.run(simd);
 }
 
 impl Simd for Avx512 {
@@ -75,6 +115,16 @@ impl Simd for Avx512 {
     fn div(self, a: __m512, b: __m512) -> __m512 {
         // SAFETY: see `splat`.
         unsafe { _mm512_div_ps(a, b) }
+    }
+    // An estimate of 14 bits and one step of Newton's method take a third of a division's time.
+    #[inline(always)]
+    fn recip(self, x: __m512) -> __m512 {
+        // SAFETY: see `splat`.
+        unsafe {
+            let estimate = _mm512_rcp14_ps(x);
+            let error = _mm512_fnmadd_ps(x, estimate, _mm512_set1_ps(1.0));
+            _mm512_fmadd_ps(error, estimate, estimate)
+        }
     }
     #[inline(always)]
     fn max(self, a: __m512, b: __m512) -> __m512 {
@@ -150,22 +200,6 @@ impl Simd for Avx512 {
         unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast()))) }
     }
     #[inline(always)]
-    unsafe fn load_low_nibbles(self, from: *const u8) -> __m512 {
-        // SAFETY: see `load_f32`.
-        unsafe {
-            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
-            _mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(15)))
-        }
-    }
-    #[inline(always)]
-    unsafe fn load_high_nibbles(self, from: *const u8) -> __m512 {
-        // SAFETY: see `load_f32`.
-        unsafe {
-            let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
-            _mm512_cvtepi32_ps(_mm512_srli_epi32::<4>(bytes))
-        }
-    }
-    #[inline(always)]
     unsafe fn load_e4m3(self, from: *const u8) -> __m512 {
         // The bits of an E4M3 number are those of an f16 that is 2⁸ times smaller.
         // SAFETY: see `load_f32`.
@@ -179,25 +213,6 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn dot4_i8(self, x: *const i8, rows: [*const i8; 4], len: usize) -> [i32; 4] {
-        // SAFETY: see `load_f32`; pairs of 16-bit products fit 32 bits.
-        unsafe {
-            if self.has_vnni {
-                return dot4_vnni(x, rows, len);
-            }
-            let mut sums = [_mm512_setzero_si512(); 4];
-            for at in (0..len).step_by(32) {
-                let wide =
-                    |from: *const i8| _mm512_cvtepi8_epi16(_mm256_loadu_si256(from.add(at).cast()));
-                let x = wide(x);
-                for (sum, row) in sums.iter_mut().zip(rows) {
-                    *sum = _mm512_add_epi32(*sum, _mm512_madd_epi16(x, wide(row)));
-                }
-            }
-            sums.map(|sum| _mm512_reduce_add_epi32(sum))
-        }
-    }
-    #[inline(always)]
     fn splat_f16(self, x: f16) -> __m512 {
         // SAFETY: see `splat`.
         unsafe { _mm512_cvtph_ps(_mm256_set1_epi16(x.to_bits() as i16)) }
@@ -206,6 +221,11 @@ impl Simd for Avx512 {
     unsafe fn store_f32(self, to: *mut f32, v: __m512) {
         // SAFETY: see `load_f32`.
         unsafe { _mm512_storeu_ps(to, v) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8, v: __m512) {
+        // SAFETY: `self` proves the instructions; the caller vouches for the bytes.
+        unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))) }
     }
     #[inline(always)]
     unsafe fn store_bf16(self, to: *mut bf16, v: __m512) {
@@ -248,30 +268,6 @@ impl Simd for Avx512 {
             }
         }
     }
-}
-
-/// As [`Simd::dot4_i8`]. The instruction multiplies unsigned by signed bytes: 128 is added to `x`,
-/// and 128 times the sum of the row taken off again.
-///
-/// # Safety
-/// That of [`Simd::dot4_i8`], and the machine must have AVX-512 VNNI.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-unsafe fn dot4_vnni(x: *const i8, rows: [*const i8; 4], len: usize) -> [i32; 4] {
-    let offset = _mm512_set1_epi8(-128);
-    let mut sums = [_mm512_setzero_si512(); 4];
-    let mut surplus = [_mm512_setzero_si512(); 4];
-    for at in (0..len).step_by(64) {
-        // SAFETY: inside the caller's bytes.
-        unsafe {
-            let x = _mm512_xor_si512(_mm512_loadu_si512(x.add(at).cast()), offset);
-            for ((sum, surplus), row) in sums.iter_mut().zip(&mut surplus).zip(rows) {
-                let row = _mm512_loadu_si512(row.add(at).cast());
-                *sum = _mm512_dpbusd_epi32(*sum, x, row);
-                *surplus = _mm512_dpbusd_epi32(*surplus, offset, row);
-            }
-        }
-    }
-    std::array::from_fn(|i| _mm512_reduce_add_epi32(_mm512_sub_epi32(sums[i], surplus[i])))
 }
 
 /// The columns of sixteen rows of sixteen 32-bit elements of any kind.

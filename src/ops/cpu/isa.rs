@@ -7,6 +7,7 @@ use super::amx::Amx;
 use super::avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 use super::avx512::Avx512;
+use super::byte_simd::ByteKernel;
 use super::scalar::Scalar;
 use super::simd::Kernel;
 use crate::config::CpuIsa;
@@ -87,6 +88,19 @@ impl Isa {
             Isa::Avx512(simd) => simd.run(kernel),
             #[cfg(target_arch = "x86_64")]
             Isa::Amx(amx) => amx.run(kernel),
+        }
+    }
+
+    /// As [`Isa::run`], for products of bytes.
+    pub fn run_bytes<K: ByteKernel>(self, kernel: K) {
+        match self {
+            Isa::Scalar(simd) => kernel.run(simd),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2(simd) => simd.run_bytes(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512(simd) => simd.run_bytes(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx(amx) => amx.vectors().run_bytes(kernel),
         }
     }
 }

@@ -83,6 +83,19 @@ impl CpuOps {
         });
     }
 
+    /// As [`CpuOps::embed_rows`], for a matrix in blocks.
+    pub(super) fn embed_from_blocks(&self, out: &mut [f32], ids: &[u32], table: &PackedMatrix) {
+        let width = table.num_cols;
+        let out = Parts::new(out);
+        self.for_rows(ids.len(), width, |tokens| {
+            for token in tokens {
+                // SAFETY: tasks have different tokens.
+                let out = unsafe { out.part(token * width..(token + 1) * width) };
+                table.read_row(ids[token] as usize, out);
+            }
+        });
+    }
+
     pub(super) fn norm_rows<W: Float>(&self, norm: Norm<'_, W>) {
         let Norm { out, x, residual, weight, eps } = norm;
         let width = weight.len();

@@ -1,27 +1,35 @@
-//! How a matmul is cut into tasks: activations are prepared once, then tasks take columns of
-//! one projection each.
+//! How a matmul is cut into tasks: activations are brought once into the forms that the weights
+//! want, then tasks take columns of one projection each.
 
 use std::ops::Range;
 use std::sync::PoisonError;
 
 #[cfg(target_arch = "x86_64")]
-use super::amx::{Amx, Bf16, Int8};
-use super::int8_matmul::{Int8Columns, QuantizedRows, quantize_padded};
+use super::amx::{Amx, Bf16, Int8, TileElement};
+use super::byte_matmul::{ByteBlocks, ByteTask, ByteWeights};
 use super::isa::Isa;
+use super::lines::{CodedLines, FillBf16, FillCodes, LineBuffers, Lines};
 use super::matmul::{Operands, PANEL, multiply_columns};
 use super::rows::Convert;
 use super::share::{Parts, Scratch};
+use super::simd::Kernel;
 #[cfg(target_arch = "x86_64")]
-use super::tile_matmul::{
-    AddBias, Epilogue, FEW_ROWS, Half, PAIR, ScaleCols, ScaleSums, TileTask, panel_cols,
-};
+use super::tile_blocks::{self, BlockTask, Finish, ScaleSums};
+#[cfg(target_arch = "x86_64")]
+use super::tile_groups;
+#[cfg(target_arch = "x86_64")]
+use super::tile_matmul::{AddBias, Epilogue, Half, PAIR, ScaleCols, TileTask, panel_cols};
 #[cfg(target_arch = "x86_64")]
 use super::tile_pack::{PackedRows, TileActivations, num_words, words_per_tile};
 #[cfg(target_arch = "x86_64")]
-use super::tile_weights::{DenseRows, Int8Rows, TileCode, TileWeights, Unscaled};
-use super::weight_rows::{Bytes, Code, Coded, Dense, E4m3, Nibbles, WeightRows, with_rows};
+use super::tile_weights::{DenseRows, TileCode, TileWeights, Unscaled};
+use super::weight_blocks::BlockOutput;
+#[cfg(target_arch = "x86_64")]
+use super::weight_blocks::{Blocks, RowScales};
+use super::weight_rows::{Bytes, Coded, Dense, E4m3, WeightRows, with_rows};
 use super::{CpuOps, with_float};
-use crate::formats::{Format, PackedMatrix, ROW_ALIGN};
+use crate::formats::blocks::BLOCK_ROWS;
+use crate::formats::{Format, PackedMatrix};
 use crate::ops::args::{Activation, GatedMatmulArgs, MatmulArgs, Projection};
 use crate::ops::gated_in_steps;
 use crate::tensor::{DType, View};
@@ -32,28 +40,75 @@ const TASK_WEIGHT_BYTES: usize = 512 << 10;
 const MATMUL_INLINE: usize = 1 << 18;
 /// Tasks per thread that let a fast thread take over from a slow one.
 pub const TASKS_PER_THREAD: usize = 4;
+/// Up to this many rows, tasks stream weights; beyond, they are bound by arithmetic.
+const FEW_ROWS: usize = 32;
+/// Most columns of a task with many rows in blocks: their accumulators fit a cache.
+const BLOCK_COLS: usize = 128;
+/// Rows of activations that one task prepares.
+const FILL_ROWS: usize = 4;
 
-/// Room for activations in the form that kernels want.
+/// A form in which kernels want activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    /// As they are.
+    Floats,
+    /// bf16 as the right operand of tiles.
+    Packed,
+    /// bf16 in lines.
+    Bf16,
+    /// Codes in lines, this many sharing a scale.
+    Codes(usize),
+}
+
+impl Form {
+    /// What a matrix wants.
+    fn of(isa: Isa, weight: &PackedMatrix) -> Form {
+        match weight.format {
+            Format::DenseBlocks => Form::Bf16,
+            Format::Int8 => Form::Codes(usize::MAX),
+            Format::Q8 | Format::Int4 => {
+                let quantized = weight.quantized.as_ref();
+                Form::Codes(quantized.expect("a quantized matrix has scales").grid.cols)
+            }
+            Format::Dense | Format::W8A16 | Format::Fp8 if runs_on_tiles(isa, weight) => {
+                Form::Packed
+            }
+            Format::Dense | Format::W8A16 | Format::Fp8 => Form::Floats,
+        }
+    }
+}
+
+/// Whether tiles multiply by this row-major matrix; f32 and f16 keep their precision on vectors.
+#[cfg(target_arch = "x86_64")]
+fn runs_on_tiles(isa: Isa, weight: &PackedMatrix) -> bool {
+    matches!(isa, Isa::Amx(_))
+        && (weight.format != Format::Dense || weight.data.dtype() == DType::BF16)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn runs_on_tiles(_: Isa, _: &PackedMatrix) -> bool {
+    false
+}
+
+/// Room for activations in all forms of one operation; matrices of an operation rarely want
+/// more than one.
 #[derive(Default)]
 pub struct Prepared {
-    floats: Scratch,
-    bytes: Scratch,
-    scales: Vec<f32>,
+    lines: Vec<LineBuffers>,
+    packed: Scratch,
+}
+
+/// Words of packed rows of this number and width.
+fn packed_words(max_rows: usize, max_width: usize) -> usize {
+    (max_rows + 16).next_multiple_of(16) * max_width.next_multiple_of(64) / 2 + 16
 }
 
 impl Prepared {
-    /// Floats and bytes, as f32 words, that rows of this number and width need at most.
-    fn words(max_rows: usize, max_width: usize) -> [usize; 2] {
-        let elements = (max_rows + 16).next_multiple_of(16) * max_width.next_multiple_of(ROW_ALIGN);
-        [elements / 2 + 16, elements / 4 + 16]
-    }
-
     /// Makes room without touching it.
     pub fn reserve(&mut self, max_rows: usize, max_width: usize) {
-        let [floats, bytes] = Prepared::words(max_rows, max_width);
-        self.floats.reserve(floats);
-        self.bytes.reserve(bytes);
-        self.scales.reserve(max_rows);
+        self.lines.resize_with(1, LineBuffers::default);
+        self.lines[0].reserve(max_rows, max_width);
+        self.packed.reserve(packed_words(max_rows, max_width));
     }
 }
 
@@ -61,28 +116,66 @@ impl Prepared {
 /// activations, and for each thread a panel of weights or the tile of an attention.
 pub fn scratch_bytes(max_rows: usize, max_width: usize, threads: usize) -> usize {
     const BYTES_PER_THREAD: usize = 2 << 20;
-    let [floats, bytes] = Prepared::words(max_rows, max_width);
-    4 * (floats + bytes + max_rows) + threads * BYTES_PER_THREAD
+    let [lines, cells] = LineBuffers::words(max_rows, max_width);
+    4 * (lines + 2 * cells + packed_words(max_rows, max_width)) + threads * BYTES_PER_THREAD
+}
+
+/// Activations in one form.
+#[derive(Clone, Copy)]
+enum Input<'a> {
+    Floats,
+    #[cfg(target_arch = "x86_64")]
+    Packed(PackedRows<'a>),
+    Bf16(Lines<'a>),
+    Codes(CodedLines<'a>),
 }
 
 /// Activations of one operation.
-#[derive(Clone, Copy)]
 struct Inputs<'a> {
     x: &'a [f32],
     k: usize,
     num_rows: usize,
-    bytes: Option<QuantizedRows<'a>>,
-    #[cfg(target_arch = "x86_64")]
-    tiles: Option<Tiled<'a>>,
+    /// In every form that some matrix wants.
+    forms: Vec<(Form, Input<'a>)>,
 }
 
-/// Activations for tiles, in the precisions that some projection needs.
-#[cfg(target_arch = "x86_64")]
+impl<'a> Inputs<'a> {
+    fn in_form(&self, form: Form) -> Input<'a> {
+        let found = self.forms.iter().find(|(ready, _)| *ready == form);
+        found.expect("activations were prepared for every matrix").1
+    }
+}
+
+/// A matrix and its widened bias.
 #[derive(Clone, Copy)]
-struct Tiled<'a> {
-    amx: Amx,
-    bf16: Option<PackedRows<'a>>,
-    int8: Option<PackedRows<'a>>,
+struct Weighted<'a> {
+    weight: &'a PackedMatrix,
+    bias: Option<&'a [f32]>,
+}
+
+/// What a kernel computes: a matrix, or a gate and what it multiplies.
+#[derive(Clone, Copy)]
+struct Product<'a> {
+    main: Weighted<'a>,
+    up: Option<(Weighted<'a>, Activation)>,
+}
+
+impl<'a> Product<'a> {
+    /// Output columns: rows of the weights.
+    fn width(&self) -> usize {
+        self.main.weight.num_rows
+    }
+
+    /// Where blocks write it.
+    fn output(&self, out: Parts<'a, f32>) -> BlockOutput<'a> {
+        BlockOutput {
+            out,
+            num_cols: self.width(),
+            bias: self.main.bias,
+            up_bias: self.up.and_then(|(up, _)| up.bias),
+            activation: self.up.map_or(Activation::Silu, |(_, activation)| activation),
+        }
+    }
 }
 
 /// One projection, ready to be computed by ranges of columns.
@@ -126,19 +219,34 @@ impl<W: WeightRows> ColumnKernel for VectorKernel<'_, W> {
     }
 }
 
-struct Int8Kernel<'a> {
-    isa: Isa,
-    x: QuantizedRows<'a>,
-    weights: Coded<'a, Bytes>,
-    num_cols: usize,
-    bias: Option<&'a [f32]>,
-    out: Parts<'a, f32>,
+/// The blocks of a range of columns.
+fn blocks_of(cols: Range<usize>) -> Range<usize> {
+    cols.start / BLOCK_ROWS..cols.end.div_ceil(BLOCK_ROWS)
 }
 
-impl ColumnKernel for Int8Kernel<'_> {
-    fn run(&self, cols: Range<usize>, _: &mut Scratch) {
-        let Int8Kernel { x, weights, num_cols, bias, ref out, .. } = *self;
-        self.isa.run(Int8Columns { x, weights, bias, num_cols, cols, out });
+struct CodesKernel<'a> {
+    isa: Isa,
+    task: ByteTask<'a>,
+}
+
+impl ColumnKernel for CodesKernel<'_> {
+    fn run(&self, cols: Range<usize>, scratch: &mut Scratch) {
+        let blocks = blocks_of(cols);
+        #[cfg(target_arch = "x86_64")]
+        if let Isa::Amx(amx) = self.isa
+            && self.task.x.lines.num_rows > tile_groups::FEW_ROWS
+        {
+            return tile_groups::multiply_groups(amx, &self.task, blocks, scratch);
+        }
+        let _ = scratch;
+        self.isa.run_bytes(ByteBlocks { task: &self.task, blocks });
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<E: TileElement, F: Finish> ColumnKernel for BlockTask<'_, E, F> {
+    fn run(&self, cols: Range<usize>, scratch: &mut Scratch) {
+        self.run_blocks(blocks_of(cols), scratch);
     }
 }
 
@@ -159,46 +267,38 @@ impl CpuOps {
         let bias = |p: &Projection<'_>| p.bias.map(|bias| self.widened(bias));
         let biases: Vec<Option<Vec<f32>>> = projections.iter().map(bias).collect();
         let all_cols = projections.iter().map(|p| p.weight.num_rows).sum();
-        let planned: Vec<Planned<'_>> = projections
-            .into_iter()
-            .zip(&biases)
-            .map(|(projection, bias)| self.plan(inputs, projection, bias.as_deref(), all_cols))
-            .collect();
-        self.run_planned(&planned);
+        let planned = projections.into_iter().zip(&biases).map(|(projection, bias)| {
+            let Projection { out, weight, .. } = projection;
+            let main = Weighted { weight, bias: bias.as_deref() };
+            let out = Parts::new(out.into_mut_slice::<f32>());
+            self.plan(&inputs, Product { main, up: None }, out, all_cols)
+        });
+        self.run_planned(&planned.collect::<Vec<Planned<'_>>>());
     }
 
-    /// A gated product in one pass where tiles hold both halves, else in steps.
+    /// A gated product in one pass where a kernel takes both halves, else in steps.
     pub(super) fn multiply_gated(&self, args: GatedMatmulArgs<'_>) {
-        #[cfg(target_arch = "x86_64")]
-        if self.fuses(args.gate.0, args.up.0) {
-            return self.multiply_fused(args);
+        if !self.fuses(args.gate.0, args.up.0) {
+            return gated_in_steps(self, args);
         }
-        gated_in_steps(self, args);
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    fn fuses(&self, gate: &PackedMatrix, up: &PackedMatrix) -> bool {
-        let grid = |weight: &PackedMatrix| weight.quantized.as_ref().map(|q| q.grid);
-        let is_alike = gate.format == up.format
-            && gate.data.dtype() == up.data.dtype()
-            && grid(gate) == grid(up);
-        matches!(self.isa, Isa::Amx(_)) && is_alike && runs_on_tiles(gate)
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    fn multiply_fused(&self, args: GatedMatmulArgs<'_>) {
         let GatedMatmulArgs { out, x, gate, up, activation, .. } = args;
         assert!(x.size(1) > 0, "matmul: nothing to sum over");
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
         let inputs = self.prepare(&mut prepared, x, &[gate.0]);
         let biases = [gate.1, up.1].map(|bias| bias.map(|bias| self.widened(bias)));
-        let gate = Weighted { weight: gate.0, bias: biases[0].as_deref() };
+        let main = Weighted { weight: gate.0, bias: biases[0].as_deref() };
         let up = Weighted { weight: up.0, bias: biases[1].as_deref() };
-        let tiled = inputs.tiles.expect("the machine has tiles");
-        let (num_cols, out) = (gate.weight.num_rows, Parts::new(out.into_mut_slice::<f32>()));
-        let kernel = tile_kernel(tiled, gate, Some((up, activation)), out);
-        let cols_per_task = self.cols_per_task(inputs, gate.weight, num_cols);
-        self.run_planned(&[Planned { kernel, num_cols, cols_per_task }]);
+        let out = Parts::new(out.into_mut_slice::<f32>());
+        let product = Product { main, up: Some((up, activation)) };
+        self.run_planned(&[self.plan(&inputs, product, out, product.width())]);
+    }
+
+    fn fuses(&self, gate: &PackedMatrix, up: &PackedMatrix) -> bool {
+        let grid = |weight: &PackedMatrix| weight.quantized.as_ref().map(|q| q.grid);
+        gate.format == up.format
+            && gate.data.dtype() == up.data.dtype()
+            && grid(gate) == grid(up)
+            && Form::of(self.isa, gate) != Form::Floats
     }
 
     fn run_planned(&self, planned: &[Planned<'_>]) {
@@ -217,43 +317,55 @@ impl CpuOps {
         });
     }
 
+    /// Plans a product of an operation whose matrices have `all_cols` columns in all.
     fn plan<'a>(
         &self,
-        inputs: Inputs<'a>,
-        projection: Projection<'a>,
-        bias: Option<&'a [f32]>,
+        inputs: &Inputs<'a>,
+        product: Product<'a>,
+        out: Parts<'a, f32>,
         all_cols: usize,
     ) -> Planned<'a> {
-        let Projection { out, weight, .. } = projection;
-        let num_cols = weight.num_rows;
-        let out = Parts::new(out.into_mut_slice::<f32>());
-        let kernel = self.kernel(inputs, weight, bias, out);
-        Planned { kernel, num_cols, cols_per_task: self.cols_per_task(inputs, weight, all_cols) }
+        let cols_per_task = self.cols_per_task(inputs, product.main.weight, all_cols);
+        let kernel = self.kernel(inputs, product, out);
+        Planned { kernel, num_cols: product.width(), cols_per_task }
     }
 
     fn kernel<'a>(
         &self,
-        inputs: Inputs<'a>,
-        weight: &'a PackedMatrix,
-        bias: Option<&'a [f32]>,
+        inputs: &Inputs<'a>,
+        product: Product<'a>,
         out: Parts<'a, f32>,
     ) -> Box<dyn ColumnKernel + 'a> {
-        #[cfg(target_arch = "x86_64")]
-        if let Some(tiled) = inputs.tiles.filter(|_| runs_on_tiles(weight)) {
-            return tile_kernel(tiled, Weighted { weight, bias }, None, out);
+        let (isa, Weighted { weight, bias }) = (self.isa, product.main);
+        match inputs.in_form(Form::of(isa, weight)) {
+            #[cfg(target_arch = "x86_64")]
+            Input::Codes(x) if weight.format == Format::Int8 && matches!(isa, Isa::Amx(_)) => {
+                let finish = |weight| ScaleSums { rows: x, cols: RowScales::of(weight) };
+                block_kernel::<Int8, _>(isa, x.lines, product, out, finish)
+            }
+            Input::Codes(x) => {
+                let up = product.up.map(|(up, _)| ByteWeights::of(up.weight));
+                let (main, out) = (ByteWeights::of(weight), product.output(out));
+                Box::new(CodesKernel { isa, task: ByteTask { x, main, up, out } })
+            }
+            #[cfg(target_arch = "x86_64")]
+            Input::Bf16(x) => {
+                block_kernel::<Bf16, _>(isa, x, product, out, |_| tile_blocks::Floats)
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            Input::Bf16(_) => panic!("blocks of bf16 are for machines with tiles"),
+            #[cfg(target_arch = "x86_64")]
+            Input::Packed(x) => tile_kernel(isa, x, product, out),
+            Input::Floats => {
+                let (x, k, num_cols) = (inputs.x, inputs.k, weight.num_rows);
+                with_rows!(weight, weights => {
+                    Box::new(VectorKernel { isa, x, k, weights, num_cols, bias, out })
+                })
+            }
         }
-        let (isa, num_cols) = (self.isa, weight.num_rows);
-        if let (Format::Int8, Some(x)) = (weight.format, inputs.bytes) {
-            let weights = Coded::<Bytes>::of(weight);
-            return Box::new(Int8Kernel { isa, x, weights, num_cols, bias, out });
-        }
-        let Inputs { x, k, .. } = inputs;
-        with_rows!(weight, weights => {
-            Box::new(VectorKernel { isa, x, k, weights, num_cols, bias, out })
-        })
     }
 
-    /// Brings activations into the forms that the projections need.
+    /// Brings activations into the forms that the matrices want.
     fn prepare<'a>(
         &self,
         prepared: &'a mut Prepared,
@@ -262,30 +374,64 @@ impl CpuOps {
     ) -> Inputs<'a> {
         let (num_rows, k) = (x.size(0), x.size(1));
         let x = x.as_slice::<f32>();
-        let Prepared { floats, bytes, scales } = prepared;
-        let has_int8 = weights.iter().any(|weight| weight.format == Format::Int8);
-        if has_int8 && scales.len() < num_rows {
-            scales.resize(num_rows, 0.0);
+        let mut wanted: Vec<Form> = Vec::new();
+        for weight in weights {
+            let form = Form::of(self.isa, weight);
+            if !wanted.contains(&form) {
+                wanted.push(form);
+            }
         }
-        let mut inputs = Inputs {
-            x,
-            k,
-            num_rows,
-            bytes: None,
+        let Prepared { lines, packed } = prepared;
+        if lines.len() < wanted.len() {
+            lines.resize_with(wanted.len(), LineBuffers::default);
+        }
+        let mut packed = Some(packed);
+        let forms = wanted.into_iter().zip(lines).map(|(form, buffers)| {
+            let packed = if form == Form::Packed { packed.take() } else { None };
+            (form, self.input(form, buffers, packed, (x, k)))
+        });
+        Inputs { x, k, num_rows, forms: forms.collect() }
+    }
+
+    fn input<'a>(
+        &self,
+        form: Form,
+        buffers: &'a mut LineBuffers,
+        packed: Option<&'a mut Scratch>,
+        (x, k): (&[f32], usize),
+    ) -> Input<'a> {
+        let num_rows = x.len() / k;
+        match (form, packed) {
             #[cfg(target_arch = "x86_64")]
-            tiles: None,
-        };
-        #[cfg(target_arch = "x86_64")]
-        if let Isa::Amx(amx) = self.isa {
-            let bf16 = weights.iter().any(|w| runs_on_tiles(w) && w.format != Format::Int8);
-            let bf16 = bf16.then(|| self.pack::<Bf16>(amx, floats, &mut [], (x, k)));
-            let int8 = has_int8.then(|| self.pack::<Int8>(amx, bytes, scales, (x, k)));
-            inputs.tiles = Some(Tiled { amx, bf16, int8 });
-            return inputs;
+            (Form::Packed, Some(words)) => {
+                let Isa::Amx(amx) = self.isa else { panic!("packed rows are for tiles") };
+                Input::Packed(self.pack::<Bf16>(amx, words, (x, k)))
+            }
+            (Form::Bf16, _) => {
+                let mut filling = buffers.for_bf16(num_rows, k);
+                let to = &filling.parts();
+                self.fill(num_rows, |rows| FillBf16 { x, k, rows, to });
+                Input::Bf16(filling.lines())
+            }
+            (Form::Codes(group), _) => {
+                let mut filling = buffers.for_codes(num_rows, k, group);
+                let to = &filling.parts();
+                self.fill(num_rows, |rows| FillCodes { x, k, rows, to });
+                Input::Codes(filling.codes())
+            }
+            _ => Input::Floats,
         }
-        let _ = floats;
-        inputs.bytes = has_int8.then(|| self.quantize_rows(bytes, scales, (x, k)));
-        inputs
+    }
+
+    fn fill<K: Kernel<Output = ()>>(
+        &self,
+        num_rows: usize,
+        kernel: impl Fn(Range<usize>) -> K + Sync,
+    ) {
+        self.pool.run(num_rows.div_ceil(FILL_ROWS), |_, task| {
+            let first = task * FILL_ROWS;
+            self.isa.run(kernel(first..num_rows.min(first + FILL_ROWS)));
+        });
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -293,113 +439,92 @@ impl CpuOps {
         &self,
         amx: Amx,
         words: &'a mut Scratch,
-        scales: &'a mut [f32],
         (x, k): (&[f32], usize),
     ) -> PackedRows<'a> {
         const ROWS: usize = super::amx::TILE_ROWS;
         let num_rows = x.len() / k;
         let words = words.take_words(num_words::<E>(num_rows, k));
-        let has_scales = !scales.is_empty();
         {
-            let (words, scales) = (Parts::new(words), Parts::new(scales));
+            let words = Parts::new(words);
             self.pool.run(num_rows.div_ceil(ROWS), |_, tile| {
                 let rows = tile * ROWS..num_rows.min((tile + 1) * ROWS);
                 let part = tile * words_per_tile::<E>(k)..(tile + 1) * words_per_tile::<E>(k);
-                let some = if has_scales { rows.clone() } else { 0..0 };
-                // SAFETY: tasks have different tiles and rows.
-                let (words, scales) = unsafe { (words.part(part), scales.part(some)) };
-                E::pack(amx, &x[rows.start * k..rows.end * k], k, words, scales);
+                // SAFETY: tasks have different tiles.
+                let words = unsafe { words.part(part) };
+                E::pack(amx, &x[rows.start * k..rows.end * k], k, words);
             });
         }
-        PackedRows::new::<E>(words, scales, num_rows, k)
+        PackedRows::new::<E>(words, num_rows, k)
     }
 
-    fn quantize_rows<'a>(
-        &self,
-        bytes: &'a mut Scratch,
-        scales: &'a mut [f32],
-        (x, k): (&[f32], usize),
-    ) -> QuantizedRows<'a> {
-        let (num_rows, width) = (x.len() / k, k.next_multiple_of(ROW_ALIGN));
-        let codes = bytes.take_bytes(num_rows * width);
-        {
-            let (codes, scales) = (Parts::new(codes), Parts::new(scales));
-            self.pool.run(num_rows, |_, row| {
-                // SAFETY: tasks have different rows.
-                let (codes, scale) = unsafe {
-                    (codes.part(row * width..(row + 1) * width), scales.part(row..row + 1))
-                };
-                scale[0] = quantize_padded(&x[row * k..(row + 1) * k], codes);
-            });
-        }
-        QuantizedRows { codes, scales: &scales[..num_rows] }
-    }
-
-    /// Columns of a task, when all projections together have `all_cols`.
-    fn cols_per_task(&self, inputs: Inputs<'_>, weight: &PackedMatrix, all_cols: usize) -> usize {
+    /// Columns of a task, when all matrices together have `all_cols`.
+    fn cols_per_task(&self, inputs: &Inputs<'_>, weight: &PackedMatrix, all_cols: usize) -> usize {
         let num_cols = weight.num_rows;
         if inputs.num_rows * inputs.k * num_cols < MATMUL_INLINE {
             return num_cols.max(1);
         }
         let balanced = all_cols.div_ceil(self.threads() * TASKS_PER_THREAD);
         let streamed = TASK_WEIGHT_BYTES / weight.row_bytes().max(1);
-        #[cfg(target_arch = "x86_64")]
-        if inputs.tiles.is_some() && runs_on_tiles(weight) {
-            let kept = panel_cols(inputs.k.div_ceil(64) * 2);
-            let most = if inputs.num_rows <= FEW_ROWS { streamed } else { kept };
-            return balanced.min(most).max(1).next_multiple_of(PAIR);
+        let is_few = inputs.num_rows <= FEW_ROWS;
+        match Form::of(self.isa, weight) {
+            Form::Bf16 | Form::Codes(_) => {
+                let most = if is_few { streamed } else { BLOCK_COLS };
+                balanced.min(most).max(1).next_multiple_of(2 * BLOCK_ROWS)
+            }
+            #[cfg(target_arch = "x86_64")]
+            Form::Packed => {
+                let most = if is_few { streamed } else { panel_cols(inputs.k.div_ceil(64) * 2) };
+                balanced.min(most).max(1).next_multiple_of(PAIR)
+            }
+            _ => balanced.min(streamed).max(1).next_multiple_of(PANEL),
         }
-        balanced.min(streamed).max(1).next_multiple_of(PANEL)
     }
 
+    /// In single precision, padded to whole blocks.
     fn widened(&self, from: View<'_>) -> Vec<f32> {
-        let mut out = vec![0.0; from.shape().len()];
+        let len = from.shape().len();
+        let mut out = vec![0.0; len.next_multiple_of(BLOCK_ROWS)];
         with_float!(from.dtype(), E =>
-            self.isa.run(Convert { out: &mut out, from: from.as_slice::<E>() }));
+            self.isa.run(Convert { out: &mut out[..len], from: from.as_slice::<E>() }));
         out
     }
 }
 
-/// Whether tiles multiply by this matrix; f32 and f16 keep their precision on vectors.
+/// Blocks as they are, on tiles.
 #[cfg(target_arch = "x86_64")]
-fn runs_on_tiles(weight: &PackedMatrix) -> bool {
-    weight.format != Format::Dense || weight.data.dtype() == DType::BF16
+fn block_kernel<'a, E: TileElement, F: Finish + 'a>(
+    isa: Isa,
+    x: Lines<'a>,
+    product: Product<'a>,
+    out: Parts<'a, f32>,
+    finish: impl Fn(&'a PackedMatrix) -> F,
+) -> Box<dyn ColumnKernel + 'a> {
+    let Isa::Amx(amx) = isa else { panic!("blocks of bf16 are for machines with tiles") };
+    let half = |weighted: Weighted<'a>| tile_blocks::Half {
+        blocks: Blocks::of(weighted.weight),
+        finish: finish(weighted.weight),
+    };
+    let up = product.up.map(|(up, _)| half(up));
+    let (main, out) = (half(product.main), product.output(out));
+    Box::new(BlockTask { amx, x, main, up, out, element: std::marker::PhantomData::<E> })
 }
 
-/// A matrix and its widened bias.
-#[cfg(target_arch = "x86_64")]
-#[derive(Clone, Copy)]
-struct Weighted<'a> {
-    weight: &'a PackedMatrix,
-    bias: Option<&'a [f32]>,
-}
-
+/// Row-major weights on tiles.
 #[cfg(target_arch = "x86_64")]
 fn tile_kernel<'a>(
-    tiled: Tiled<'a>,
-    main: Weighted<'a>,
-    up: Option<(Weighted<'a>, Activation)>,
+    isa: Isa,
+    x: PackedRows<'a>,
+    product: Product<'a>,
     out: Parts<'a, f32>,
 ) -> Box<dyn ColumnKernel + 'a> {
-    const PACKED: &str = "activations were packed for every format";
-    if main.weight.format == Format::Int8 {
-        let x = tiled.int8.expect(PACKED);
-        return boxed(tiled.amx, x, (main, up), out, |Weighted { weight, bias }| {
-            let weights = Coded::<Bytes>::of(weight);
-            let (row_scales, col_scales) = (x.scales(), weights.scales());
-            let epilogue = ScaleSums { row_scales, col_scales, bias: AddBias { bias } };
-            Half { weights: Int8Rows(weights), epilogue }
-        });
-    }
-    let (amx, x) = (tiled.amx, tiled.bf16.expect(PACKED));
-    match main.weight.format {
-        Format::Dense => boxed(amx, x, (main, up), out, |Weighted { weight, bias }| Half {
+    let Isa::Amx(amx) = isa else { panic!("packed rows are for tiles") };
+    match product.main.weight.format {
+        Format::Fp8 => coded_kernel::<E4m3>(amx, x, product, out),
+        Format::W8A16 => coded_kernel::<Bytes>(amx, x, product, out),
+        _ => boxed(amx, x, product, out, |Weighted { weight, bias }| Half {
             weights: DenseRows::of(weight),
             epilogue: AddBias { bias },
         }),
-        Format::Int4 => boxed(amx, x, (main, up), out, coded::<Nibbles>),
-        Format::Int8 | Format::Q8 => coded_kernel::<Bytes>(amx, x, (main, up), out),
-        Format::Fp8 => coded_kernel::<E4m3>(amx, x, (main, up), out),
     }
 }
 
@@ -408,13 +533,16 @@ fn tile_kernel<'a>(
 fn coded_kernel<'a, C: TileCode + 'a>(
     amx: Amx,
     x: PackedRows<'a>,
-    (main, up): (Weighted<'a>, Option<(Weighted<'a>, Activation)>),
+    product: Product<'a>,
     out: Parts<'a, f32>,
 ) -> Box<dyn ColumnKernel + 'a> {
-    if !Coded::<C>::of(main.weight).is_scaled_per_row() {
-        return boxed(amx, x, (main, up), out, coded::<C>);
+    if !Coded::<C>::of(product.main.weight).is_scaled_per_row() {
+        return boxed(amx, x, product, out, |Weighted { weight, bias }| Half {
+            weights: Coded::<C>::of(weight),
+            epilogue: AddBias { bias },
+        });
     }
-    boxed(amx, x, (main, up), out, |Weighted { weight, bias }| {
+    boxed(amx, x, product, out, |Weighted { weight, bias }| {
         let weights = Coded::<C>::of(weight);
         let epilogue = ScaleCols { col_scales: weights.scales(), bias: AddBias { bias } };
         Half { weights: Unscaled(weights), epilogue }
@@ -422,21 +550,16 @@ fn coded_kernel<'a, C: TileCode + 'a>(
 }
 
 #[cfg(target_arch = "x86_64")]
-fn coded<C: Code>(Weighted { weight, bias }: Weighted<'_>) -> Half<Coded<'_, C>, AddBias<'_>> {
-    Half { weights: Coded::<C>::of(weight), epilogue: AddBias { bias } }
-}
-
-#[cfg(target_arch = "x86_64")]
 fn boxed<'a, W: TileWeights + 'a, E: Epilogue + 'a>(
     amx: Amx,
     x: PackedRows<'a>,
-    (main, up): (Weighted<'a>, Option<(Weighted<'a>, Activation)>),
+    product: Product<'a>,
     out: Parts<'a, f32>,
     half: impl Fn(Weighted<'a>) -> Half<W, E>,
 ) -> Box<dyn ColumnKernel + 'a> {
-    let num_cols = main.weight.num_rows;
-    let up = up.map(|(up, activation)| (half(up), activation));
-    Box::new(TileTask { amx, x, main: half(main), up, num_cols, out })
+    let up = product.up.map(|(up, activation)| (half(up), activation));
+    let (main, num_cols) = (half(product.main), product.width());
+    Box::new(TileTask { amx, x, main, up, num_cols, out })
 }
 
 #[cfg(all(test, target_arch = "x86_64"))]
@@ -446,10 +569,12 @@ mod tests {
     #[test]
     fn room_is_reserved_for_every_smaller_operation() {
         for (max_rows, max_width) in [(1, 1), (16, 64), (33, 896), (2048, 4865)] {
-            let [floats, bytes] = Prepared::words(max_rows, max_width);
+            let packed = packed_words(max_rows, max_width);
+            let [lines, cells] = LineBuffers::words(max_rows, max_width);
             for rows in [1, max_rows.div_ceil(2), max_rows] {
-                assert!(num_words::<Bf16>(rows, max_width) <= floats, "{rows} × {max_width} bf16");
-                assert!(num_words::<Int8>(rows, max_width) <= bytes, "{rows} × {max_width} int8");
+                assert!(num_words::<Bf16>(rows, max_width) <= packed, "{rows} × {max_width} bf16");
+                let needed = LineBuffers::words(rows, max_width);
+                assert!(needed[0] <= lines && needed[1] <= cells, "{rows} × {max_width} lines");
             }
         }
     }

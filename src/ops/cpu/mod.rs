@@ -5,9 +5,11 @@
 //! | `isa`, `topology` | which instructions and how many threads, decided once at start-up |
 //! | `simd`; `scalar`, `avx2`, `avx512` | the vector vocabulary; one file per instruction set |
 //! | `pool`, `share` | fork-join threads; what they share |
-//! | `weight_rows`, `tile_weights`, `tile_pack` | weights of every format, and activations, as kernels read them |
-//! | `matmul`, `int8_matmul`, `attention`, `rows`, `sample` | the kernels on vectors |
-//! | `amx`, `tile_matmul` | tiles, and the matmul on them |
+//! | `byte_simd`, `byte_vectors` | what products of bytes need beside |
+//! | `weight_blocks`, `lines` | weights in blocks, and activations for them |
+//! | `weight_rows`, `tile_weights`, `tile_pack` | row-major weights, and activations for them on tiles |
+//! | `matmul`, `byte_matmul`, `attention`, `rows`, `sample` | the kernels on vectors |
+//! | `amx`, `tile_blocks`, `tile_groups`, `tile_matmul` | tiles, and the matmuls on them |
 //! | `tile_attention`, `tile_cache`, `tile_softmax` | attention on them |
 //! | `launch`, `launch_matmul` | how operations are cut into tasks |
 //!
@@ -21,10 +23,14 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
-mod int8_matmul;
+mod byte_matmul;
+mod byte_simd;
+#[cfg(target_arch = "x86_64")]
+mod byte_vectors;
 mod isa;
 mod launch;
 mod launch_matmul;
+mod lines;
 mod matmul;
 pub mod pool;
 mod rows;
@@ -35,7 +41,11 @@ mod simd;
 #[cfg(target_arch = "x86_64")]
 mod tile_attention;
 #[cfg(target_arch = "x86_64")]
+mod tile_blocks;
+#[cfg(target_arch = "x86_64")]
 mod tile_cache;
+#[cfg(target_arch = "x86_64")]
+mod tile_groups;
 #[cfg(target_arch = "x86_64")]
 mod tile_matmul;
 #[cfg(target_arch = "x86_64")]
@@ -45,6 +55,7 @@ mod tile_softmax;
 #[cfg(target_arch = "x86_64")]
 mod tile_weights;
 mod topology;
+mod weight_blocks;
 mod weight_rows;
 
 use std::sync::{Mutex, PoisonError};
@@ -52,7 +63,7 @@ use std::sync::{Mutex, PoisonError};
 use super::Ops;
 use super::args::*;
 use crate::config::CpuIsa;
-use crate::formats::Format;
+use crate::formats::{Format, PackedMatrix, dense};
 use crate::output::SampledToken;
 use crate::tensor::DType;
 pub use isa::Isa;
@@ -60,7 +71,7 @@ pub use launch_matmul::scratch_bytes;
 use pool::Pool;
 use share::{PerThread, Scratch};
 pub use topology::physical_cores;
-use weight_rows::{Bytes, Coded, Dense, E4m3, Nibbles, with_rows};
+use weight_rows::{Bytes, Coded, Dense, E4m3, with_rows};
 
 /// The CPU backend cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -116,6 +127,11 @@ impl CpuOps {
         })
     }
 
+    /// Whether matrices of this dtype are put into blocks: tiles read them as they are then.
+    fn wants_blocks(&self, dtype: DType) -> bool {
+        self.isa.choice() == CpuIsa::Amx && dtype == DType::BF16
+    }
+
     /// The instruction set in use.
     pub fn isa(&self) -> Isa {
         self.isa
@@ -166,9 +182,26 @@ impl Ops for CpuOps {
         prepared.reserve(max_rows, max_width);
     }
 
+    fn arrange(&self, matrix: PackedMatrix) -> PackedMatrix {
+        if self.wants_blocks(matrix.data.dtype()) {
+            return dense::into_blocks(matrix, self.threads());
+        }
+        matrix
+    }
+
+    fn arranged_bytes(&self, dtype: DType, shape: [usize; 2]) -> usize {
+        if self.wants_blocks(dtype) {
+            return dense::blocks_bytes(shape);
+        }
+        shape.iter().product::<usize>() * dtype.size_bytes()
+    }
+
     fn embed(&self, args: EmbedArgs<'_>) {
         args.check();
         let (out, token_ids) = (args.out.into_mut_slice(), args.token_ids.as_slice());
+        if args.table.format.is_in_blocks() {
+            return self.embed_from_blocks(out, token_ids, args.table);
+        }
         with_rows!(args.table, rows => self.embed_rows(out, rows, token_ids, args.table));
     }
 

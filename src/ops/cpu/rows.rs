@@ -203,7 +203,7 @@ pub fn activate<S: Simd>(simd: S, x: S::V, activation: Activation) -> S::V {
 #[inline(always)]
 fn silu<S: Simd>(simd: S, x: S::V) -> S::V {
     let minus_x = simd.sub(simd.splat(0.0), x);
-    simd.div(x, simd.add(simd.splat(1.0), exp(simd, minus_x)))
+    simd.mul(x, simd.recip(simd.add(simd.splat(1.0), exp(simd, minus_x))))
 }
 
 /// `x · sigmoid(2 √(2/π) (x + 0.044715 x³))`, which is the tanh form rearranged.
@@ -211,7 +211,7 @@ fn silu<S: Simd>(simd: S, x: S::V) -> S::V {
 fn gelu_tanh<S: Simd>(simd: S, x: S::V) -> S::V {
     let cubic = simd.mul(simd.mul(x, x), simd.mul(x, simd.splat(0.044_715)));
     let inner = simd.mul(simd.splat(-1.595_769), simd.add(x, cubic));
-    simd.div(x, simd.add(simd.splat(1.0), exp(simd, inner)))
+    simd.mul(x, simd.recip(simd.add(simd.splat(1.0), exp(simd, inner))))
 }
 
 /// `x · Φ(x)` with `erfc(z) = t·P(t)·e^(-z²)`, `t = 1 / (1 + 0.3275911 z)` (Abramowitz and

@@ -91,26 +91,9 @@ impl Simd for Scalar {
         unsafe { *from.cast::<[i8; LANES]>() }.map(f32::from)
     }
     #[inline(always)]
-    unsafe fn load_low_nibbles(self, from: *const u8) -> Self::V {
-        // SAFETY: the caller's contract.
-        unsafe { *from.cast::<[u8; LANES]>() }.map(|byte| f32::from(byte & 15))
-    }
-    #[inline(always)]
-    unsafe fn load_high_nibbles(self, from: *const u8) -> Self::V {
-        // SAFETY: the caller's contract.
-        unsafe { *from.cast::<[u8; LANES]>() }.map(|byte| f32::from(byte >> 4))
-    }
-    #[inline(always)]
     unsafe fn load_e4m3(self, from: *const u8) -> Self::V {
         // SAFETY: the caller's contract.
         unsafe { *from.cast::<[u8; LANES]>() }.map(fp8::decode)
-    }
-    #[inline(always)]
-    unsafe fn dot4_i8(self, x: *const i8, rows: [*const i8; 4], len: usize) -> [i32; 4] {
-        // SAFETY: the caller's contract.
-        let bytes = |from: *const i8| unsafe { std::slice::from_raw_parts(from, len) };
-        let x = bytes(x);
-        rows.map(|row| x.iter().zip(bytes(row)).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum())
     }
     #[inline(always)]
     fn splat_f16(self, x: f16) -> Self::V {
@@ -120,6 +103,11 @@ impl Simd for Scalar {
     unsafe fn store_f32(self, to: *mut f32, v: Self::V) {
         // SAFETY: the caller's contract.
         unsafe { *to.cast::<Self::V>() = v }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8, v: Self::V) {
+        // SAFETY: the caller's contract.
+        unsafe { *to.cast::<[i8; LANES]>() = v.map(|x| x.round_ties_even() as i8) }
     }
     #[inline(always)]
     unsafe fn store_bf16(self, to: *mut bf16, v: Self::V) {

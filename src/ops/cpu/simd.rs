@@ -31,6 +31,11 @@ pub trait Simd: Copy + Send + Sync + 'static {
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a / b`.
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `1 / x` within 2 ulp, for normal `x`.
+    #[inline(always)]
+    fn recip(self, x: Self::V) -> Self::V {
+        self.div(self.splat(1.0), x)
+    }
     /// The larger; `b` where `a` is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a * b + c`, rounded once where the instruction set can.
@@ -78,16 +83,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// They must be readable.
     unsafe fn load_i8(self, from: *const i8) -> Self::V;
-    /// Reads `LANES` bytes and widens their low halves.
-    ///
-    /// # Safety
-    /// They must be readable.
-    unsafe fn load_low_nibbles(self, from: *const u8) -> Self::V;
-    /// Reads `LANES` bytes and widens their high halves.
-    ///
-    /// # Safety
-    /// They must be readable.
-    unsafe fn load_high_nibbles(self, from: *const u8) -> Self::V;
     /// Reads and widens `LANES` FP8 E4M3 numbers.
     ///
     /// # Safety
@@ -95,11 +90,11 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_e4m3(self, from: *const u8) -> Self::V;
     /// All lanes equal to `x`.
     fn splat_f16(self, x: f16) -> Self::V;
-    /// The exact dot products of `x` with four rows of bytes.
+    /// Rounds to nearest even and writes `LANES` signed bytes; lanes are below 128 in magnitude.
     ///
     /// # Safety
-    /// `len`, a multiple of 64, bytes of each must be readable.
-    unsafe fn dot4_i8(self, x: *const i8, rows: [*const i8; 4], len: usize) -> [i32; 4];
+    /// They must be writable.
+    unsafe fn store_i8(self, to: *mut i8, v: Self::V);
     /// Writes `LANES` elements.
     ///
     /// # Safety
@@ -192,6 +187,18 @@ pub fn store<S: Simd, E: Float>(simd: S, values: &mut [E], at: usize, v: S::V) {
     unsafe { E::store_lanes(simd, lanes.as_mut_ptr(), v) };
     let rest = &mut values[at..];
     rest.copy_from_slice(&lanes[..rest.len()]);
+}
+
+/// The largest magnitude, 0 of none.
+#[inline(always)]
+pub fn largest_magnitude<S: Simd>(simd: S, values: &[f32]) -> f32 {
+    let zero = simd.splat(0.0);
+    let mut largest = zero;
+    for at in (0..values.len()).step_by(S::LANES) {
+        let x = load(simd, values, at);
+        largest = simd.max(simd.max(x, simd.sub(zero, x)), largest);
+    }
+    simd.max_lane(largest)
 }
 
 /// `e^x` within 2 ulp; exactly 0 below -87.3 (the last normal result), finite above 88.3,

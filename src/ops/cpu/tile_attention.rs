@@ -178,7 +178,7 @@ impl Pass<'_> {
                     *to = x * scale;
                 }
             }
-            Bf16::pack(amx, scaled, dim, words, &mut []);
+            Bf16::pack(amx, scaled, dim, words);
         }
     }
 

@@ -377,28 +377,3 @@ impl Epilogue for ScaleCols<'_> {
         }
     }
 }
-
-/// Sums of integers, multiplied by the scales of the row and of the column, a bias added: the
-/// referee's order.
-#[derive(Clone, Copy)]
-pub struct ScaleSums<'a> {
-    /// One per row of `x`.
-    pub row_scales: &'a [f32],
-    /// One per output column.
-    pub col_scales: Scales<'a>,
-    /// As in [`AddBias`].
-    pub bias: AddBias<'a>,
-}
-
-impl Epilogue for ScaleSums<'_> {
-    #[inline(always)]
-    unsafe fn finish(&self, sums: __m512i, row: usize, col: usize, lanes: __mmask16) -> __m512 {
-        // SAFETY: the same contract.
-        unsafe {
-            let cols = load_scales(self.col_scales, col, lanes);
-            let scales = _mm512_mul_ps(_mm512_set1_ps(self.row_scales[row]), cols);
-            let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales);
-            self.bias.finish(_mm512_castps_si512(scaled), row, col, lanes)
-        }
-    }
-}

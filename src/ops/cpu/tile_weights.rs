@@ -1,16 +1,16 @@
-//! Weights of every format as the left operand of tile products.
+//! Row-major weights as the left operand of tile products.
 //!
-//! Dense bf16 and INT8 rows are tile rows already. The other formats are converted to bf16, the
-//! scale multiplied in and rounded once.
+//! Dense bf16 rows are tile rows already. Codes are converted to bf16: exactly where a row has one
+//! scale, else with the scale multiplied in and rounded once.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 use half::bf16;
 
-use super::amx::{Bf16, Int8, ROW_BYTES, TILE_BYTES, TILE_ROWS, TileElement};
+use super::amx::{Bf16, ROW_BYTES, TILE_BYTES, TILE_ROWS, TileElement};
 use super::avx512::Avx512;
-use super::weight_rows::{Bytes, Code, Coded, Dense, E4m3, Nibbles, WeightRows};
+use super::weight_rows::{Bytes, Code, Coded, Dense, E4m3, WeightRows};
 use crate::formats::PackedMatrix;
 
 /// Rows from one pair of tiles to the next: what is asked for ahead of time.
@@ -83,35 +83,6 @@ unsafe fn copy_dense(dense: DenseRows<'_>, rows: Range<usize>, steps: Range<usiz
                     _mm512_setzero_si512()
                 };
                 _mm512_storeu_si512(to.add(tile * TILE_BYTES + i * ROW_BYTES).cast(), line);
-            }
-        }
-    }
-}
-
-/// Rows of bytes that are multiplied as integers.
-#[derive(Clone, Copy)]
-pub struct Int8Rows<'a>(pub Coded<'a, Bytes>);
-
-impl TileWeights for Int8Rows<'_> {
-    type Element = Int8;
-
-    fn in_place(&self, row: usize) -> Option<(*const u8, usize)> {
-        Some((self.0.row(row), self.0.row_bytes()))
-    }
-
-    unsafe fn fill(&self, _: Avx512, rows: Range<usize>, steps: Range<usize>, to: *mut u8) {
-        for i in 0..TILE_ROWS {
-            for (tile, step) in steps.clone().enumerate() {
-                // SAFETY: rows are padded to whole tile rows; `to` has room for the tiles.
-                unsafe {
-                    let to = to.add(tile * TILE_BYTES + i * ROW_BYTES);
-                    if i < rows.len() {
-                        let from = self.0.row(rows.start + i).add(step * ROW_BYTES);
-                        to.copy_from_nonoverlapping(from, ROW_BYTES);
-                    } else {
-                        to.write_bytes(0, ROW_BYTES);
-                    }
-                }
             }
         }
     }
@@ -215,19 +186,6 @@ impl TileCode for E4m3 {
     }
 }
 
-impl TileCode for Nibbles {
-    unsafe fn convert<const SCALE: bool>(
-        rows: &Coded<'_, Nibbles>,
-        row: usize,
-        steps: Range<usize>,
-        to: *mut u8,
-    ) {
-        assert!(SCALE, "groups of a row have different scales");
-        // SAFETY: the same contract.
-        unsafe { look_up_nibbles(rows, row, steps, to) }
-    }
-}
-
 /// # Safety
 /// As [`TileCode::convert`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
@@ -286,60 +244,6 @@ unsafe fn rebias_e4m3(rows: &Coded<'_, E4m3>, row: usize, steps: Range<usize>, t
             _mm512_storeu_si512(to.add(tile * TILE_BYTES).cast(), line);
         }
     }
-}
-
-/// A group has sixteen different values: they are computed once, and codes pick theirs.
-///
-/// # Safety
-/// As [`TileCode::convert`].
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-unsafe fn look_up_nibbles(rows: &Coded<'_, Nibbles>, row: usize, steps: Range<usize>, to: *mut u8) {
-    let (first_cell, shift) = (rows.cell(row, 0), rows.cols_shift());
-    let table = |step: usize| {
-        let cell = first_cell + ((step * Bf16::PER_ROW) >> shift);
-        // SAFETY: this function is only entered where the instructions exist.
-        unsafe { table_of_group(rows, cell) }
-    };
-    let halves_share = shift >= 6;
-    let (from, ahead) = (rows.row(row), AHEAD_ROWS * rows.row_bytes());
-    let line_of = |step: usize| to.wrapping_add((step - steps.start) * TILE_BYTES);
-    for step in (steps.start & !1..steps.end).step_by(2) {
-        let low = table(step);
-        let high = if halves_share || step + 1 >= steps.end { low } else { table(step + 1) };
-        // SAFETY: a chunk of two steps has 32 bytes; `to` has room; a prefetch never faults.
-        unsafe {
-            let bytes = from.add(step * 16);
-            _mm_prefetch::<_MM_HINT_T1>(bytes.wrapping_add(ahead).cast());
-            let words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(bytes.cast()));
-            if step >= steps.start {
-                let line = _mm512_permutexvar_epi16(words, low);
-                _mm512_storeu_si512(line_of(step).cast(), line);
-            }
-            if step + 1 < steps.end {
-                let line = _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(words), high);
-                _mm512_storeu_si512(line_of(step + 1).cast(), line);
-            }
-        }
-    }
-}
-
-/// The values of the sixteen codes of a group, twice: an index has five bits, and the fifth
-/// belongs to the other half of the byte.
-///
-/// # Safety
-/// The machine must have AVX-512 with BF16.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
-unsafe fn table_of_group(rows: &Coded<'_, Nibbles>, cell: usize) -> __m512i {
-    // SAFETY: this function is only entered where the instructions exist.
-    let simd = unsafe { Avx512::assume() };
-    let codes = _mm512_setr_ps(
-        0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
-    );
-    let zero = _mm512_set1_ps(rows.zero_point(cell));
-    let values = _mm512_mul_ps(_mm512_sub_ps(codes, zero), rows.scale(simd, cell));
-    // SAFETY: both types are 64 bytes.
-    unsafe { std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(values, values)) }
 }
 
 /// # Safety

@@ -3,8 +3,8 @@
 use half::f16;
 
 use super::simd::{Float, Simd, load};
-use crate::formats::{PackedMatrix, ROW_ALIGN, int4};
-use crate::tensor::{DType, Tensor};
+use crate::formats::{PackedMatrix, ROW_ALIGN};
+use crate::tensor::DType;
 
 /// Rows whose elements can be read as f32 vectors.
 pub trait WeightRows: Copy + Send + Sync {
@@ -68,9 +68,6 @@ impl<E: Float> WeightRows for Dense<'_, E> {
 
 /// How one element is coded.
 pub trait Code: Copy + Send + Sync {
-    /// Elements per byte.
-    const PER_BYTE: usize;
-
     /// Elements `at..at + S::LANES` of the row that starts at `row`, before zero points and scales.
     ///
     /// # Safety
@@ -81,16 +78,11 @@ pub trait Code: Copy + Send + Sync {
 /// Signed bytes.
 #[derive(Clone, Copy)]
 pub struct Bytes;
-/// Packed halves of bytes.
-#[derive(Clone, Copy)]
-pub struct Nibbles;
 /// FP8 E4M3.
 #[derive(Clone, Copy)]
 pub struct E4m3;
 
 impl Code for Bytes {
-    const PER_BYTE: usize = 1;
-
     #[inline(always)]
     unsafe fn lanes<S: Simd>(simd: S, row: *const u8, at: usize) -> S::V {
         // SAFETY: the same contract.
@@ -98,22 +90,7 @@ impl Code for Bytes {
     }
 }
 
-impl Code for Nibbles {
-    const PER_BYTE: usize = 2;
-
-    #[inline(always)]
-    unsafe fn lanes<S: Simd>(simd: S, row: *const u8, at: usize) -> S::V {
-        // SAFETY: the same contract; a vector never spans both halves of a chunk.
-        unsafe {
-            let bytes = row.add(at / 64 * 32 + at % 32);
-            if at % 64 < 32 { simd.load_low_nibbles(bytes) } else { simd.load_high_nibbles(bytes) }
-        }
-    }
-}
-
 impl Code for E4m3 {
-    const PER_BYTE: usize = 1;
-
     #[inline(always)]
     unsafe fn lanes<S: Simd>(simd: S, row: *const u8, at: usize) -> S::V {
         // SAFETY: the same contract.
@@ -136,7 +113,6 @@ pub struct Coded<'a, C> {
     codes: &'a [u8],
     row_bytes: usize,
     scales: Scales<'a>,
-    zero_points: Option<&'a [u8]>,
     /// Binary logarithms of the rows and columns that share a scale: a division per vector
     /// would cost more than the vector.
     rows_shift: u32,
@@ -151,7 +127,7 @@ impl<'a, C: Code> Coded<'a, C> {
         let quantized = matrix.quantized.as_ref().expect("a quantized matrix has scales");
         let codes = matrix.data.bytes();
         let width = matrix.num_cols.next_multiple_of(ROW_ALIGN);
-        let row_bytes = width / C::PER_BYTE;
+        let row_bytes = width;
         assert!(codes.len() >= matrix.num_rows * row_bytes, "rows of codes are padded");
         let shape = quantized.grid.shape(matrix.num_rows, matrix.num_cols);
         assert_eq!(quantized.scales.shape().sizes(), shape, "scales fit the matrix");
@@ -162,7 +138,6 @@ impl<'a, C: Code> Coded<'a, C> {
                 DType::F16 => Scales::F16(quantized.scales.as_slice()),
                 _ => Scales::F32(quantized.scales.as_slice()),
             },
-            zero_points: quantized.zero_points.as_ref().map(Tensor::as_slice),
             rows_shift: shift_of(quantized.grid.rows, matrix.num_rows),
             cols_shift: shift_of(quantized.grid.cols, width),
             scales_per_row: shape[1],
@@ -182,11 +157,6 @@ impl<'a, C: Code> Coded<'a, C> {
         (row >> self.rows_shift) * self.scales_per_row + (at >> self.cols_shift)
     }
 
-    /// Binary logarithm of the columns that share a scale.
-    pub fn cols_shift(&self) -> u32 {
-        self.cols_shift
-    }
-
     /// Whether every row has one scale of its own.
     pub fn is_scaled_per_row(&self) -> bool {
         self.rows_shift == 0 && self.scales_per_row == 1
@@ -204,12 +174,6 @@ impl<'a, C: Code> Coded<'a, C> {
     /// The scales themselves.
     pub fn scales(&self) -> Scales<'a> {
         self.scales
-    }
-
-    /// The code that stands for 0; only meaningful for [`Nibbles`].
-    #[inline(always)]
-    pub fn zero_point(&self, cell: usize) -> f32 {
-        self.zero_points.map_or(int4::MIDDLE, |zeros| f32::from(zeros[cell]))
     }
 }
 
@@ -232,9 +196,6 @@ impl<C: Code> WeightRows for Coded<'_, C> {
         // SAFETY: the same contract; rows are padded to whole vectors.
         let codes = unsafe { C::lanes(simd, self.codes.as_ptr().add(row * self.row_bytes), at) };
         let scale = self.scale(simd, cell);
-        if C::PER_BYTE == 2 {
-            return simd.mul(simd.sub(codes, simd.splat(self.zero_point(cell))), scale);
-        }
         simd.mul(codes, scale)
     }
     #[inline(always)]
@@ -244,7 +205,7 @@ impl<C: Code> WeightRows for Coded<'_, C> {
     }
     #[inline(always)]
     fn address(&self, row: usize, at: usize) -> *const u8 {
-        self.codes.as_ptr().wrapping_add(row * self.row_bytes + at / C::PER_BYTE)
+        self.codes.as_ptr().wrapping_add(row * self.row_bytes + at)
     }
     #[inline(always)]
     fn row_bytes(&self) -> usize {
@@ -260,18 +221,15 @@ macro_rules! with_rows {
                 let $rows = Dense::<E>::of($matrix);
                 $body
             }),
-            (Format::Int8 | Format::Q8, _) => {
+            (Format::W8A16, _) => {
                 let $rows = Coded::<Bytes>::of($matrix);
-                $body
-            }
-            (Format::Int4, _) => {
-                let $rows = Coded::<Nibbles>::of($matrix);
                 $body
             }
             (Format::Fp8, _) => {
                 let $rows = Coded::<E4m3>::of($matrix);
                 $body
             }
+            (format, _) => unreachable!("{format:?} lies in blocks"),
         }
     };
 }

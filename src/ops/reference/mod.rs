@@ -89,6 +89,7 @@ impl Ops for ReferenceOps {
                 for (m, x) in rows.iter().enumerate() {
                     let product = match weight.format {
                         Format::Int8 => dot_bytes(x, weight, n),
+                        Format::Q8 | Format::Int4 => dot_groups(x, weight, n),
                         _ => dot(x, &weights) as f32,
                     };
                     out[m * num_out + n] = product + bias;
@@ -278,9 +279,25 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
 fn dot_bytes(x: &[f32], weight: &PackedMatrix, n: usize) -> f32 {
     let mut codes = vec![0; x.len()];
     let scale = int8::quantize_row(x, &mut codes);
-    let row = &weight.data.as_slice::<i8>()[n * weight.row_bytes()..];
-    let sum: i32 = codes.iter().zip(row).map(|(&a, &b)| i32::from(a) * i32::from(b)).sum();
-    sum as f32 * (scale * weight.scale(n, 0))
+    dot_codes(&codes, weight, n, 0) as f32 * (scale * weight.scale(n, 0))
+}
+
+/// The same for a matrix in groups: activations are quantized group by group.
+fn dot_groups(x: &[f32], weight: &PackedMatrix, n: usize) -> f32 {
+    let group = weight.quantized.as_ref().expect("groups have scales").grid.cols;
+    let product = |(i, x): (usize, &[f32])| {
+        let mut codes = vec![0; x.len()];
+        let x_scale = int8::quantize_row(x, &mut codes);
+        let sum = dot_codes(&codes, weight, n, i * group);
+        f64::from(sum) * f64::from(x_scale) * f64::from(weight.scale(n, i * group))
+    };
+    x.chunks(group).enumerate().map(product).sum::<f64>() as f32
+}
+
+/// Codes times those of row `n` from column `first` on.
+fn dot_codes(codes: &[i8], weight: &PackedMatrix, n: usize, first: usize) -> i32 {
+    let products = codes.iter().enumerate().map(|(i, &x)| i32::from(x) * weight.code(n, first + i));
+    products.sum()
 }
 
 /// All elements of a float tensor, widened.

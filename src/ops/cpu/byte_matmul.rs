@@ -1,0 +1,278 @@
+//! `out = x · weightᵀ` for codes in blocks, on vectors of bytes.
+//!
+//! Sums of integers are exact, so that neither order nor instructions can change them; what is
+//! done to them in f32 has one order, which the tiles of `tile_groups` keep too. Every line of
+//! weights is read once per [`ByteSimd::MAX_ROWS`] rows of activations: one row is bound by
+//! memory, more find the block in a cache.
+
+use std::ops::Range;
+
+use half::f16;
+
+use super::byte_simd::{ByteKernel, ByteSimd};
+use super::lines::{CodedLines, LINE_BYTES};
+use super::weight_blocks::{BlockOutput, Blocks, GroupScales, RowScales};
+use crate::formats::blocks::{BLOCK_ROWS, WORD_BYTES};
+use crate::formats::int4::MIDDLE;
+use crate::formats::{Format, PackedMatrix};
+
+/// Lines of weights that a line of activations is multiplied by.
+const LINES_PER_STEP: usize = LINE_BYTES / WORD_BYTES;
+/// The same for folded codes.
+const FOLDED_PER_STEP: usize = LINES_PER_STEP / 2;
+
+/// Codes and their scales.
+#[derive(Clone, Copy)]
+pub enum ByteScales<'a> {
+    /// INT8.
+    Rows(RowScales<'a>),
+    /// INT4, Q8_0.
+    Groups(GroupScales<'a>),
+}
+
+/// A matrix of codes in blocks.
+#[derive(Clone, Copy)]
+pub struct ByteWeights<'a> {
+    /// The codes.
+    pub blocks: Blocks<'a>,
+    /// Their scales.
+    pub scales: ByteScales<'a>,
+}
+
+impl<'a> ByteWeights<'a> {
+    /// Those of a matrix of bytes or folded codes.
+    pub fn of(matrix: &'a PackedMatrix) -> ByteWeights<'a> {
+        let scales = match matrix.format {
+            Format::Int8 => ByteScales::Rows(RowScales::of(matrix)),
+            _ => ByteScales::Groups(GroupScales::of(matrix)),
+        };
+        ByteWeights { blocks: Blocks::of(matrix), scales }
+    }
+}
+
+/// A product, or the gated product of two.
+pub struct ByteTask<'a> {
+    /// Activations, quantized as the weights demand.
+    pub x: CodedLines<'a>,
+    /// The matrix, or the gate.
+    pub main: ByteWeights<'a>,
+    /// What the activated gate is multiplied by.
+    pub up: Option<ByteWeights<'a>>,
+    /// Where results go.
+    pub out: BlockOutput<'a>,
+}
+
+/// Some blocks of a task.
+pub struct ByteBlocks<'a> {
+    /// The task.
+    pub task: &'a ByteTask<'a>,
+    /// Which blocks; no other task has them.
+    pub blocks: Range<usize>,
+}
+
+impl ByteKernel for ByteBlocks<'_> {
+    #[inline(always)]
+    fn run<S: ByteSimd>(self, simd: S) {
+        let num_rows = self.task.x.lines.num_rows;
+        for block in self.blocks {
+            for row in (0..num_rows).step_by(S::MAX_ROWS) {
+                match S::MAX_ROWS.min(num_rows - row) {
+                    1 => write_rows::<S, 1>(simd, self.task, block, row),
+                    2 => write_rows::<S, 2>(simd, self.task, block, row),
+                    3 => write_rows::<S, 3>(simd, self.task, block, row),
+                    4 => write_rows::<S, 4>(simd, self.task, block, row),
+                    _ => unreachable!("at most four rows share a pass"),
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn write_rows<S: ByteSimd, const R: usize>(simd: S, task: &ByteTask<'_>, block: usize, row: usize) {
+    let pass = Pass::<R>::new(task.x, row);
+    let main = pass.multiply(simd, task.main, block);
+    let up = task.up.map(|up| pass.multiply(simd, up, block));
+    let columns = task.out.columns(block);
+    for (i, &main) in main.iter().enumerate() {
+        let up = up.map(|up| simd.lanes(up[i]));
+        // SAFETY: this task alone has the block.
+        unsafe { columns.write(simd.base(), row + i, &simd.lanes(main), up.as_ref()) }
+    }
+}
+
+/// `R` rows of activations.
+struct Pass<'a, const R: usize> {
+    x: CodedLines<'a>,
+    row: usize,
+    /// Their first lines.
+    lines: [*const i8; R],
+    /// Bytes from a line of a row to its next.
+    step_bytes: usize,
+}
+
+impl<'a, const R: usize> Pass<'a, R> {
+    #[inline(always)]
+    fn new(x: CodedLines<'a>, row: usize) -> Pass<'a, R> {
+        let lines = std::array::from_fn(|i| x.lines.line(row + i, 0));
+        Pass { x, row, lines, step_bytes: x.lines.rows_per_tile() * LINE_BYTES }
+    }
+
+    /// Word `word` of the rows' lines at a step.
+    #[inline(always)]
+    fn words(&self, step: usize, word: usize) -> [*const i8; R] {
+        self.lines.map(|line| line.wrapping_add(step * self.step_bytes + word * WORD_BYTES))
+    }
+
+    #[inline(always)]
+    fn multiply<S: ByteSimd>(
+        &self,
+        simd: S,
+        weights: ByteWeights<'_>,
+        block: usize,
+    ) -> [S::Floats; R] {
+        let codes = weights.blocks.block(block);
+        let per_step = weights.blocks.block_bytes / self.x.lines.steps;
+        // What is read below: all lines of the block, and as many words of every row.
+        match weights.scales {
+            ByteScales::Rows(scales) => {
+                assert_eq!(per_step, LINES_PER_STEP * LINE_BYTES);
+                self.multiply_rows(simd, codes, scales.block(block))
+            }
+            ByteScales::Groups(scales) if scales.is_int4 => {
+                assert_eq!(per_step, FOLDED_PER_STEP * LINE_BYTES);
+                self.multiply_folded(simd, codes, scales, block)
+            }
+            ByteScales::Groups(scales) => {
+                assert_eq!(per_step, LINES_PER_STEP * LINE_BYTES);
+                self.multiply_groups(simd, codes, scales, block)
+            }
+        }
+    }
+
+    /// One scale per row of weights.
+    #[inline(always)]
+    fn multiply_rows<S: ByteSimd>(
+        &self,
+        simd: S,
+        codes: *const u8,
+        scales: &[f32; BLOCK_ROWS],
+    ) -> [S::Floats; R] {
+        let mut sums: [S::Ints; R] =
+            std::array::from_fn(|i| simd.ints(-S::BYTES_OFFSET * self.x.sum(self.row + i, 0)));
+        for step in 0..self.x.lines.steps {
+            for word in 0..LINES_PER_STEP {
+                let line = codes.wrapping_add((step * LINES_PER_STEP + word) * LINE_BYTES);
+                // SAFETY: the block and the rows have all their steps.
+                unsafe { simd.add_bytes(&mut sums, line, self.words(step, word)) }
+            }
+        }
+        // SAFETY: a block has sixteen scales.
+        std::array::from_fn(|i| unsafe {
+            simd.scaled(sums[i], self.x.scale(self.row + i, 0), scales.as_ptr())
+        })
+    }
+
+    /// Bytes in groups of half a step.
+    #[inline(always)]
+    fn multiply_groups<S: ByteSimd>(
+        &self,
+        simd: S,
+        codes: *const u8,
+        scales: GroupScales<'_>,
+        block: usize,
+    ) -> [S::Floats; R] {
+        let lines_per_group = scales.size / WORD_BYTES;
+        let mut acc = [simd.no_floats(); R];
+        for group in 0..scales.groups {
+            let mut sums: [S::Ints; R] = std::array::from_fn(|i| {
+                simd.ints(-S::BYTES_OFFSET * self.x.sum(self.row + i, group))
+            });
+            let first = group * lines_per_group;
+            let last = (first + lines_per_group).min(self.x.lines.steps * LINES_PER_STEP);
+            for line in first..last {
+                let words = self.words(line / LINES_PER_STEP, line % LINES_PER_STEP);
+                // SAFETY: the block and the rows have all their steps.
+                unsafe { simd.add_bytes(&mut sums, codes.wrapping_add(line * LINE_BYTES), words) }
+            }
+            self.add_group(simd, &mut acc, sums, group, scales.scales(block, group));
+        }
+        acc
+    }
+
+    /// Folded codes: either half of a step may be a group of its own.
+    #[inline(always)]
+    fn multiply_folded<S: ByteSimd>(
+        &self,
+        simd: S,
+        codes: *const u8,
+        scales: GroupScales<'_>,
+        block: usize,
+    ) -> [S::Floats; R] {
+        let steps = self.x.lines.steps;
+        let mut acc = [simd.no_floats(); R];
+        let mut sums = [[simd.ints(0); 2]; R];
+        for step in 0..steps {
+            for word in 0..FOLDED_PER_STEP {
+                let line = codes.wrapping_add((step * FOLDED_PER_STEP + word) * LINE_BYTES);
+                // SAFETY: the block and the rows have all their steps.
+                unsafe {
+                    simd.add_folded(&mut sums, line, self.words(step, word), LINE_BYTES / 2);
+                }
+            }
+            if scales.size < LINE_BYTES {
+                for half in 0..2 {
+                    let sums = std::array::from_fn(|i| sums[i][half]);
+                    self.add_codes(simd, &mut acc, sums, 2 * step + half, (scales, block));
+                }
+            } else if ((step + 1) * LINE_BYTES).is_multiple_of(scales.size) || step + 1 == steps {
+                let sums = std::array::from_fn(|i| simd.add_ints(sums[i][0], sums[i][1]));
+                let group = step * LINE_BYTES / scales.size;
+                self.add_codes(simd, &mut acc, sums, group, (scales, block));
+            } else {
+                continue;
+            }
+            sums = [[simd.ints(0); 2]; R];
+        }
+        acc
+    }
+
+    /// Adds sums of unsigned codes: zero points are taken off first.
+    #[inline(always)]
+    fn add_codes<S: ByteSimd>(
+        &self,
+        simd: S,
+        acc: &mut [S::Floats; R],
+        sums: [S::Ints; R],
+        group: usize,
+        (scales, block): (GroupScales<'_>, usize),
+    ) {
+        let x_sum = |i: usize| self.x.sum(self.row + i, group);
+        let sums = match scales.zeros(block, group) {
+            // SAFETY: a group has sixteen zero points.
+            Some(zeros) => std::array::from_fn(|i| unsafe {
+                simd.sub_zeros(sums[i], zeros.as_ptr(), x_sum(i))
+            }),
+            None => std::array::from_fn(|i| {
+                simd.add_ints(sums[i], simd.ints(-i32::from(MIDDLE) * x_sum(i)))
+            }),
+        };
+        self.add_group(simd, acc, sums, group, scales.scales(block, group));
+    }
+
+    #[inline(always)]
+    fn add_group<S: ByteSimd>(
+        &self,
+        simd: S,
+        acc: &mut [S::Floats; R],
+        sums: [S::Ints; R],
+        group: usize,
+        scales: &[f16; BLOCK_ROWS],
+    ) {
+        for (i, acc) in acc.iter_mut().enumerate() {
+            let x_scale = self.x.scale(self.row + i, group);
+            // SAFETY: a group has sixteen scales.
+            *acc = unsafe { simd.add_scaled(*acc, sums[i], x_scale, scales.as_ptr()) };
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! `out = x · weightᵀ` on AMX for weights in blocks: bf16, and INT8 with a scale per row.
+//!
+//! Lines of activations are the left operand, blocks of weights the right one where they lie, and
+//! a row of an accumulator is sixteen output columns of one row. Two tiles of rows and two blocks
+//! share a pass: a pair of blocks, or a block of the gate and the same of what it multiplies.
+//!
+//! Few rows: weights go from memory to tiles, once. Many rows: the summed axis is cut into slices,
+//! so that a pair's weights stay in the first-level cache and the slice of all rows in the
+//! second-level one; accumulators wait in memory between slices, which changes no sum.
+
+use std::arch::x86_64::*;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use super::amx::{Amx, Left, ROW_BYTES, Right, TILE_BYTES, TILE_LEN, TileElement, Tiles};
+use super::lines::{CodedLines, Lines, TILE_ROWS};
+use super::share::Scratch;
+use super::weight_blocks::{BlockOutput, Blocks, RowScales};
+
+/// Up to this many rows, weights are read once.
+const FEW_ROWS: usize = 2 * TILE_ROWS;
+/// Steps of a slice: two blocks of it fill two thirds of the first-level cache.
+const SLICE_STEPS: usize = 16;
+/// Pairs of tiles of rows whose slice (32 KiB each) and accumulators (4 KiB per pair of blocks)
+/// share half of the second-level cache.
+const TILE_PAIRS: usize = 8;
+
+/// Four accumulators: rows × first block, next rows × first block, the same for the second.
+type Sums = [[u32; TILE_LEN]; 4];
+
+/// What becomes of a row of an accumulator.
+pub trait Finish: Copy + Send + Sync {
+    /// Sixteen output columns of a row.
+    ///
+    /// # Safety
+    /// The machine must have AVX-512.
+    unsafe fn finish(&self, sums: __m512i, row: usize, block: usize) -> __m512;
+}
+
+/// Sums of f32 are results.
+#[derive(Clone, Copy)]
+pub struct Floats;
+
+impl Finish for Floats {
+    #[inline(always)]
+    unsafe fn finish(&self, sums: __m512i, _: usize, _: usize) -> __m512 {
+        // SAFETY: the same contract.
+        unsafe { _mm512_castsi512_ps(sums) }
+    }
+}
+
+/// Sums of integers, multiplied by the scales of the row and of the column: the referee's order.
+#[derive(Clone, Copy)]
+pub struct ScaleSums<'a> {
+    /// Scales of rows of activations.
+    pub rows: CodedLines<'a>,
+    /// Scales of rows of weights.
+    pub cols: RowScales<'a>,
+}
+
+impl Finish for ScaleSums<'_> {
+    #[inline(always)]
+    unsafe fn finish(&self, sums: __m512i, row: usize, block: usize) -> __m512 {
+        // SAFETY: the same contract; a block has sixteen scales.
+        unsafe {
+            let cols = _mm512_loadu_ps(self.cols.block(block).as_ptr());
+            let scales = _mm512_mul_ps(_mm512_set1_ps(self.rows.scale(row, 0)), cols);
+            _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales)
+        }
+    }
+}
+
+/// A matrix and what becomes of its sums.
+#[derive(Clone, Copy)]
+pub struct Half<'a, F> {
+    /// Weights.
+    pub blocks: Blocks<'a>,
+    /// What becomes of sums.
+    pub finish: F,
+}
+
+/// A product, or the gated product of two.
+pub struct BlockTask<'a, E, F> {
+    /// The machine's tiles.
+    pub amx: Amx,
+    /// Activations.
+    pub x: Lines<'a>,
+    /// The matrix, or the gate.
+    pub main: Half<'a, F>,
+    /// What the activated gate is multiplied by.
+    pub up: Option<Half<'a, F>>,
+    /// Where results go.
+    pub out: BlockOutput<'a>,
+    /// What tiles hold.
+    pub element: PhantomData<E>,
+}
+
+impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
+    /// Computes some blocks of output columns for all rows.
+    pub fn run_blocks(&self, blocks: Range<usize>, scratch: &mut Scratch) {
+        let mut tiles = Tiles::open(self.amx);
+        if self.x.num_rows <= FEW_ROWS {
+            return self.stream(&mut tiles, blocks, scratch);
+        }
+        let num_pairs = self.x.num_tiles().div_ceil(2);
+        for first in (0..num_pairs).step_by(TILE_PAIRS) {
+            let pairs = first..num_pairs.min(first + TILE_PAIRS);
+            self.reuse(&mut tiles, pairs, blocks.clone(), scratch);
+        }
+    }
+
+    /// Blocks of one pass: of one matrix, or the same of both.
+    fn blocks_per_pass(&self) -> usize {
+        if self.up.is_some() { 1 } else { 2 }
+    }
+
+    /// The right operands of a pass, from `step` on; the second is missing at an odd end.
+    fn rights(&self, blocks: &Range<usize>, step: usize) -> [Option<*const u8>; 2] {
+        let first = self.main.blocks.block(blocks.start);
+        let second = match &self.up {
+            Some(up) => Some(up.blocks.block(blocks.start)),
+            None => (blocks.len() > 1).then(|| self.main.blocks.block(blocks.start + 1)),
+        };
+        [Some(first), second].map(|block| block.map(|block| block.wrapping_add(step * TILE_BYTES)))
+    }
+
+    /// The left operand: a pair of tiles of rows, from `step` on. A tile that is missing is its
+    /// neighbour.
+    fn left(&self, pair: usize, step: usize) -> Left {
+        let tile = |tile: usize| {
+            let row = tile.min(self.x.num_tiles() - 1) * TILE_ROWS;
+            self.x.line(row, step).cast::<u8>()
+        };
+        let (upper, lower) = (tile(2 * pair), tile(2 * pair + 1));
+        Left {
+            upper,
+            lower,
+            row_stride: ROW_BYTES,
+            step: self.x.rows_per_tile() * ROW_BYTES,
+            next_upper: upper,
+            next_lower: lower,
+        }
+    }
+
+    /// Adds the products of a pass over `steps`. With `ahead`, the weights that many bytes
+    /// further are asked for meanwhile.
+    fn multiply(
+        &self,
+        tiles: &mut Tiles,
+        blocks: &Range<usize>,
+        (pair, steps): (usize, Range<usize>),
+        ahead: Option<usize>,
+    ) {
+        let [first, second] = self.rights(blocks, steps.start);
+        let first = first.expect("a pass has a block");
+        let mut left = self.left(pair, steps.start);
+        if let Some(ahead) = ahead {
+            left.next_upper = first.wrapping_add(ahead);
+            left.next_lower = second.unwrap_or(first).wrapping_add(ahead);
+        }
+        let right = |start: *const u8| Right { start, row_stride: ROW_BYTES };
+        let (first, second, steps) = (right(first), second.map(right), steps.len());
+        // SAFETY: blocks have all steps, and rows have room to be read as whole tiles.
+        unsafe {
+            match (second, ahead) {
+                (Some(second), None) => tiles.multiply_two::<E>(left, first, second, steps),
+                (Some(second), Some(_)) => tiles.stream_two::<E>(left, first, second, steps),
+                (None, None) => tiles.multiply_one::<E>(left, first, steps),
+                (None, Some(_)) => tiles.stream_one::<E>(left, first, steps),
+            }
+        }
+    }
+
+    /// Few rows.
+    fn stream(&self, tiles: &mut Tiles, blocks: Range<usize>, scratch: &mut Scratch) {
+        let sums = sums_of(scratch.take_words(4 * TILE_LEN));
+        for pass in self.passes(&blocks) {
+            tiles.clear();
+            let ahead = self.blocks_per_pass() * self.main.blocks.block_bytes;
+            self.multiply(tiles, &pass, (0, 0..self.x.steps), Some(ahead));
+            tiles.store(&mut sums[0]);
+            self.write(&mut Finished::new(0, 0, pass), sums, 2 * TILE_ROWS);
+        }
+    }
+
+    fn passes(&self, blocks: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<E, F> {
+        let (end, len) = (blocks.end, self.blocks_per_pass());
+        blocks.clone().step_by(len).map(move |block| block..end.min(block + len))
+    }
+
+    /// Many rows: some pairs of tiles of them.
+    fn reuse(
+        &self,
+        tiles: &mut Tiles,
+        pairs: Range<usize>,
+        blocks: Range<usize>,
+        scratch: &mut Scratch,
+    ) {
+        let num_slices = self.x.steps.div_ceil(SLICE_STEPS);
+        let slice_steps = self.x.steps.div_ceil(num_slices);
+        let num_passes = blocks.len().div_ceil(self.blocks_per_pass());
+        // Between slices all accumulators are kept, else the last ones until they are written.
+        let kept = if num_slices > 1 { num_passes * pairs.len() } else { 2 };
+        let sums = sums_of(scratch.take_words(kept * 4 * TILE_LEN));
+        let mut finished: Option<Finished> = None;
+        for first_step in (0..self.x.steps).step_by(slice_steps) {
+            let steps = first_step..self.x.steps.min(first_step + slice_steps);
+            for (i, pass) in self.passes(&blocks).enumerate() {
+                for pair in pairs.clone() {
+                    let slot = (i * pairs.len() + pair - pairs.start) % kept;
+                    if first_step == 0 {
+                        tiles.clear();
+                    } else {
+                        tiles.load(&sums[slot]);
+                    }
+                    let parts =
+                        Parts { steps: steps.clone(), i: pair - pairs.start, len: pairs.len() };
+                    for (part, is_ahead) in parts.iter() {
+                        let ahead = self.blocks_per_pass() * self.main.blocks.block_bytes;
+                        let ahead = is_ahead.then_some(ahead);
+                        self.multiply(tiles, &pass, (pair, part), ahead);
+                        if let Some(finished) = &mut finished {
+                            self.write(finished, sums, 2 * TILE_ROWS / Parts::MOST);
+                        }
+                    }
+                    if let Some(finished) = &mut finished {
+                        self.write(finished, sums, 2 * TILE_ROWS);
+                    }
+                    tiles.store(&mut sums[slot]);
+                    if steps.end == self.x.steps {
+                        finished = Some(Finished::new(slot, pair, pass.clone()));
+                    }
+                }
+            }
+        }
+        if let Some(mut finished) = finished {
+            self.write(&mut finished, sums, 2 * TILE_ROWS);
+        }
+    }
+
+    /// Writes the next `num_rows` rows of finished sums.
+    fn write(&self, finished: &mut Finished, sums: &[Sums], num_rows: usize) {
+        let rows = finished.next_row..(2 * TILE_ROWS).min(finished.next_row + num_rows);
+        finished.next_row = rows.end;
+        // SAFETY: tiles are open, so the machine has AVX-512.
+        unsafe { self.write_rows(finished, &sums[finished.slot], rows) }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    fn write_rows(&self, finished: &Finished, sums: &Sums, rows: Range<usize>) {
+        let (simd, block) = (self.amx.vectors(), finished.blocks.start);
+        let columns = self.out.columns(block);
+        let next = (self.up.is_none() && finished.blocks.len() > 1)
+            .then(|| (self.out.columns(block + 1), block + 1));
+        for i in rows {
+            let row = 2 * finished.pair * TILE_ROWS + i;
+            if row >= self.x.num_rows {
+                return;
+            }
+            let (tile, line) = (i / TILE_ROWS, i % TILE_ROWS);
+            // SAFETY: the instructions exist here; this task alone writes these blocks.
+            unsafe {
+                let first = values(&self.main.finish, &sums[tile], line, (row, block));
+                match (&self.up, &next) {
+                    (Some(up), _) => {
+                        let up = values(&up.finish, &sums[2 + tile], line, (row, block));
+                        columns.write(simd, row, &first, Some(&up));
+                    }
+                    (None, next) => {
+                        columns.write(simd, row, &first, None);
+                        if let Some((columns, block)) = next {
+                            let place = (row, *block);
+                            let second = values(&self.main.finish, &sums[2 + tile], line, place);
+                            columns.write(simd, row, &second, None);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Sixteen results of a line of an accumulator.
+///
+/// # Safety
+/// The machine must have AVX-512.
+#[inline(always)]
+unsafe fn values<F: Finish>(
+    finish: &F,
+    sums: &[u32; TILE_LEN],
+    line: usize,
+    (row, block): (usize, usize),
+) -> [f32; TILE_ROWS] {
+    // SAFETY: a line has sixteen sums; both types are 64 bytes.
+    unsafe {
+        let sums = _mm512_loadu_si512(sums[line * TILE_ROWS..][..TILE_ROWS].as_ptr().cast());
+        std::mem::transmute::<__m512, [f32; TILE_ROWS]>(finish.finish(sums, row, block))
+    }
+}
+
+/// Sums of a pair of tiles of rows that are being written while the next are computed: tiles
+/// and vectors work side by side.
+struct Finished {
+    slot: usize,
+    pair: usize,
+    blocks: Range<usize>,
+    next_row: usize,
+}
+
+impl Finished {
+    fn new(slot: usize, pair: usize, blocks: Range<usize>) -> Finished {
+        Finished { slot, pair, blocks, next_row: 0 }
+    }
+}
+
+/// The steps of a slice for pair `i` of `len`, in parts. In those between `i / len` and
+/// `(i + 1) / len` of it, the weights of the next pass are asked for: memory needs the time of
+/// all pairs to bring them.
+struct Parts {
+    steps: Range<usize>,
+    i: usize,
+    len: usize,
+}
+
+impl Parts {
+    /// Most parts of a slice.
+    const MOST: usize = 8;
+
+    fn iter(self) -> impl Iterator<Item = (Range<usize>, bool)> {
+        let Parts { steps, i, len } = self;
+        let part_steps = steps.len().div_ceil(Parts::MOST);
+        let from = steps.start + steps.len() * i / len;
+        let to = steps.start + (steps.len() * (i + 1)).div_ceil(len);
+        steps.clone().step_by(part_steps).map(move |start| {
+            let end = steps.end.min(start + part_steps);
+            (start..end, start < to && from < end)
+        })
+    }
+}
+
+/// Words as accumulators.
+fn sums_of(words: &mut [u32]) -> &mut [Sums] {
+    words.as_chunks_mut().0.as_chunks_mut().0
+}
