@@ -10,7 +10,8 @@ use tokenmill::config::CpuIsa;
 use tokenmill::ops::Ops;
 use tokenmill::ops::args::AttentionArgs;
 use tokenmill::ops::cpu::CpuOps;
-use tokenmill::tensor::{DType, Tensor};
+use tokenmill::ops::kv_tensor::KvTensor;
+use tokenmill::tensor::{DType, Fp8, Tensor};
 
 const HEADS: usize = 14;
 const KV_HEADS: usize = 2;
@@ -35,15 +36,42 @@ const CASES: [(&str, usize, usize, usize); 9] = [
 fn attention(criterion: &mut Criterion) {
     let ops = CpuOps::new(None, CpuIsa::Auto).expect("the machine has a thread");
     println!("{}", ops.name());
+    for dtype in [DType::BF16, DType::I8, DType::Fp8] {
+        attention_over(criterion, &ops, dtype);
+    }
+}
+
+/// A cache with some number in every place.
+fn filled_cache(dtype: DType, num_blocks: usize) -> KvTensor {
+    let mut cache = KvTensor::zeros(dtype, [num_blocks, KV_HEADS, BLOCK, HEAD_DIM]);
+    match dtype {
+        DType::I8 => {
+            let codes = cache.data.as_mut_slice::<i8>().iter_mut();
+            codes.enumerate().for_each(|(i, code)| *code = (i % 89) as i8 - 44);
+        }
+        DType::Fp8 => {
+            let codes = cache.data.as_mut_slice::<Fp8>().iter_mut();
+            codes.enumerate().for_each(|(i, code)| *code = Fp8((i % 48) as u8));
+        }
+        _ => {
+            let elements = cache.data.as_mut_slice::<half::bf16>().iter_mut();
+            for (i, x) in elements.enumerate() {
+                *x = half::bf16::from_f32((i % 89) as f32 / 89.0 - 0.5);
+            }
+        }
+    }
+    if let Some(scales) = &mut cache.scales {
+        scales.as_mut_slice::<f32>().fill(0.01);
+    }
+    cache
+}
+
+fn attention_over(criterion: &mut Criterion, ops: &CpuOps, dtype: DType) {
     for (name, seqs, queries, context) in CASES {
         let num_blocks = seqs * context / BLOCK;
-        let cache_bytes = 2 * 2 * num_blocks * KV_HEADS * BLOCK * HEAD_DIM;
-        let cache = || {
-            let len = num_blocks * KV_HEADS * BLOCK * HEAD_DIM;
-            let values: Vec<half::bf16> =
-                (0..len).map(|i| half::bf16::from_f32((i % 89) as f32 / 89.0 - 0.5)).collect();
-            Tensor::from_slice(&values, [num_blocks, KV_HEADS, BLOCK, HEAD_DIM])
-        };
+        let vector_bytes = KvTensor::vector_bytes(dtype, HEAD_DIM);
+        let cache_bytes = 2 * num_blocks * KV_HEADS * BLOCK * vector_bytes;
+        let cache = || filled_cache(dtype, num_blocks);
         let caches: Vec<_> =
             (0..(CACHES_BYTES / cache_bytes).max(1)).map(|_| (cache(), cache())).collect();
         let tables: Vec<u32> = (0..num_blocks as u32).rev().collect();
@@ -55,7 +83,7 @@ fn attention(criterion: &mut Criterion) {
         let q = Tensor::from_slice(&q, [seqs * queries, HEADS, HEAD_DIM]);
         let mut out = Tensor::zeros(DType::F32, q.shape().sizes());
         let (best, turn) = (Cell::new(Duration::MAX), Cell::new(0));
-        criterion.bench_function(&format!("attention {name} bf16"), |bencher| {
+        criterion.bench_function(&format!("attention {name} {dtype}"), |bencher| {
             bencher.iter(|| {
                 let (k_cache, v_cache) = &caches[turn.get() % caches.len()];
                 turn.set(turn.get() + 1);

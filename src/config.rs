@@ -68,6 +68,11 @@ pub enum KvCacheDtype {
     F16,
     /// Single precision.
     F32,
+    /// Signed bytes with a scale per token and head.
+    Int8,
+    /// FP8 E4M3 without scales.
+    #[value(alias = "fp8_e4m3")]
+    Fp8,
 }
 
 /// Vector instructions that the CPU kernels use.

@@ -30,6 +30,8 @@ pub enum DType {
     I8,
     /// Quantized weights, packed codes.
     U8,
+    /// FP8 E4M3, as the KV cache may hold it.
+    Fp8,
 }
 
 impl DType {
@@ -38,11 +40,11 @@ impl DType {
         match self {
             DType::F32 | DType::U32 => 4,
             DType::BF16 | DType::F16 => 2,
-            DType::I8 | DType::U8 => 1,
+            DType::I8 | DType::U8 | DType::Fp8 => 1,
         }
     }
 
-    /// Whether elements are floating-point numbers.
+    /// Whether elements are floating-point numbers that every operation takes.
     pub const fn is_float(self) -> bool {
         matches!(self, DType::F32 | DType::BF16 | DType::F16)
     }
@@ -57,9 +59,15 @@ impl fmt::Display for DType {
             DType::U32 => "u32",
             DType::I8 => "i8",
             DType::U8 => "u8",
+            DType::Fp8 => "fp8",
         })
     }
 }
+
+/// The bits of an FP8 E4M3 number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Fp8(pub u8);
 
 /// A Rust type that can be read in place from a tensor of its [`DType`].
 ///
@@ -94,6 +102,10 @@ unsafe impl Element for i8 {
 // SAFETY: any byte is a valid u8.
 unsafe impl Element for u8 {
     const DTYPE: DType = DType::U8;
+}
+// SAFETY: a transparent u8.
+unsafe impl Element for Fp8 {
+    const DTYPE: DType = DType::Fp8;
 }
 
 /// Up to four sizes, outermost first.
@@ -469,6 +481,14 @@ impl<'a> ViewMut<'a> {
     pub fn into_rows(self, range: Range<usize>) -> ViewMut<'a> {
         let (ptr, shape) = narrow(self.ptr, self.dtype, self.shape, &range);
         ViewMut { ptr, shape, ..self }
+    }
+
+    /// Copies a row of the outermost axis over another one; panics when either is not there.
+    pub fn copy_row(&mut self, source: usize, destination: usize) {
+        let (from, row) = narrow(self.ptr, self.dtype, self.shape, &(source..source + 1));
+        let (to, _) = narrow(self.ptr, self.dtype, self.shape, &(destination..destination + 1));
+        // SAFETY: both rows were just checked to lie inside the exclusively borrowed tensor.
+        unsafe { from.copy_to(to, row.len() * self.dtype.size_bytes()) }
     }
 
     /// All elements, mutable; panics when `T` is not the view's dtype.

@@ -37,7 +37,9 @@ impl TensorSource for DummySource {
             DType::F32 => StoredDType::F32,
             DType::BF16 => StoredDType::BF16,
             DType::F16 => StoredDType::F16,
-            DType::U32 | DType::I8 | DType::U8 => unreachable!("weights are floating-point"),
+            DType::U32 | DType::I8 | DType::U8 | DType::Fp8 => {
+                unreachable!("weights are floating-point")
+            }
         };
         Some(TensorInfo { dtype, shape: tensor.shape.clone(), file: "random weights".to_owned() })
     }
@@ -62,7 +64,9 @@ fn fill_ones(tensor: &mut Tensor) {
         DType::F32 => tensor.as_mut_slice::<f32>().fill(1.0),
         DType::BF16 => tensor.as_mut_slice::<bf16>().fill(bf16::ONE),
         DType::F16 => tensor.as_mut_slice::<f16>().fill(f16::ONE),
-        DType::U32 | DType::I8 | DType::U8 => unreachable!("weights are floating-point"),
+        DType::U32 | DType::I8 | DType::U8 | DType::Fp8 => {
+            unreachable!("weights are floating-point")
+        }
     }
 }
 
@@ -82,7 +86,9 @@ fn fill_random(tensor: &mut Tensor, seed: u64) {
             let word = (word & 0x87ff_87ff_87ff_87ff) | 0x2000_2000_2000_2000;
             [0, 16, 32, 48].map(|shift| f16::from_bits((word >> shift) as u16))
         }),
-        DType::U32 | DType::I8 | DType::U8 => unreachable!("weights are floating-point"),
+        DType::U32 | DType::I8 | DType::U8 | DType::Fp8 => {
+            unreachable!("weights are floating-point")
+        }
     }
 }
 

@@ -210,7 +210,7 @@ impl TensorSource for Checkpoint {
 
 /// Copies bytes that start at an odd address; old writers did not pad the header.
 fn copy_misaligned(bytes: &[u8], dtype: crate::tensor::DType, shape: Shape) -> Tensor {
-    use crate::tensor::DType;
+    use crate::tensor::{DType, Fp8};
     let mut tensor = Tensor::zeros(dtype, shape);
     match dtype {
         DType::F32 => {
@@ -235,6 +235,11 @@ fn copy_misaligned(bytes: &[u8], dtype: crate::tensor::DType, shape: Shape) -> T
             }
         }
         DType::U8 => tensor.as_mut_slice::<u8>().copy_from_slice(bytes),
+        DType::Fp8 => {
+            for (out, &byte) in tensor.as_mut_slice::<Fp8>().iter_mut().zip(bytes) {
+                *out = Fp8(byte);
+            }
+        }
         DType::F16 => {
             let values = tensor.as_mut_slice::<half::f16>();
             for (out, raw) in values.iter_mut().zip(bytes.chunks_exact(2)) {

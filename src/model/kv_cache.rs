@@ -5,14 +5,15 @@
 use super::spec::ModelSpec;
 use crate::ops::Ops;
 use crate::ops::args::CopyBlocksArgs;
-use crate::tensor::{DType, Tensor};
+use crate::ops::kv_tensor::KvTensor;
+use crate::tensor::DType;
 
 /// Keys and values of one layer.
 pub struct KvLayer {
     /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
-    pub k: Tensor,
+    pub k: KvTensor,
     /// As `k`.
-    pub v: Tensor,
+    pub v: KvTensor,
 }
 
 /// Keys and values of all layers.
@@ -28,7 +29,7 @@ impl KvCache {
     pub fn new(spec: &ModelSpec, num_blocks: usize, block_size: usize, dtype: DType) -> KvCache {
         let layer = |num_kv_heads: usize, head_dim: usize| {
             let shape = [num_blocks, num_kv_heads, block_size, head_dim];
-            KvLayer { k: Tensor::zeros(dtype, shape), v: Tensor::zeros(dtype, shape) }
+            KvLayer { k: KvTensor::zeros(dtype, shape), v: KvTensor::zeros(dtype, shape) }
         };
         let layers = spec.layers.iter();
         KvCache {
@@ -37,10 +38,10 @@ impl KvCache {
         }
     }
 
-    /// Bytes that one block takes over all layers.
+    /// Bytes that one block takes over all layers, scales among them.
     pub fn block_bytes(spec: &ModelSpec, block_size: usize, dtype: DType) -> usize {
         let per_token = |l: &super::spec::LayerSpec| {
-            2 * l.attention.num_kv_heads * l.attention.head_dim * dtype.size_bytes()
+            2 * l.attention.num_kv_heads * KvTensor::vector_bytes(dtype, l.attention.head_dim)
         };
         block_size * spec.layers.iter().map(per_token).sum::<usize>()
     }
@@ -50,6 +51,34 @@ impl KvCache {
         for layer in &mut self.layers {
             let (k_cache, v_cache) = (layer.k.view_mut(), layer.v.view_mut());
             ops.copy_blocks(CopyBlocksArgs { k_cache, v_cache, pairs });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Tensor;
+
+    const CONFIG: &str = r#"{
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
+        "hidden_size": 8, "intermediate_size": 10, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 20,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 256,
+        "tie_word_embeddings": true, "hidden_act": "silu"
+    }"#;
+
+    #[test]
+    fn blocks_take_the_bytes_that_are_planned_for_them() {
+        let spec = ModelSpec::from_config(CONFIG).expect("the config is supported");
+        for dtype in [DType::F32, DType::BF16, DType::I8, DType::Fp8] {
+            let cache = KvCache::new(&spec, 5, 16, dtype);
+            let tensors = cache.layers.iter().flat_map(|layer| [&layer.k, &layer.v]);
+            let bytes = |t: &KvTensor| {
+                t.data.size_bytes() + t.scales.as_ref().map_or(0, Tensor::size_bytes)
+            };
+            let allocated: usize = tensors.map(bytes).sum();
+            assert_eq!(allocated, 5 * KvCache::block_bytes(&spec, 16, dtype), "{dtype}");
         }
     }
 }

@@ -3,6 +3,7 @@
 //! `check` panics on a mismatch: by then a wrong shape is our mistake, never a user's.
 //! Backends call it first and trust it afterwards.
 
+use super::kv_tensor::{KvView, KvViewMut};
 use crate::formats::PackedMatrix;
 use crate::request::SamplingParams;
 use crate::tensor::{DType, View, ViewMut};
@@ -208,10 +209,10 @@ impl GatedActivationArgs<'_> {
 
 /// See [`super::Ops::write_kv`]. Slot `s` is row `s % block_size` of block `s / block_size`.
 pub struct WriteKvArgs<'a> {
-    /// `[num_blocks, num_kv_heads, block_size, head_dim]`, f32, bf16 or f16.
-    pub k_cache: ViewMut<'a>,
+    /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
+    pub k_cache: KvViewMut<'a>,
     /// As `k_cache`.
-    pub v_cache: ViewMut<'a>,
+    pub v_cache: KvViewMut<'a>,
     /// `[num_tokens, num_kv_heads, head_dim]`.
     pub k: View<'a>,
     /// As `k`.
@@ -224,7 +225,10 @@ impl WriteKvArgs<'_> {
     /// Panics unless the shapes agree.
     pub fn check(&self) {
         assert_eq!(self.k.shape(), self.v.shape(), "write_kv: k and v");
-        assert_eq!(self.k_cache.shape(), self.v_cache.shape(), "write_kv: caches");
+        self.k_cache.check("write_kv: k_cache");
+        self.v_cache.check("write_kv: v_cache");
+        let (k_cache, v_cache) = (&self.k_cache.data, &self.v_cache.data);
+        assert_eq!(k_cache.shape(), v_cache.shape(), "write_kv: caches");
         assert_eq!(self.k.size(0), self.slot_mapping.size(0), "write_kv: slots");
         assert_eq!(self.k.size(1), self.k_cache.size(1), "write_kv: kv heads");
         assert_eq!(self.k.size(2), self.k_cache.size(3), "write_kv: head_dim");
@@ -241,9 +245,9 @@ pub struct AttentionArgs<'a> {
     /// `[num_tokens, num_heads, head_dim]`.
     pub q: View<'a>,
     /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
-    pub k_cache: View<'a>,
+    pub k_cache: KvView<'a>,
     /// As `k_cache`.
-    pub v_cache: View<'a>,
+    pub v_cache: KvView<'a>,
     /// `[num_seqs, max_blocks_per_seq]`, u32; entries beyond a sequence's blocks are unread.
     pub block_tables: View<'a>,
     /// `[num_seqs + 1]`, u32.
@@ -260,7 +264,10 @@ impl AttentionArgs<'_> {
     /// Panics unless the shapes agree.
     pub fn check(&self) {
         assert_eq!(self.out.shape(), self.q.shape(), "attention: out and q");
-        assert_eq!(self.k_cache.shape(), self.v_cache.shape(), "attention: caches");
+        self.k_cache.check("attention: k_cache");
+        self.v_cache.check("attention: v_cache");
+        let (k_cache, v_cache) = (self.k_cache.data, self.v_cache.data);
+        assert_eq!(k_cache.shape(), v_cache.shape(), "attention: caches");
         assert_eq!(self.q.size(2), self.k_cache.size(3), "attention: head_dim");
         assert_eq!(self.q.size(1) % self.k_cache.size(1), 0, "attention: heads per kv head");
         let num_seqs = self.context_lens.size(0);
@@ -290,9 +297,9 @@ impl GatherRowsArgs<'_> {
 /// See [`super::Ops::copy_blocks`].
 pub struct CopyBlocksArgs<'a> {
     /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
-    pub k_cache: ViewMut<'a>,
+    pub k_cache: KvViewMut<'a>,
     /// As `k_cache`.
-    pub v_cache: ViewMut<'a>,
+    pub v_cache: KvViewMut<'a>,
     /// `(source, destination)` block ids; no destination is also a source.
     pub pairs: &'a [(u32, u32)],
 }

@@ -7,6 +7,7 @@
 
 pub mod args;
 pub mod cpu;
+pub mod kv_tensor;
 pub mod random;
 pub mod reference;
 

@@ -166,6 +166,8 @@ fn kv_dtype(wanted: KvCacheDtype, weights: DType) -> DType {
         KvCacheDtype::Auto | KvCacheDtype::Bf16 => DType::BF16,
         KvCacheDtype::F16 => DType::F16,
         KvCacheDtype::F32 => DType::F32,
+        KvCacheDtype::Int8 => DType::I8,
+        KvCacheDtype::Fp8 => DType::Fp8,
     }
 }
 

@@ -2,6 +2,8 @@
 
 use tokenmill::ops::Ops;
 use tokenmill::ops::args::AttentionArgs;
+use tokenmill::ops::cpu::CpuOps;
+use tokenmill::ops::kv_tensor::KvTensor;
 use tokenmill::ops::reference::ReferenceOps;
 use tokenmill::tensor::{DType, Tensor};
 
@@ -15,9 +17,12 @@ pub struct Problem {
     pub seqs: Vec<(usize, usize)>,
     pub window: Option<usize>,
     pub q: Tensor,
-    pub k_cache: Tensor,
-    pub v_cache: Tensor,
+    pub k_cache: KvTensor,
+    pub v_cache: KvTensor,
     pub block_tables: Tensor,
+    /// What the caches were made of.
+    k: Vec<f32>,
+    v: Vec<f32>,
 }
 
 pub struct Case {
@@ -63,29 +68,31 @@ impl Problem {
             seqs: case.seqs.clone(),
             window: case.window,
             q: rng.tensor(DType::F32, [num_tokens, num_heads, head_dim]),
-            k_cache: cast(&k, dtype, shape),
-            v_cache: cast(&v, dtype, shape),
+            k_cache: cast_cache(&k, dtype, shape),
+            v_cache: cast_cache(&v, dtype, shape),
             block_tables: Tensor::from_slice(&tables, [case.seqs.len(), width]),
+            k,
+            v,
         }
     }
 
     /// Changes keys and values of the first sequence: `edit` gets a position, its keys and its
     /// values in one head.
     pub fn edit(&mut self, mut edit: impl FnMut(usize, &mut [f32], &mut [f32])) {
-        let sizes = self.k_cache.shape().sizes().to_vec();
-        let [_, num_kv_heads, block_size, head_dim] = sizes[..] else { panic!("a paged cache") };
-        let (mut k, mut v) = (widened(&self.k_cache), widened(&self.v_cache));
+        let shape: [usize; 4] = self.k_cache.data.shape().sizes().try_into().unwrap();
+        let [_, num_kv_heads, block_size, head_dim] = shape;
         let table = self.block_tables.view().rows(0..1).as_slice::<u32>();
         for position in 0..self.seqs[0].1 {
             for head in 0..num_kv_heads {
                 let block = table[position / block_size] as usize;
                 let row = (block * num_kv_heads + head) * block_size + position % block_size;
                 let at = row * head_dim..(row + 1) * head_dim;
-                edit(position, &mut k[at.clone()], &mut v[at]);
+                edit(position, &mut self.k[at.clone()], &mut self.v[at]);
             }
         }
-        self.k_cache = cast(&k, self.k_cache.dtype(), &*sizes);
-        self.v_cache = cast(&v, self.v_cache.dtype(), &*sizes);
+        let dtype = self.k_cache.data.dtype();
+        self.k_cache = cast_cache(&self.k, dtype, shape);
+        self.v_cache = cast_cache(&self.v, dtype, shape);
     }
 
     /// Attention of all queries.
@@ -136,52 +143,80 @@ pub fn ragged() -> Vec<(usize, usize)> {
 }
 
 /// Weighted means of values below 1. Weights of f32 carry a few units of 1e-7. On tiles,
-/// queries and weights are rounded to bf16, at most 2^-9 of each, and errors of many keys
-/// average out: the largest of a million means was off by 3e-3.
+/// queries and weights are rounded to bf16, at most 2^-9 of each, and so are values of bytes times
+/// their scale; errors of many keys average out: the largest of a million means was off by 3e-3.
+/// The referee reads the same codes, so what quantizing itself loses does not count.
 fn tolerance(ops: &dyn Ops, case: &Case) -> (f32, f32) {
-    let on_tiles = ops.name().starts_with("cpu (amx") && case.dtype == DType::BF16;
+    let has_tiles = matches!(case.dtype, DType::BF16 | DType::I8 | DType::Fp8);
+    let on_tiles = ops.name().starts_with("cpu (amx") && has_tiles;
     if on_tiles && case.head_dim.is_multiple_of(32) { (5e-3, 0.0) } else { (2e-6, 2e-6) }
 }
 
-pub fn check(ops: &dyn Ops) {
-    agrees(ops);
-    for (block_size, dtype) in [(8, DType::BF16), (16, DType::BF16), (32, DType::F32)] {
+/// Every block size with every cache that it is tested with.
+const LAYOUTS: [(usize, DType); 9] = [
+    (8, DType::F32),
+    (16, DType::BF16),
+    (32, DType::F16),
+    (8, DType::I8),
+    (16, DType::I8),
+    (32, DType::I8),
+    (8, DType::Fp8),
+    (16, DType::Fp8),
+    (32, DType::Fp8),
+];
+
+/// All backends at once, because the referee takes longer than they do.
+pub fn check(backends: &[CpuOps]) {
+    agrees(backends);
+    let layouts = [(8, DType::BF16), (16, DType::BF16), (32, DType::F32)];
+    for (block_size, dtype) in layouts.into_iter().chain([(16, DType::I8), (8, DType::Fp8)]) {
         for window in [None, Some(40)] {
-            hidden_positions_have_no_influence(ops, block_size, dtype, window);
+            for ops in backends {
+                hidden_positions_have_no_influence(ops, block_size, dtype, window);
+            }
         }
-        scores_may_rise_and_fall(ops, block_size, dtype);
+        scores_may_rise_and_fall(backends, block_size, dtype);
     }
 }
 
-fn agrees(ops: &dyn Ops) {
+/// Compares every backend with the referee; scores are `size` times those that the tolerance is
+/// for, and rounding moves a score by a part of itself.
+fn assert_agree(backends: &[CpuOps], problem: &Problem, case: &Case, size: f32, what: &str) {
+    let want = problem.run(&ReferenceOps, what);
+    for ops in backends {
+        let what = format!("{} {what}", ops.name());
+        let (absolute, relative) = tolerance(ops, case);
+        assert_close(&what, &problem.run(ops, &what), &want, (size * absolute, size * relative));
+    }
+}
+
+fn agrees(backends: &[CpuOps]) {
     let mut seed = 0;
     let mut check_case = |case: Case| {
         seed += 1;
         let Case { heads, head_dim, block_size, dtype, window, .. } = &case;
-        let what = format!(
-            "{} attention {heads:?} x {head_dim}, blocks of {block_size} {dtype}, {window:?}",
-            ops.name()
-        );
-        let problem = Problem::new(&case, seed);
-        let (got, want) = (problem.run(ops, &what), problem.run(&ReferenceOps, &what));
-        assert_close(&what, &got, &want, tolerance(ops, &case));
+        let what =
+            format!("attention {heads:?} x {head_dim}, blocks of {block_size} {dtype}, {window:?}");
+        assert_agree(backends, &Problem::new(&case, seed), &case, 1.0, &what);
     };
     for head_dim in [32, 64, 80, 96, 128, 256] {
         for heads in [(1, 1), (4, 1), (14, 2)] {
-            for (block_size, dtype) in [(8, DType::F32), (16, DType::BF16), (32, DType::F16)] {
+            for (block_size, dtype) in LAYOUTS {
                 let (seqs, window) = (ragged(), None);
                 check_case(Case { heads, head_dim, block_size, dtype, seqs, window });
             }
         }
     }
     for window in [1, 7, 16, 32, 33, 64, 1000] {
-        for (block_size, dtype) in [(8, DType::BF16), (16, DType::F16), (32, DType::F32)] {
+        let layouts = [(8, DType::BF16), (16, DType::F16), (32, DType::F32)];
+        for (block_size, dtype) in layouts.into_iter().chain([(8, DType::I8), (16, DType::Fp8)]) {
             let (heads, window) = ((4, 2), Some(window));
             check_case(Case { heads, head_dim: 64, block_size, dtype, seqs: ragged(), window });
         }
     }
     // Contexts of several KV tiles.
-    for (block_size, dtype) in [(8, DType::BF16), (16, DType::BF16), (32, DType::F16)] {
+    let layouts = [(8, DType::BF16), (16, DType::BF16), (32, DType::F16)];
+    for (block_size, dtype) in layouts.into_iter().chain([(16, DType::I8), (8, DType::Fp8)]) {
         for window in [None, Some(100), Some(129)] {
             let seqs = vec![(1, 300), (150, 150), (40, 513), (3, 129), (1, 256)];
             check_case(Case { heads: (14, 2), head_dim: 64, block_size, dtype, seqs, window });
@@ -189,8 +224,10 @@ fn agrees(ops: &dyn Ops) {
     }
     // A head size that fills no vector, and a group larger than a task's rows.
     for (heads, head_dim) in [((3, 3), 20), ((70, 1), 32)] {
-        let (block_size, dtype, seqs, window) = (16, DType::BF16, ragged(), None);
-        check_case(Case { heads, head_dim, block_size, dtype, seqs, window });
+        for dtype in CACHES {
+            let (block_size, seqs, window) = (16, ragged(), None);
+            check_case(Case { heads, head_dim, block_size, dtype, seqs, window });
+        }
     }
 }
 
@@ -226,10 +263,10 @@ fn hidden_positions_have_no_influence(
 }
 
 /// Scores between -40 and 40 in an order that raises a running maximum often, and by much.
-fn scores_may_rise_and_fall(ops: &dyn Ops, block_size: usize, dtype: DType) {
+fn scores_may_rise_and_fall(backends: &[CpuOps], block_size: usize, dtype: DType) {
     let seqs = vec![(150, 400)];
     let case = Case { heads: (14, 2), head_dim: 64, block_size, dtype, seqs, window: None };
-    let what = format!("{} attention, rising scores, {dtype}", ops.name());
+    let what = format!("attention, rising scores, {dtype}");
     for step in [1, 37, 399] {
         let mut problem = Problem::new(&case, 8);
         problem.edit(|position, keys, _| {
@@ -238,9 +275,6 @@ fn scores_may_rise_and_fall(ops: &dyn Ops, block_size: usize, dtype: DType) {
                 *key = if i % 3 == 0 { 60.0 * size } else { -60.0 * size };
             }
         });
-        let (got, want) = (problem.run(ops, &what), problem.run(&ReferenceOps, &what));
-        // Rounding moves a score by a part of itself, so by more than in the cases above.
-        let (absolute, relative) = tolerance(ops, &case);
-        assert_close(&what, &got, &want, (10.0 * absolute, 10.0 * relative));
+        assert_agree(backends, &problem, &case, 10.0, &what);
     }
 }

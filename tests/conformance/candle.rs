@@ -143,7 +143,7 @@ fn attention_is_candles_softmax() {
             repeated.broadcast_as(shape).unwrap().reshape((heads, len, head_dim)).unwrap()
         };
         let q = candle(problem.q.as_slice(), &[len, heads, head_dim]).transpose(0, 1).unwrap();
-        let keys = cached(&problem.k_cache).transpose(1, 2).unwrap().contiguous().unwrap();
+        let keys = cached(&problem.k_cache.data).transpose(1, 2).unwrap().contiguous().unwrap();
         let scores = (q.contiguous().unwrap().matmul(&keys).unwrap()
             / f64::from(head_dim as u32).sqrt())
         .unwrap();
@@ -153,7 +153,7 @@ fn attention_is_candles_softmax() {
             .collect();
         let scores = scores.broadcast_add(&candle(&mask, &[len, len])).unwrap();
         let weights = candle_nn::ops::softmax(&scores, D::Minus1).unwrap();
-        let want = weights.matmul(&cached(&problem.v_cache)).unwrap().transpose(0, 1).unwrap();
+        let want = weights.matmul(&cached(&problem.v_cache.data)).unwrap().transpose(0, 1).unwrap();
         let got = problem.run(&ReferenceOps, "referee");
         assert_close("attention", &got, &values(&want), TOLERANCE);
     }

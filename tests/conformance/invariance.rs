@@ -38,10 +38,12 @@ pub fn check_equal(one: &dyn Ops, two: &dyn Ops) {
             assert_same(&format!("{} matmul {rows} x {cols} x {k} {name}", two.name()), &a, &b);
         }
     }
-    for window in [None, Some(40)] {
-        let problem = Problem::new(&case(DType::BF16, window), 4);
-        let (a, b) = (problem.run(one, "one thread"), problem.run(two, "two threads"));
-        assert_same(&format!("{} attention", two.name()), &a, &b);
+    for dtype in CACHES {
+        for window in [None, Some(40)] {
+            let problem = Problem::new(&case(dtype, window), 4);
+            let (a, b) = (problem.run(one, "one thread"), problem.run(two, "two threads"));
+            assert_same(&format!("{} attention {dtype}", two.name()), &a, &b);
+        }
     }
 }
 
@@ -91,7 +93,8 @@ fn case(dtype: DType, window: Option<usize>) -> Case {
 
 /// A prompt in one piece, in chunks of several sizes, and token by token.
 fn attention_in_chunks(ops: &dyn Ops) {
-    for (dtype, window) in [(DType::BF16, None), (DType::F16, Some(50)), (DType::F32, Some(3))] {
+    let caches = [(DType::BF16, None), (DType::F16, Some(50)), (DType::F32, Some(3))];
+    for (dtype, window) in caches.into_iter().chain([(DType::I8, None), (DType::Fp8, Some(50))]) {
         for heads in [(14, 2), (4, 4), (4, 1)] {
             let len = 150;
             let seqs = vec![(len, len)];
@@ -114,9 +117,11 @@ fn attention_in_chunks(ops: &dyn Ops) {
 
 /// The end of a long prompt in chunks, whose scores raise the running maximum now and then.
 fn attention_after_a_long_context(ops: &dyn Ops) {
-    for (block_size, window) in [(8, None), (16, Some(200)), (32, None)] {
+    let caches = [(8, None, DType::BF16), (16, Some(200), DType::BF16), (32, None, DType::BF16)];
+    let codes = [(16, None, DType::I8), (8, Some(200), DType::I8), (16, Some(200), DType::Fp8)];
+    for (block_size, window, dtype) in caches.into_iter().chain(codes) {
         let seqs = vec![(90, 600)];
-        let mut problem = Problem::new(&Case { block_size, seqs, ..case(DType::BF16, window) }, 10);
+        let mut problem = Problem::new(&Case { block_size, seqs, ..case(dtype, window) }, 10);
         problem.edit(|position, keys, _| {
             keys.iter_mut().for_each(|key| *key *= (1 + position * 7 % 50) as f32);
         });
@@ -137,14 +142,20 @@ fn attention_after_a_long_context(ops: &dyn Ops) {
 
 /// Each sequence of a batch by itself.
 fn attention_alone(ops: &dyn Ops) {
-    let problem = Problem::new(&case(DType::BF16, None), 6);
+    for dtype in CACHES {
+        attention_alone_in(ops, dtype);
+    }
+}
+
+fn attention_alone_in(ops: &dyn Ops, dtype: DType) {
+    let problem = Problem::new(&case(dtype, None), 6);
     let batched = problem.run(ops, "batch");
     let row_len = problem.num_heads * problem.head_dim;
     let mut first = 0;
     for (seq, &(queries, context)) in problem.seqs.iter().enumerate() {
         let chunks = [(queries, context)];
         let alone = problem.run_part(ops, &[seq], &chunks, (first, queries), "alone");
-        let what = format!("{} sequence {seq}", ops.name());
+        let what = format!("{} sequence {seq} {dtype}", ops.name());
         assert_same(&what, &alone, &batched[first * row_len..(first + queries) * row_len]);
         first += queries;
     }

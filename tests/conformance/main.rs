@@ -14,7 +14,7 @@ mod rows;
 mod sample;
 mod support;
 
-use support::for_each_backend;
+use support::{backends, for_each_backend};
 use tokenmill::config::CpuIsa;
 use tokenmill::ops::cpu::{CpuError, CpuOps, Isa};
 
@@ -31,7 +31,7 @@ fn matmul_agrees_with_the_referee() {
 
 #[test]
 fn attention_agrees_with_the_referee() {
-    for_each_backend(attention::check);
+    attention::check(&backends());
 }
 
 #[test]

@@ -7,17 +7,21 @@ use tokenmill::formats::{
 };
 use tokenmill::ops::Ops;
 use tokenmill::ops::cpu::{CpuOps, Isa};
-use tokenmill::tensor::{DType, Shape, Tensor, ViewMut};
+use tokenmill::ops::kv_tensor::KvTensor;
+use tokenmill::tensor::{DType, Fp8, Shape, Tensor, ViewMut};
 
 pub const FLOATS: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+/// What a KV cache may hold.
+pub const CACHES: [DType; 5] = [DType::F32, DType::BF16, DType::F16, DType::I8, DType::Fp8];
 
 /// Every instruction set of this machine, on one thread and on two.
+pub fn backends() -> Vec<CpuOps> {
+    let on = |isa: Isa| [1, 2].map(|threads| CpuOps::new(Some(threads), isa.choice()).unwrap());
+    Isa::supported().into_iter().flat_map(on).collect()
+}
+
 pub fn for_each_backend(check: impl Fn(&dyn Ops)) {
-    for isa in Isa::supported() {
-        for threads in [1, 2] {
-            check(&CpuOps::new(Some(threads), isa.choice()).unwrap());
-        }
-    }
+    backends().iter().for_each(|ops| check(ops));
 }
 
 /// A small generator (xorshift64*), so that data is the same everywhere.
@@ -134,6 +138,32 @@ pub fn cast(values: &[f32], dtype: DType, shape: impl Into<Shape>) -> Tensor {
         }
         _ => panic!("floats only"),
     }
+}
+
+/// Cached vectors, quantized where the dtype says so. A vector of NaN, which stands for one that
+/// nobody wrote, gets the most harmful bits that its dtype has.
+pub fn cast_cache(values: &[f32], dtype: DType, shape: [usize; 4]) -> KvTensor {
+    let mut cache = KvTensor::zeros(dtype, shape);
+    match (dtype, &mut cache.scales) {
+        (DType::I8, Some(scales)) => {
+            let codes = cache.data.as_mut_slice::<i8>().chunks_exact_mut(shape[3]);
+            let rows = codes.zip(scales.as_mut_slice::<f32>()).zip(values.chunks_exact(shape[3]));
+            for ((codes, scale), values) in rows {
+                *scale = int8::quantize_row(values, codes);
+                if values[0].is_nan() {
+                    *scale = f32::NAN;
+                    codes.fill(i8::MIN);
+                }
+            }
+        }
+        (DType::Fp8, _) => {
+            for (code, &x) in cache.data.as_mut_slice::<Fp8>().iter_mut().zip(values) {
+                *code = Fp8(if x.is_nan() { 0x7f } else { fp8::encode(x) });
+            }
+        }
+        _ => cache.data = cast(values, dtype, shape),
+    }
+    cache
 }
 
 /// The elements of a float tensor.

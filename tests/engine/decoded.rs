@@ -34,6 +34,7 @@ struct Setting {
     num_blocks: usize,
     block_size: usize,
     caching: bool,
+    kv_dtype: KvCacheDtype,
 }
 
 const ROOMY: Setting = Setting {
@@ -43,6 +44,7 @@ const ROOMY: Setting = Setting {
     num_blocks: 512,
     block_size: 16,
     caching: true,
+    kv_dtype: KvCacheDtype::Auto,
 };
 
 /// Every token of one continuation, with the bits of its log-probability.
@@ -54,7 +56,7 @@ fn runner(setting: &Setting) -> ModelRunner {
         memory_bytes: None,
         fraction: 0.4,
         block_size: setting.block_size,
-        dtype: KvCacheDtype::Auto,
+        dtype: setting.kv_dtype,
         enable_prefix_caching: setting.caching,
         threads: Some(setting.threads),
         cpu_isa: CpuIsa::Auto,
@@ -216,6 +218,30 @@ fn continuations_share_a_prompt_and_the_first_equals_a_lone_one() {
     assert_ne!(of(2), of(1));
     let uncached = Setting { caching: false, ..ROOMY };
     assert_eq!(run(vec![three], &uncached).0, outputs);
+}
+
+#[test]
+fn caches_of_bytes_keep_every_promise() {
+    for kv_dtype in [KvCacheDtype::Int8, KvCacheDtype::Fp8] {
+        let roomy = Setting { kv_dtype, ..ROOMY };
+        let mut requests = requests(8);
+        // Continuations write to copies of the last block of their prompt.
+        requests.push(request(4, sampling_for(1), 20, 3));
+        requests[8].id = RequestId("three".into());
+        let uncached = Setting { caching: false, ..roomy.clone() };
+        let lone = |r: &TokenizedRequest| run(vec![r.clone()], &uncached).0;
+        let expected: BTreeMap<_, _> = requests.iter().flat_map(lone).collect();
+        for setting in [
+            roomy.clone(),
+            Setting { max_num_batched_tokens: 16, max_num_seqs: 7, ..roomy.clone() },
+            Setting { num_blocks: 14, ..roomy.clone() },
+            Setting { threads: 2, block_size: 8, ..roomy.clone() },
+        ] {
+            assert_eq!(run(requests.clone(), &setting).0, expected, "{setting:?}");
+        }
+        let in_floats = run(requests.clone(), &ROOMY).0;
+        assert_ne!(in_floats, expected, "{kv_dtype:?} is a cache of its own");
+    }
 }
 
 #[test]

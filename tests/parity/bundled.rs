@@ -35,7 +35,7 @@ struct Greedy {
 }
 
 impl Greedy {
-    fn new(isa: CpuIsa, quantization: Option<Quantization>) -> Greedy {
+    fn new(isa: CpuIsa, quantization: Option<Quantization>, kv_dtype: DType) -> Greedy {
         let files = ModelFiles::open(&ModelSource::Bundled, Progress::Hidden).unwrap();
         let spec = ModelSpec::from_config(&files.required_text(CONFIG).unwrap()).unwrap();
         let source = files.weights(LoadFormat::Auto, spec.expected_tensors(), spec.dtype).unwrap();
@@ -50,7 +50,7 @@ impl Greedy {
         Greedy {
             decoder: Decoder::load(&spec, &loader, MAX_LEN).unwrap(),
             rank: RankContext::solo(ops.clone()),
-            cache: KvCache::new(&spec, num_blocks, BLOCK_SIZE, DType::F32),
+            cache: KvCache::new(&spec, num_blocks, BLOCK_SIZE, kv_dtype),
             workspace: Workspace::new(&spec, DType::F32, MAX_LEN, 1),
             batch: ForwardBatch::new(limits),
             block_ids: (0..num_blocks as u32).collect(),
@@ -98,7 +98,7 @@ fn agreement(mut model: Greedy, exact: bool) -> (usize, usize) {
 fn the_bundled_model_says_what_it_said_in_pytorch() {
     for isa in Isa::supported() {
         let exact = isa.choice() != CpuIsa::Amx;
-        let (same, total) = agreement(Greedy::new(isa.choice(), None), exact);
+        let (same, total) = agreement(Greedy::new(isa.choice(), None, DType::F32), exact);
         assert!(same * 100 >= total * 99, "{}: {same} of {total} tokens", isa.name());
     }
 }
@@ -109,7 +109,18 @@ fn quantized_weights_seldom_change_what_it_says() {
     for (format, least) in
         [(Int8, 97), (W8A16, 98), (Q8_0, 98), (Fp8, 96), (Int4, 90), (Int4G32, 90), (Int4G128, 88)]
     {
-        let (same, total) = agreement(Greedy::new(CpuIsa::Auto, Some(format)), false);
+        let (same, total) = agreement(Greedy::new(CpuIsa::Auto, Some(format), DType::F32), false);
         assert!(same * 100 >= total * least, "{format:?}: {same} of {total} tokens");
+    }
+}
+
+#[test]
+fn caches_of_bytes_seldom_change_what_it_says() {
+    for (kv_dtype, least) in [(DType::I8, 99), (DType::Fp8, 98)] {
+        for isa in Isa::supported() {
+            let (same, total) = agreement(Greedy::new(isa.choice(), None, kv_dtype), false);
+            let what = format!("{kv_dtype} on {}: {same} of {total} tokens", isa.name());
+            assert!(same * 100 >= total * least, "{what}");
+        }
     }
 }

@@ -19,9 +19,11 @@ use super::{EngineArgs, parse_count};
 use crate::cli::open::{self, Loaded};
 use crate::config::EngineConfig;
 use crate::model::spec::ModelSpec;
+use crate::ops::kv_tensor::KvTensor;
 use crate::request::SamplingParams;
 use crate::runner::{MemoryPlan, ModelRunner, StepRunner};
 use crate::scheduler::batch::{ScheduledBatch, ScheduledSequence, SequenceId};
+use crate::tensor::DType;
 
 /// Flags of `bench steps`.
 #[derive(Clone, Debug, Args)]
@@ -209,7 +211,7 @@ impl StepBench {
         let readings: anyhow::Result<Vec<f64>> =
             (0..num_iters).map(|_| self.execute(&batch)).collect();
         let step_ms = Spread::of(readings?).context("a step has readings")?;
-        let cost = StepCost::of(&self.spec, self.plan.kv_dtype.size_bytes(), context_len);
+        let cost = StepCost::of(&self.spec, self.plan.kv_dtype, context_len);
         Ok(StepRow {
             sweep,
             batch_size,
@@ -273,7 +275,7 @@ struct StepCost {
 }
 
 impl StepCost {
-    fn of(spec: &ModelSpec, kv_element_bytes: usize, context_len: usize) -> StepCost {
+    fn of(spec: &ModelSpec, kv_dtype: DType, context_len: usize) -> StepCost {
         let output = spec.lm_head.in_features * spec.lm_head.out_features;
         let mut cost = StepCost { kv_bytes: 0, flops: 2 * output };
         for layer in &spec.layers {
@@ -290,8 +292,8 @@ impl StepCost {
             let weights: usize = linears.iter().map(|l| l.in_features * l.out_features).sum();
             let seen = attention.sliding_window.map_or(context_len, |w| w.min(context_len));
             cost.flops += 2 * weights + 4 * seen * attention.num_heads * attention.head_dim;
-            cost.kv_bytes +=
-                2 * seen * attention.num_kv_heads * attention.head_dim * kv_element_bytes;
+            let vector_bytes = KvTensor::vector_bytes(kv_dtype, attention.head_dim);
+            cost.kv_bytes += 2 * seen * attention.num_kv_heads * vector_bytes;
         }
         cost
     }
@@ -312,11 +314,13 @@ mod tests {
     #[test]
     fn a_token_costs_two_operations_per_weight_and_reads_its_context() {
         let spec = ModelSpec::from_config(CONFIG).unwrap();
-        let cost = StepCost::of(&spec, 2, 100);
+        let cost = StepCost::of(&spec, DType::BF16, 100);
         // q and o are 8×8, k and v 4×8, three matrices of the MLP 10×8; the output is 20×8.
         let weights = 3 * (2 * 64 + 2 * 32 + 3 * 80) + 160;
         assert_eq!(cost.flops, 2 * weights + 3 * 4 * 100 * 8);
         assert_eq!(cost.kv_bytes, 3 * 2 * 100 * 4 * 2);
+        let cost = StepCost::of(&spec, DType::I8, 100);
+        assert_eq!(cost.kv_bytes, 3 * 2 * 100 * (4 + 4));
     }
 
     #[test]

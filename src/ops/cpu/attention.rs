@@ -10,11 +10,9 @@
 
 use std::ops::Range;
 
-use half::{bf16, f16};
-
+use super::kv_rows::{Cached, widen};
 use super::share::{Parts, Scratch};
-use super::simd::{Float, Kernel, Simd, exp, load, store};
-use crate::tensor::{DType, View};
+use super::simd::{Kernel, Lanes, Simd, exp, load, store};
 
 /// Positions per KV tile.
 const KV_TILE: usize = 32;
@@ -50,40 +48,14 @@ impl Sizes {
     }
 }
 
-/// Cached vectors. The element type is looked at when rows are loaded, so that everything else
-/// is compiled once.
-#[derive(Clone, Copy)]
-pub enum Floats<'a> {
-    /// Single precision.
-    F32(&'a [f32]),
-    /// Brain floats.
-    Bf16(&'a [bf16]),
-    /// Half precision.
-    F16(&'a [f16]),
-}
-
-impl<'a> Floats<'a> {
-    /// The elements of a float tensor.
-    pub fn of(view: View<'a>) -> Floats<'a> {
-        match view.dtype() {
-            DType::F32 => Floats::F32(view.as_slice()),
-            DType::BF16 => Floats::Bf16(view.as_slice()),
-            DType::F16 => Floats::F16(view.as_slice()),
-            DType::U32 | DType::I8 | DType::U8 => {
-                panic!("an integer tensor where floats are needed")
-            }
-        }
-    }
-}
-
 /// One task.
 pub struct AttendTile<'a> {
     /// `[num_tokens, num_heads, head_dim]`.
     pub q: &'a [f32],
     /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
-    pub k_cache: Floats<'a>,
+    pub k_cache: Cached<'a>,
     /// As `k_cache`.
-    pub v_cache: Floats<'a>,
+    pub v_cache: Cached<'a>,
     /// As `q`; tasks write disjoint rows and heads.
     pub out: &'a Parts<'a, f32>,
     /// Head and block sizes.
@@ -199,7 +171,7 @@ impl AttendTile<'_> {
     fn load_tile<S: Simd>(
         &self,
         simd: S,
-        cache: Floats<'_>,
+        cache: Cached<'_>,
         (wide, dim): (&mut [f32], usize),
         (start, seen): (usize, Range<usize>),
     ) {
@@ -210,11 +182,15 @@ impl AttendTile<'_> {
             let (row, run) = self.rows_at(position);
             let run = run.min(seen.end - position);
             let wide = &mut wide[(position - start) * dim..(position - start + run) * dim];
-            let ahead = self.row_ahead(position);
+            let (rows, wide) = ((row, self.row_ahead(position)), (wide, dim));
             match cache {
-                Floats::F32(cache) => self.load_rows(simd, cache, row, ahead, (wide, dim)),
-                Floats::Bf16(cache) => self.load_rows(simd, cache, row, ahead, (wide, dim)),
-                Floats::F16(cache) => self.load_rows(simd, cache, row, ahead, (wide, dim)),
+                Cached::F32(cache) => self.load_rows(simd, (cache, None), rows, wide),
+                Cached::Bf16(cache) => self.load_rows(simd, (cache, None), rows, wide),
+                Cached::F16(cache) => self.load_rows(simd, (cache, None), rows, wide),
+                Cached::Int8(cache, scales) => {
+                    self.load_rows(simd, (cache, Some(scales)), rows, wide);
+                }
+                Cached::Fp8(cache) => self.load_rows(simd, (cache, None), rows, wide),
             }
             position += run;
         }
@@ -223,21 +199,21 @@ impl AttendTile<'_> {
     /// Fills `wide` from cache rows that follow each other, and asks for as many rows from
     /// `ahead` on.
     #[inline(always)]
-    fn load_rows<S: Simd, E: Float>(
+    fn load_rows<S: Simd, E: Lanes>(
         &self,
         simd: S,
-        cache: &[E],
-        first_row: usize,
-        ahead: usize,
+        (cache, scales): (&[E], Option<&[f32]>),
+        (first_row, ahead): (usize, usize),
         (wide, dim): (&mut [f32], usize),
     ) {
         let head_dim = self.sizes.head_dim;
         let rows = cache[first_row * head_dim..].chunks_exact(head_dim);
         for (i, (row, wide)) in rows.zip(wide.chunks_exact_mut(dim)).enumerate() {
             let ahead = cache.as_ptr().wrapping_add((ahead + i) * head_dim);
+            let scale = scales.map(|scales| scales[first_row + i]);
             for at in (0..head_dim).step_by(S::LANES) {
                 simd.prefetch(ahead.wrapping_add(at));
-                store(simd, wide, at, load(simd, row, at));
+                store(simd, wide, at, widen(simd, row, at, scale));
             }
             wide[head_dim..].fill(0.0);
         }

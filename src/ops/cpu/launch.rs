@@ -7,9 +7,10 @@ use std::cmp::Reverse;
 use std::ops::Range;
 use std::sync::PoisonError;
 
-use super::attention::{AttendTile, Floats, Sizes, queries_per_tile};
+use super::attention::{AttendTile, Sizes, queries_per_tile};
 #[cfg(target_arch = "x86_64")]
 use super::isa::Isa;
+use super::kv_rows::{Cached, EncodeRow, QuantizeRow};
 #[cfg(target_arch = "x86_64")]
 use super::launch_matmul::TASKS_PER_THREAD;
 use super::rows::{Convert, GatedActivation, Norm, ReadRow, Rotate};
@@ -18,10 +19,12 @@ use super::simd::Float;
 #[cfg(target_arch = "x86_64")]
 use super::tile_attention;
 use super::weight_rows::WeightRows;
-use super::{CpuOps, sample};
+use super::{CpuOps, sample, with_float};
 use crate::formats::PackedMatrix;
 use crate::ops::args::{AttentionArgs, GatedActivationArgs, RopeArgs, SampleArgs};
+use crate::ops::kv_tensor::KvViewMut;
 use crate::output::SampledToken;
+use crate::tensor::{DType, Fp8, View};
 
 /// Elements per task of a row-wise operation: a few microseconds.
 const TASK_ELEMENTS: usize = 16_384;
@@ -153,21 +156,34 @@ impl CpuOps {
         });
     }
 
-    /// Copies `new [num_tokens, num_kv_heads, head_dim]` to the tokens' slots. On one thread:
-    /// it is a copy of a few rows, and slots come from the caller.
-    pub(super) fn write_slots<E: Float>(
-        &self,
-        cache: &mut [E],
-        new: &[f32],
-        slots: &[u32],
-        (num_kv_heads, block_size, head_dim): (usize, usize, usize),
-    ) {
-        for (token, &slot) in new.chunks_exact(num_kv_heads * head_dim).zip(slots) {
-            let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
-            for (head, from) in token.chunks_exact(head_dim).enumerate() {
-                let row = (block * num_kv_heads + head) * block_size + offset;
-                self.isa.run(Convert { out: &mut cache[row * head_dim..][..head_dim], from });
+    /// Stores `new [num_tokens, num_kv_heads, head_dim]` in the tokens' slots. On one thread: it
+    /// is a few rows, and slots come from the caller.
+    pub(super) fn write_slots(&self, cache: KvViewMut<'_>, new: View<'_>, slots: &[u32]) {
+        let (new, head_dim) = (new.as_slice::<f32>(), cache.size(3));
+        let sizes = (cache.size(1), cache.size(2), head_dim);
+        match cache.data.dtype() {
+            DType::I8 => {
+                let scales = cache.scales.expect("a checked cache of bytes has scales");
+                let scales = scales.into_mut_slice::<f32>();
+                let codes = cache.data.into_mut_slice::<i8>();
+                for_slots(new, slots, sizes, |row, from| {
+                    let codes = &mut codes[row * head_dim..][..head_dim];
+                    self.isa.run(QuantizeRow { codes, scale: &mut scales[row], from });
+                });
             }
+            DType::Fp8 => {
+                let codes = cache.data.into_mut_slice::<Fp8>();
+                for_slots(new, slots, sizes, |row, from| {
+                    self.isa
+                        .run(EncodeRow { codes: &mut codes[row * head_dim..][..head_dim], from });
+                });
+            }
+            dtype => with_float!(dtype, E => {
+                let elements = cache.data.into_mut_slice::<E>();
+                for_slots(new, slots, sizes, |row, from| {
+                    self.isa.run(Convert { out: &mut elements[row * head_dim..][..head_dim], from });
+                });
+            }),
         }
     }
 
@@ -179,7 +195,7 @@ impl CpuOps {
             block_size: args.k_cache.size(2),
         };
         let mut tiles = self.query_tiles.lock().unwrap_or_else(PoisonError::into_inner);
-        let (k_cache, v_cache) = (Floats::of(args.k_cache), Floats::of(args.v_cache));
+        let (k_cache, v_cache) = (Cached::of(args.k_cache), Cached::of(args.v_cache));
         let per_tile = self.queries_per_tile(sizes, k_cache, args.q.size(0));
         plan_queries(&mut tiles, &args, per_tile);
         let (q, block_tables) = (args.q.as_slice::<f32>(), args.block_tables);
@@ -212,7 +228,7 @@ impl CpuOps {
         self.isa.run(task);
     }
 
-    fn queries_per_tile(&self, sizes: Sizes, cache: Floats<'_>, num_tokens: usize) -> usize {
+    fn queries_per_tile(&self, sizes: Sizes, cache: Cached<'_>, num_tokens: usize) -> usize {
         #[cfg(target_arch = "x86_64")]
         if matches!(self.isa, Isa::Amx(_)) && tile_attention::fits(sizes, cache) {
             let num_tasks = (self.threads() * TASKS_PER_THREAD).div_ceil(sizes.num_kv_heads);
@@ -237,6 +253,21 @@ impl CpuOps {
             result[0] = token;
         });
         tokens
+    }
+}
+
+/// Calls `write` with the cache row and the values of every new vector.
+fn for_slots(
+    new: &[f32],
+    slots: &[u32],
+    (num_kv_heads, block_size, head_dim): (usize, usize, usize),
+    mut write: impl FnMut(usize, &[f32]),
+) {
+    for (token, &slot) in new.chunks_exact(num_kv_heads * head_dim).zip(slots) {
+        let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
+        for (head, from) in token.chunks_exact(head_dim).enumerate() {
+            write((block * num_kv_heads + head) * block_size + offset, from);
+        }
     }
 }
 

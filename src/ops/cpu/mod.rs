@@ -5,12 +5,13 @@
 //! | `isa`, `topology` | which instructions and how many threads, decided once at start-up |
 //! | `simd`; `scalar`, `avx2`, `avx512` | the vector vocabulary; one file per instruction set |
 //! | `pool`, `share` | fork-join threads; what they share |
+//! | `kv_rows` | cached keys and values of every dtype, as kernels read and write them |
 //! | `byte_simd`, `byte_vectors` | what products of bytes need beside |
 //! | `weight_blocks`, `lines` | weights in blocks, and activations for them |
 //! | `weight_rows`, `tile_weights`, `tile_pack` | row-major weights, and activations for them on tiles |
 //! | `matmul`, `byte_matmul`, `attention`, `rows`, `sample` | the kernels on vectors |
 //! | `amx`, `tile_blocks`, `tile_groups`, `tile_matmul` | tiles, and the matmuls on them |
-//! | `tile_attention`, `tile_cache`, `tile_softmax` | attention on them |
+//! | `tile_attention`, `tile_cache`, `tile_rows`, `tile_softmax` | attention on them |
 //! | `launch`, `launch_matmul` | how operations are cut into tasks |
 //!
 //! Activations are f32. No result depends on the number of threads, nor on which other rows
@@ -28,6 +29,7 @@ mod byte_simd;
 #[cfg(target_arch = "x86_64")]
 mod byte_vectors;
 mod isa;
+mod kv_rows;
 mod launch;
 mod launch_matmul;
 mod lines;
@@ -50,6 +52,8 @@ mod tile_groups;
 mod tile_matmul;
 #[cfg(target_arch = "x86_64")]
 mod tile_pack;
+#[cfg(target_arch = "x86_64")]
+mod tile_rows;
 #[cfg(target_arch = "x86_64")]
 mod tile_softmax;
 #[cfg(target_arch = "x86_64")]
@@ -159,7 +163,7 @@ macro_rules! with_float {
                 type $E = half::f16;
                 $body
             }
-            DType::U32 | DType::I8 | DType::U8 => {
+            DType::U32 | DType::I8 | DType::U8 | DType::Fp8 => {
                 panic!("an integer tensor where floats are needed")
             }
         }
@@ -249,13 +253,9 @@ impl Ops for CpuOps {
 
     fn write_kv(&self, args: WriteKvArgs<'_>) {
         args.check();
-        let (num_kv_heads, block_size) = (args.k_cache.size(1), args.k_cache.size(2));
-        let sizes = (num_kv_heads, block_size, args.k.size(2));
         let slots = args.slot_mapping.as_slice::<u32>();
         for (cache, new) in [(args.k_cache, args.k), (args.v_cache, args.v)] {
-            let new = new.as_slice::<f32>();
-            with_float!(cache.dtype(), E =>
-                self.write_slots(cache.into_mut_slice::<E>(), new, slots, sizes));
+            self.write_slots(cache, new, slots);
         }
     }
 
@@ -272,15 +272,10 @@ impl Ops for CpuOps {
     }
 
     fn copy_blocks(&self, args: CopyBlocksArgs<'_>) {
-        for cache in [args.k_cache, args.v_cache] {
-            let block_len = cache.shape().sizes()[1..].iter().product::<usize>();
-            with_float!(cache.dtype(), E => {
-                let cache = cache.into_mut_slice::<E>();
-                for &(source, destination) in args.pairs {
-                    let source = source as usize * block_len;
-                    cache.copy_within(source..source + block_len, destination as usize * block_len);
-                }
-            });
+        for mut cache in [args.k_cache, args.v_cache] {
+            for &(source, destination) in args.pairs {
+                cache.copy_block(source, destination);
+            }
         }
     }
 

@@ -7,7 +7,7 @@
 
 use half::{bf16, f16};
 
-use crate::tensor::Element;
+use crate::tensor::{Element, Fp8};
 
 /// The widest vector of any instruction set, in f32 lanes.
 pub const MAX_LANES: usize = 16;
@@ -125,13 +125,17 @@ pub trait Kernel {
     fn run<S: Simd>(self, simd: S) -> Self::Output;
 }
 
-/// Element types that kernels read and write.
-pub trait Float: Element + Default + Send + Sync {
+/// Element types that kernels read.
+pub trait Lanes: Element + Default + Send + Sync {
     /// Reads and widens `S::LANES` elements.
     ///
     /// # Safety
     /// They must be readable.
     unsafe fn load_lanes<S: Simd>(simd: S, from: *const Self) -> S::V;
+}
+
+/// Element types that kernels read and write.
+pub trait Float: Lanes {
     /// Rounds and writes `S::LANES` elements.
     ///
     /// # Safety
@@ -139,14 +143,22 @@ pub trait Float: Element + Default + Send + Sync {
     unsafe fn store_lanes<S: Simd>(simd: S, to: *mut Self, v: S::V);
 }
 
-macro_rules! float {
-    ($type:ty, $load:ident, $store:ident) => {
-        impl Float for $type {
+macro_rules! lanes {
+    ($type:ty, $load:ident) => {
+        impl Lanes for $type {
             #[inline(always)]
             unsafe fn load_lanes<S: Simd>(simd: S, from: *const Self) -> S::V {
                 // SAFETY: the same contract.
-                unsafe { simd.$load(from) }
+                unsafe { simd.$load(from.cast()) }
             }
+        }
+    };
+}
+
+macro_rules! float {
+    ($type:ty, $load:ident, $store:ident) => {
+        lanes!($type, $load);
+        impl Float for $type {
             #[inline(always)]
             unsafe fn store_lanes<S: Simd>(simd: S, to: *mut Self, v: S::V) {
                 // SAFETY: the same contract.
@@ -159,10 +171,12 @@ macro_rules! float {
 float!(f32, load_f32, store_f32);
 float!(bf16, load_bf16, store_bf16);
 float!(f16, load_f16, store_f16);
+lanes!(i8, load_i8);
+lanes!(Fp8, load_e4m3);
 
 /// Reads up to `S::LANES` elements of `values` from index `at` on; lanes beyond its end are 0.
 #[inline(always)]
-pub fn load<S: Simd, E: Float>(simd: S, values: &[E], at: usize) -> S::V {
+pub fn load<S: Simd, E: Lanes>(simd: S, values: &[E], at: usize) -> S::V {
     if at + S::LANES <= values.len() {
         // SAFETY: just checked.
         return unsafe { E::load_lanes(simd, values.as_ptr().add(at)) };

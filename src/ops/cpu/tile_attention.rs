@@ -1,10 +1,12 @@
-//! Causal attention over a paged cache of bf16 on AMX tiles.
+//! Causal attention over a paged cache of bf16, bytes or FP8 on AMX tiles.
 //!
 //! The same tasks as `attention`. Scores are `K·Qᵀ`: sixteen cached keys are a left operand
 //! where they lie in their block, queries are packed once per task as right operands. An
 //! accumulator has a row per key and a lane per query, which is what `tile_softmax` turns into
 //! pairs of weights, and those are right operands again: sums are `Vᵀ·P`, a row per element of
-//! the head and a lane per query. Only values are rearranged, once per task and KV tile.
+//! the head and a lane per query. Only values are rearranged, once per task and KV tile; bytes
+//! and FP8 are converted to bf16 then, keys too. The scale of a key of bytes multiplies its row
+//! of scores, that of a value the value.
 //!
 //! Queries (times the scale), keys, values and weights are bf16; scores, totals and sums are
 //! f32. KV tiles start at multiples of [`KV_TILE`] positions, and a query's lane never meets
@@ -16,10 +18,12 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::amx::{Amx, Bf16, Left, ROW_BYTES, Right, TILE_BYTES, TILE_LEN, TILE_ROWS, Tiles};
-use super::attention::{AttendTile, Floats, Sizes};
+use super::attention::{AttendTile, Sizes};
 use super::avx512::transpose16;
+use super::kv_rows::Cached;
 use super::tile_cache::{CHUNKS, Cache, KV_TILE, MAX_HEAD_DIM, left};
 use super::tile_pack::TileActivations;
+use super::tile_rows::{self, TileRows};
 use super::tile_softmax::{CHUNK, Column, Sums, rescale, rows_of};
 
 /// Query rows of a task when there are enough for all threads; values are rearranged once for
@@ -28,9 +32,9 @@ const MOST_ROWS: usize = 256;
 const FEWEST_ROWS: usize = 64;
 
 /// Whether tiles can be used for such heads and such a cache.
-pub fn fits(sizes: Sizes, cache: Floats<'_>) -> bool {
+pub fn fits(sizes: Sizes, cache: Cached<'_>) -> bool {
     let head_dim = sizes.head_dim;
-    matches!(cache, Floats::Bf16(_)) && head_dim.is_multiple_of(32) && head_dim <= MAX_HEAD_DIM
+    tile_rows::fits(cache) && head_dim.is_multiple_of(32) && head_dim <= MAX_HEAD_DIM
 }
 
 /// Queries that one task takes for heads in groups of `group`, when `num_queries` should make
@@ -41,11 +45,10 @@ pub fn queries_per_tile(group: usize, num_queries: usize, num_tasks: usize) -> u
 
 /// Runs a task whose heads and cache are as [`fits`] demands.
 pub fn attend_on_tiles(amx: Amx, task: &mut AttendTile<'_>) {
-    let (Floats::Bf16(keys), Floats::Bf16(values)) = (task.k_cache, task.v_cache) else {
-        panic!("tiles read a cache of bf16");
-    };
     let mut scratch = std::mem::take(task.scratch);
     let (columns, dim) = (columns(task), task.sizes.head_dim);
+    let keys = TileRows::new(task.k_cache, dim).without_scales();
+    let values = TileRows::new(task.v_cache, dim);
     let end = task.first_position + task.queries.len();
     let begin = (task.first_position + 1).saturating_sub(task.window);
     let lengths = Lengths::new(columns.len(), dim);
@@ -77,6 +80,7 @@ struct Lengths {
     weights: usize,
     values: usize,
     keys: usize,
+    wide: usize,
 }
 
 impl Lengths {
@@ -89,11 +93,13 @@ impl Lengths {
             weights: 2 * CHUNKS * TILE_LEN,
             values: 2 * steps * CHUNKS * TILE_LEN,
             keys: KV_TILE * dim / 2,
+            wide: CHUNK * dim / 2,
         }
     }
 
     fn total(&self) -> usize {
-        self.queries + self.sums + self.scores + self.weights + self.values + self.keys
+        let operands = self.queries + self.weights + self.values + self.keys;
+        operands + self.sums + self.scores + self.wide
     }
 }
 
@@ -109,8 +115,10 @@ struct Buffers<'a> {
     weights: &'a mut [[u32; TILE_LEN]],
     /// `[head_dim / 16, CHUNKS]` left operands: a row per element of the head.
     values: &'a mut [[u32; TILE_LEN]],
-    /// `[KV_TILE, head_dim]` bf16: keys that do not lie sixteen in a row.
+    /// `[KV_TILE, head_dim]` bf16: keys that do not lie sixteen in a row, or were converted.
     keys: &'a mut [u32],
+    /// `[CHUNK, head_dim]` bf16: values that were converted.
+    wide: &'a mut [u32],
 }
 
 impl<'a> Buffers<'a> {
@@ -119,7 +127,8 @@ impl<'a> Buffers<'a> {
         let (sums, rest) = rest.split_at_mut(lengths.sums);
         let (scores, rest) = rest.split_at_mut(lengths.scores);
         let (weights, rest) = rest.split_at_mut(lengths.weights);
-        let (values, keys) = rest.split_at_mut(lengths.values);
+        let (values, rest) = rest.split_at_mut(lengths.values);
+        let (keys, wide) = rest.split_at_mut(lengths.keys);
         sums.fill(0);
         Buffers {
             queries,
@@ -128,8 +137,18 @@ impl<'a> Buffers<'a> {
             weights: weights.as_chunks_mut().0,
             values: values.as_chunks_mut().0,
             keys,
+            wide,
         }
     }
+}
+
+/// The keys of one KV tile.
+#[derive(Clone, Copy)]
+struct Keys<'a> {
+    /// Left operands.
+    keys: &'a [Left; CHUNKS],
+    /// What their scores are multiplied by.
+    scales: Option<&'a [f32; KV_TILE]>,
 }
 
 /// A task that leads all its queries past its keys and values.
@@ -148,15 +167,20 @@ impl Pass<'_> {
         let Range { start: begin, end } = self.cache.seen;
         for start in (begin - begin % KV_TILE..end).step_by(KV_TILE) {
             let mut keys = [left(self.buffers.keys.as_ptr().cast(), 0); CHUNKS];
+            let (mut scales, mut has_scales) = ([1.0; KV_TILE], false);
             for chunk in chunks(&self.cache.seen, start) {
                 let position = start + chunk * CHUNK;
-                let gathered = &mut self.buffers.keys[chunk * CHUNK * self.cache.dim / 2..];
-                keys[chunk] = self.cache.keys(position, gathered);
-                self.cache.transpose_values(position, &mut self.buffers.values[chunk..]);
+                let Buffers { keys: room, values, wide, .. } = &mut self.buffers;
+                let room = &mut room[chunk * CHUNK * self.cache.dim / 2..];
+                keys[chunk] = self.cache.keys(position, room);
+                let scales = &mut scales[chunk * CHUNK..][..CHUNK];
+                has_scales |= self.cache.key_scales(position, scales);
+                self.cache.transpose_values(position, wide, &mut values[chunk..]);
                 self.cache.prefetch(position + KV_TILE);
             }
+            let keys = Keys { keys: &keys, scales: has_scales.then_some(&scales) };
             for pair in 0..self.columns.len().div_ceil(2) {
-                self.attend_pair(&mut tiles, pair, start, &keys);
+                self.attend_pair(&mut tiles, pair, start, keys);
             }
         }
         self.write_out();
@@ -184,7 +208,7 @@ impl Pass<'_> {
 
     /// Leads two tiles of queries past one KV tile.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn attend_pair(&mut self, tiles: &mut Tiles, pair: usize, start: usize, keys: &[Left; CHUNKS]) {
+    fn attend_pair(&mut self, tiles: &mut Tiles, pair: usize, start: usize, keys: Keys<'_>) {
         let steps = self.cache.dim / 32;
         let columns = 2 * pair..self.columns.len().min(2 * pair + 2);
         let last = self.columns[columns.end - 1].seen().end;
@@ -198,15 +222,16 @@ impl Pass<'_> {
             tiles.clear();
             // SAFETY: sixteen rows of keys are readable at both halves, and queries have all
             // their steps.
-            unsafe { multiply(tiles, keys[chunk], columns.clone().map(query), steps) };
+            unsafe { multiply(tiles, keys.keys[chunk], columns.clone().map(query), steps) };
             tiles.store(&mut scores[chunk]);
         }
         let first_key = start + chunks.start * CHUNK;
+        let scales = keys.scales.map(|scales| &scales[chunks.start * CHUNK..]);
         let scores = &mut scores[chunks.clone()];
         let sums = &mut sums[pair * steps..(pair + 1) * steps];
         for (i, column) in self.columns[columns.clone()].iter_mut().enumerate() {
             let weights = &mut weights[i * CHUNKS..(i + 1) * CHUNKS][chunks.clone()];
-            if let Some(factors) = column.weigh(first_key, scores, i, weights) {
+            if let Some(factors) = column.weigh(first_key, (&mut *scores, scales), i, weights) {
                 rescale(sums, i, &factors);
             }
         }

@@ -1,6 +1,6 @@
 //! Cached keys and values of one KV head of one sequence as left operands of tile products.
 //!
-//! Sixteen keys are read where they lie when their block has them all. Values are transposed,
+//! Sixteen keys are read where they lie when their block has them all as bf16. Values are transposed,
 //! because a product with weights sums over keys: a row per element of the head.
 
 use std::arch::x86_64::*;
@@ -11,6 +11,7 @@ use half::bf16;
 use super::amx::{Left, ROW_BYTES, TILE_LEN, TILE_ROWS};
 use super::attention::AttendTile;
 use super::avx512::transpose16;
+use super::tile_rows::TileRows;
 use super::tile_softmax::CHUNK;
 
 /// Positions that all queries of a task are led past at a time: enough for a sum to stay in
@@ -38,10 +39,10 @@ pub fn left(keys: *const u8, dim: usize) -> Left {
 pub struct Cache<'a> {
     /// Says which head of which sequence, and where its blocks are.
     pub task: &'a AttendTile<'a>,
-    /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
-    pub keys: &'a [bf16],
-    /// As `keys`.
-    pub values: &'a [bf16],
+    /// `[num_blocks, num_kv_heads, block_size]` rows, without scales: scores are scaled instead.
+    pub keys: TileRows<'a>,
+    /// As `keys`, scaled.
+    pub values: TileRows<'a>,
     /// Elements of the head.
     pub dim: usize,
     /// Positions that a query of the task sees.
@@ -53,29 +54,47 @@ static ZEROS: [bf16; MAX_HEAD_DIM] = [bf16::ZERO; MAX_HEAD_DIM];
 
 impl Cache<'_> {
     /// Keys of the chunk at `position` as a left operand; rows that nobody sees are any numbers.
-    pub fn keys(&self, position: usize, gathered: &mut [u32]) -> Left {
+    /// `room` is for keys that do not lie as a tile needs them.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub fn keys(&self, position: usize, room: &mut [u32]) -> Left {
         let middle = position + TILE_ROWS;
-        let (first, second) = gathered.split_at_mut(TILE_ROWS * self.dim / 2);
+        let (first, second) = room.split_at_mut(TILE_ROWS * self.dim / 2);
         let upper = self.sixteen_keys(position, first);
         let lower = self.sixteen_keys(middle, second);
         Left { lower, ..left(upper, self.dim) }
     }
 
-    /// The first of sixteen rows of keys: in place where a block has them all.
-    fn sixteen_keys(&self, position: usize, gathered: &mut [u32]) -> *const u8 {
+    /// The first of sixteen rows of keys: in place where a block has them all as bf16.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn sixteen_keys(&self, position: usize, room: &mut [u32]) -> *const u8 {
         let seen = self.seen.start.max(position)..self.seen.end.min(position + TILE_ROWS);
         if self.task.sizes.block_size.is_multiple_of(TILE_ROWS) && !seen.is_empty() {
-            let row = self.task.rows_at(position).0 * self.dim;
-            return self.keys[row..row + TILE_ROWS * self.dim].as_ptr().cast();
+            let (row, _) = self.task.rows_at(position);
+            if let Some(keys) = self.keys.in_place(row, TILE_ROWS) {
+                return keys.as_ptr().cast();
+            }
         }
         let words = self.dim / 2;
         self.for_runs(seen, |first, row, run| {
-            let from = self.keys[row * self.dim..(row + run) * self.dim].as_ptr();
-            let to = &mut gathered[(first - position) * words..][..run * words];
-            // SAFETY: as many bytes are readable as are writable, and scratch is not the cache.
-            unsafe { from.cast::<u32>().copy_to_nonoverlapping(to.as_mut_ptr(), run * words) }
+            self.keys.widen(row, &mut room[(first - position) * words..][..run * words]);
         });
-        gathered.as_ptr().cast()
+        room.as_ptr().cast()
+    }
+
+    /// What scores of the keys of the chunk at `position` must be multiplied by: 1 where nobody
+    /// looks or all codes are 0, so that a score of -∞ stays one. False when keys have no scales.
+    pub fn key_scales(&self, position: usize, scales: &mut [f32]) -> bool {
+        let seen = self.seen.start.max(position)..self.seen.end.min(position + CHUNK);
+        let mut found = false;
+        scales.fill(1.0);
+        self.for_runs(seen, |first, row, run| {
+            let Some(stored) = self.keys.scales(row, run) else { return };
+            found = true;
+            for (scale, &stored) in scales[first - position..].iter_mut().zip(stored) {
+                *scale = if stored > 0.0 { stored } else { 1.0 };
+            }
+        });
+        found
     }
 
     /// Calls `visit` with a position, its cache row and how many rows follow each other there.
@@ -91,16 +110,29 @@ impl Cache<'_> {
     }
 
     /// Values of the chunk at `position` as left operands, `CHUNKS` tiles apart: word `i` of the
-    /// row of an element is the pair of values at positions `2 i` and `2 i + 1`.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    pub fn transpose_values(&self, position: usize, tiles: &mut [[u32; TILE_LEN]]) {
+    /// row of an element is the pair of values at positions `2 i` and `2 i + 1`. `room` is for a
+    /// chunk of values that are not bf16.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    pub fn transpose_values(
+        &self,
+        position: usize,
+        room: &mut [u32],
+        tiles: &mut [[u32; TILE_LEN]],
+    ) {
         let mut rows = [ZEROS.as_ptr(); CHUNK];
         let seen = self.seen.start.max(position)..self.seen.end.min(position + CHUNK);
         self.for_runs(seen, |first, row, run| {
-            let from = &self.values[row * self.dim..(row + run) * self.dim];
-            let rows = rows[first - position..][..run].iter_mut();
-            for (row, from) in rows.zip(from.chunks_exact(self.dim)) {
-                *row = from.as_ptr();
+            let start = match self.values.in_place(row, run) {
+                Some(values) => values.as_ptr(),
+                None => {
+                    let words = self.dim / 2;
+                    let room = &mut room[(first - position) * words..][..run * words];
+                    self.values.widen(row, room);
+                    room.as_ptr().cast()
+                }
+            };
+            for (i, row) in rows[first - position..][..run].iter_mut().enumerate() {
+                *row = start.wrapping_add(i * self.dim);
             }
         });
         for at in (0..self.dim).step_by(32) {
@@ -115,14 +147,8 @@ impl Cache<'_> {
     pub fn prefetch(&self, position: usize) {
         let positions = position..self.seen.end.min(position + CHUNK);
         self.for_runs(positions, |_, row, run| {
-            for at in (row * self.dim..(row + run) * self.dim).step_by(32) {
-                for cache in [self.keys, self.values] {
-                    // SAFETY: a prefetch never faults.
-                    unsafe {
-                        _mm_prefetch::<_MM_HINT_T1>(cache.as_ptr().wrapping_add(at).cast());
-                    }
-                }
-            }
+            self.keys.prefetch(row, run);
+            self.values.prefetch(row, run);
         });
     }
 }

@@ -54,39 +54,60 @@ impl Column {
         self.first[TILE_ROWS - 1] as usize <= key && key + CHUNK <= self.position[0] as usize + 1
     }
 
-    /// Turns scores of `chunks`, the first of which is at position `start`, into pairs of
-    /// weights; `tile` says which half of each [`Sums`] is this one's. Returns what earlier sums
-    /// must be multiplied by, where that is not 1 for all.
+    /// Turns scores of chunks, the first of which is at position `start`, into pairs of weights;
+    /// `tile` says which half of each [`Sums`] is this one's. Scores come with what they must be
+    /// multiplied by, a positive number per key. Returns what earlier sums must be multiplied
+    /// by, where that is not 1 for all.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
     pub fn weigh(
         &mut self,
         start: usize,
-        scores: &mut [Sums],
+        (scores, scales): (&mut [Sums], Option<&[f32]>),
         tile: usize,
         weights: &mut [[u32; TILE_LEN]],
     ) -> Option<[f32; TILE_ROWS]> {
+        match scales {
+            Some(scales) => self.weigh_scaled::<true>(start, (scores, scales), tile, weights),
+            None => self.weigh_scaled::<false>(start, (scores, &[]), tile, weights),
+        }
+    }
+
+    /// As [`Column::weigh`]; scales are looked at when `SCALED`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn weigh_scaled<const SCALED: bool>(
+        &mut self,
+        start: usize,
+        (scores, scales): (&mut [Sums], &[f32]),
+        tile: usize,
+        weights: &mut [[u32; TILE_LEN]],
+    ) -> Option<[f32; TILE_ROWS]> {
+        let scales = scales.as_chunks::<CHUNK>().0;
+        assert!(!SCALED || scales.len() >= scores.len());
+        // Rounded before anything is subtracted, as the reference is.
+        let score = |chunk: usize, key: usize, row: &[u32; TILE_ROWS]| match SCALED {
+            true => _mm512_mul_ps(load(row), _mm512_set1_ps(scales[chunk][key])),
+            false => load(row),
+        };
         let mut top = [_mm512_set1_ps(f32::NEG_INFINITY); 4];
         for (i, sums) in scores.iter_mut().enumerate() {
             let rows = rows_of(sums, tile);
             if !self.sees_all(start + i * CHUNK) {
                 self.hide(start + i * CHUNK, rows);
             }
-            for rows in rows.as_chunks::<4>().0 {
-                for (row, top) in rows.iter().zip(&mut top) {
-                    *top = _mm512_max_ps(load(row), *top);
-                }
+            for (key, row) in rows.iter().enumerate() {
+                top[key % 4] = _mm512_max_ps(score(i, key, row), top[key % 4]);
             }
         }
         let top = _mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3]));
         let factors = self.raise(top);
         let reference = load_f32(&self.reference);
         let mut total = load_f32(&self.total);
-        for (sums, weights) in scores.iter_mut().zip(weights) {
-            let pairs = rows_of(sums, tile).as_chunks::<2>().0;
-            for (pair, weights) in pairs.iter().zip(weights.as_chunks_mut::<TILE_ROWS>().0) {
-                let even = exp2(_mm512_sub_ps(load(&pair[0]), reference));
-                let odd = exp2(_mm512_sub_ps(load(&pair[1]), reference));
-                let pairs = interleave(even, odd);
+        for (i, (sums, weights)) in scores.iter_mut().zip(weights).enumerate() {
+            let rows = rows_of(sums, tile);
+            let weight = |key| exp2(_mm512_sub_ps(score(i, key, &rows[key]), reference));
+            for (pair, weights) in weights.as_chunks_mut::<TILE_ROWS>().0.iter_mut().enumerate() {
+                let pairs = interleave(weight(2 * pair), weight(2 * pair + 1));
                 total = add_pairs(total, pairs);
                 // SAFETY: sixteen words are written to an array of sixteen words.
                 unsafe { _mm512_storeu_si512(weights.as_mut_ptr().cast(), pairs) }

@@ -4,6 +4,7 @@
 //! are widened row by row, nothing is blocked or fused. Every backend is tested against it,
 //! and it is itself tested against candle (`tests/conformance/candle.rs`).
 
+mod cache;
 mod sample;
 
 use half::{bf16, f16};
@@ -12,7 +13,7 @@ use super::Ops;
 use super::args::*;
 use crate::formats::{Format, PackedMatrix, int8};
 use crate::output::SampledToken;
-use crate::tensor::{DType, View, ViewMut};
+use crate::tensor::{DType, View};
 
 /// Implements [`Ops`] for f32 activations with weights, tables and KV caches of any float dtype.
 #[derive(Clone, Copy, Debug, Default)]
@@ -109,45 +110,12 @@ impl Ops for ReferenceOps {
 
     fn write_kv(&self, args: WriteKvArgs<'_>) {
         args.check();
-        let (num_kv_heads, head_dim) = (args.k.size(1), args.k.size(2));
-        let block_size = args.k_cache.size(2);
-        for (mut cache, new) in [(args.k_cache, args.k), (args.v_cache, args.v)] {
-            let new = new.as_slice::<f32>();
-            for (token, &slot) in args.slot_mapping.as_slice::<u32>().iter().enumerate() {
-                let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
-                for head in 0..num_kv_heads {
-                    let from = (token * num_kv_heads + head) * head_dim;
-                    let to = ((block * num_kv_heads + head) * block_size + offset) * head_dim;
-                    write(cache.reborrow(), to, &new[from..from + head_dim]);
-                }
-            }
-        }
+        cache::write_kv(args);
     }
 
     fn attention(&self, args: AttentionArgs<'_>) {
         args.check();
-        let cu_seqlens = args.cu_seqlens_q.as_slice::<u32>();
-        let contexts = args.context_lens.as_slice::<u32>();
-        let q = args.q.as_slice::<f32>();
-        let (num_heads, head_dim) = (args.q.size(1), args.q.size(2));
-        let cache = PagedCache::new(&args);
-        let (scale, window) = (f64::from(args.scale), args.sliding_window);
-        let out = args.out.into_mut_slice::<f32>();
-        for (seq, &context) in contexts.iter().enumerate() {
-            let rows = cu_seqlens[seq] as usize..cu_seqlens[seq + 1] as usize;
-            let num_rows = rows.len();
-            for (i, row) in rows.enumerate() {
-                let position = context as usize - num_rows + i;
-                let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
-                for head in 0..num_heads {
-                    let at = (row * num_heads + head) * head_dim;
-                    let at = at..at + head_dim;
-                    let (keys, values) =
-                        cache.gather(seq, head * cache.num_kv_heads / num_heads, first..=position);
-                    attend(&mut out[at.clone()], &q[at], (&keys, &values), scale);
-                }
-            }
-        }
+        cache::attention(args);
     }
 
     fn gather_rows(&self, args: GatherRowsArgs<'_>) {
@@ -161,10 +129,8 @@ impl Ops for ReferenceOps {
 
     fn copy_blocks(&self, args: CopyBlocksArgs<'_>) {
         for mut cache in [args.k_cache, args.v_cache] {
-            let block_len = cache.shape().len() / cache.size(0).max(1);
             for &(source, destination) in args.pairs {
-                let block = read_row(cache.as_view(), source as usize);
-                write(cache.reborrow(), destination as usize * block_len, &block);
+                cache.copy_block(source, destination);
             }
         }
     }
@@ -175,52 +141,6 @@ impl Ops for ReferenceOps {
         let logits = args.logits.into_mut_slice::<f32>();
         let rows = logits.chunks_exact(vocab_size).zip(args.rows);
         rows.map(|(logits, row)| sample::sample_row(logits, row)).collect()
-    }
-}
-
-/// The keys and values of sequences, found through their block tables.
-struct PagedCache<'a> {
-    k: View<'a>,
-    v: View<'a>,
-    tables: View<'a>,
-    num_kv_heads: usize,
-}
-
-impl<'a> PagedCache<'a> {
-    fn new(args: &AttentionArgs<'a>) -> PagedCache<'a> {
-        let num_kv_heads = args.k_cache.size(1);
-        PagedCache { k: args.k_cache, v: args.v_cache, tables: args.block_tables, num_kv_heads }
-    }
-
-    /// Keys and values of one head at `positions`, one vector per position.
-    fn gather(
-        &self,
-        seq: usize,
-        kv_head: usize,
-        positions: std::ops::RangeInclusive<usize>,
-    ) -> (Vec<Vec<f32>>, Vec<Vec<f32>>) {
-        let (block_size, head_dim) = (self.k.size(2), self.k.size(3));
-        let table = self.tables.rows(seq..seq + 1).as_slice::<u32>();
-        let slots = self.k.shape().len() / head_dim;
-        let (k, v) = (self.k.reshape([slots, head_dim]), self.v.reshape([slots, head_dim]));
-        let rows = positions.map(|position| {
-            let block = table[position / block_size] as usize;
-            let slot = (block * self.num_kv_heads + kv_head) * block_size + position % block_size;
-            (read_row(k, slot), read_row(v, slot))
-        });
-        rows.unzip()
-    }
-}
-
-/// `out = softmax(q · keysᵀ * scale) · values` for one query head.
-fn attend(out: &mut [f32], q: &[f32], (keys, values): (&[Vec<f32>], &[Vec<f32>]), scale: f64) {
-    let scores: Vec<f64> = keys.iter().map(|key| dot(q, key) * scale).collect();
-    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
-    let total: f64 = weights.iter().sum();
-    for (d, out) in out.iter_mut().enumerate() {
-        let sum: f64 = weights.iter().zip(values).map(|(w, v)| w * f64::from(v[d])).sum();
-        *out = (sum / total) as f32;
     }
 }
 
@@ -306,28 +226,13 @@ fn read(view: View<'_>) -> Vec<f32> {
         DType::F32 => view.as_slice::<f32>().to_vec(),
         DType::BF16 => view.as_slice::<bf16>().iter().map(|x| x.to_f32()).collect(),
         DType::F16 => view.as_slice::<f16>().iter().map(|x| x.to_f32()).collect(),
-        DType::U32 | DType::I8 | DType::U8 => panic!("an integer tensor where floats are needed"),
+        DType::U32 | DType::I8 | DType::U8 | DType::Fp8 => {
+            panic!("an integer tensor where floats are needed")
+        }
     }
 }
 
 /// One row of a float tensor, widened.
 fn read_row(view: View<'_>, row: usize) -> Vec<f32> {
     read(view.rows(row..row + 1))
-}
-
-/// Stores `values` from element `start` on, rounded to nearest even.
-fn write(view: ViewMut<'_>, start: usize, values: &[f32]) {
-    let range = start..start + values.len();
-    match view.dtype() {
-        DType::F32 => view.into_mut_slice::<f32>()[range].copy_from_slice(values),
-        DType::BF16 => {
-            let out = &mut view.into_mut_slice::<bf16>()[range];
-            out.iter_mut().zip(values).for_each(|(out, &x)| *out = bf16::from_f32(x));
-        }
-        DType::F16 => {
-            let out = &mut view.into_mut_slice::<f16>()[range];
-            out.iter_mut().zip(values).for_each(|(out, &x)| *out = f16::from_f32(x));
-        }
-        DType::U32 | DType::I8 | DType::U8 => panic!("an integer tensor where floats are needed"),
-    }
 }
