@@ -107,6 +107,8 @@ fn attention_over(criterion: &mut Criterion, ops: &CpuOps, dtype: DType) {
                     context_lens: contexts.view(),
                     scale: 0.125,
                     sliding_window: None,
+                    softcap: None,
+                    sinks: None,
                 });
                 best.set(best.get().min(start.elapsed()));
             });

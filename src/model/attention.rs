@@ -100,6 +100,8 @@ impl Attention {
             context_lens: batch.context_lens(),
             scale: self.spec.scale,
             sliding_window: self.spec.sliding_window,
+            softcap: None,
+            sinks: None,
         });
         let attended = workspace.attended.rows(num_tokens);
         self.o.forward(&*rank.ops, &*rank.comm, attended, workspace.hidden.rows_mut(num_tokens));

@@ -258,6 +258,11 @@ pub struct AttentionArgs<'a> {
     pub scale: f32,
     /// A query at position p sees keys at positions `p - window + 1 ..= p`.
     pub sliding_window: Option<usize>,
+    /// Scaled scores become `cap · tanh(score / cap)` (Gemma 2).
+    pub softcap: Option<f32>,
+    /// `[num_heads]`, f32: a score per head that takes its share of the softmax and brings no
+    /// value (the sinks of gpt-oss). It is neither scaled nor capped; -∞ is none.
+    pub sinks: Option<View<'a>>,
 }
 
 impl AttentionArgs<'_> {
@@ -270,6 +275,11 @@ impl AttentionArgs<'_> {
         assert_eq!(k_cache.shape(), v_cache.shape(), "attention: caches");
         assert_eq!(self.q.size(2), self.k_cache.size(3), "attention: head_dim");
         assert_eq!(self.q.size(1) % self.k_cache.size(1), 0, "attention: heads per kv head");
+        assert!(self.softcap.is_none_or(|cap| cap > 0.0), "attention: softcap");
+        if let Some(sinks) = self.sinks {
+            assert_eq!(sinks.dtype(), DType::F32, "attention: dtype of sinks");
+            assert_eq!(sinks.shape().sizes(), &[self.q.size(1)], "attention: sinks");
+        }
         let num_seqs = self.context_lens.size(0);
         assert_eq!(self.cu_seqlens_q.size(0), num_seqs + 1, "attention: cu_seqlens_q");
         assert_eq!(self.block_tables.size(0), num_seqs, "attention: block_tables");

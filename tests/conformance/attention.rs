@@ -16,6 +16,8 @@ pub struct Problem {
     /// `(queries, context)` per sequence.
     pub seqs: Vec<(usize, usize)>,
     pub window: Option<usize>,
+    pub softcap: Option<f32>,
+    pub sinks: Option<Tensor>,
     pub q: Tensor,
     pub k_cache: KvTensor,
     pub v_cache: KvTensor,
@@ -67,6 +69,8 @@ impl Problem {
             head_dim,
             seqs: case.seqs.clone(),
             window: case.window,
+            softcap: None,
+            sinks: None,
             q: rng.tensor(DType::F32, [num_tokens, num_heads, head_dim]),
             k_cache: cast_cache(&k, dtype, shape),
             v_cache: cast_cache(&v, dtype, shape),
@@ -132,6 +136,8 @@ impl Problem {
             context_lens: ids(&contexts).view(),
             scale: 1.0 / (self.head_dim as f32).sqrt(),
             sliding_window: self.window,
+            softcap: self.softcap,
+            sinks: self.sinks.as_ref().map(Tensor::view),
         });
         out.finish(what)
     }
@@ -168,6 +174,7 @@ const LAYOUTS: [(usize, DType); 9] = [
 /// All backends at once, because the referee takes longer than they do.
 pub fn check(backends: &[CpuOps]) {
     agrees(backends);
+    caps_and_sinks(backends);
     let layouts = [(8, DType::BF16), (16, DType::BF16), (32, DType::F32)];
     for (block_size, dtype) in layouts.into_iter().chain([(16, DType::I8), (8, DType::Fp8)]) {
         for window in [None, Some(40)] {
@@ -227,6 +234,37 @@ fn agrees(backends: &[CpuOps]) {
         for dtype in CACHES {
             let (block_size, seqs, window) = (16, ragged(), None);
             check_case(Case { heads, head_dim, block_size, dtype, seqs, window });
+        }
+    }
+}
+
+/// Scores of up to ±20 under a cap, and sinks from far below them to far above, which leave
+/// next to nothing to the values.
+fn caps_and_sinks(backends: &[CpuOps]) {
+    let sinks = [-100.0, -20.0, -1.0, 0.0, 0.5, 3.0, 12.0, 19.0, 25.0, 60.0, f32::NEG_INFINITY];
+    for (seed, dtype) in CACHES.into_iter().enumerate() {
+        for (softcap, has_sinks, window) in [
+            (Some(5.0), false, None),
+            (Some(50.0), false, Some(40)),
+            (None, true, None),
+            (None, true, Some(7)),
+            (Some(30.0), true, Some(129)),
+        ] {
+            for (heads, head_dim) in [((14, 2), 64), ((3, 3), 20), ((22, 1), 32)] {
+                let (mut seqs, block_size) = (ragged(), 16);
+                seqs.push((40, 300));
+                let case = Case { heads, head_dim, block_size, dtype, seqs, window };
+                let mut problem = Problem::new(&case, 20 + seed as u64);
+                problem.q.as_mut_slice::<f32>().iter_mut().for_each(|x| *x *= 10.0);
+                problem.softcap = softcap;
+                let sinks: Vec<f32> = sinks.into_iter().cycle().take(heads.0).collect();
+                problem.sinks = has_sinks.then(|| Tensor::from_slice(&sinks, [heads.0]));
+                let what = format!(
+                    "attention {heads:?} x {head_dim} {dtype}, cap {softcap:?}, sinks \
+                     {has_sinks}, {window:?}"
+                );
+                assert_agree(backends, &problem, &case, 10.0, &what);
+            }
         }
     }
 }

@@ -22,6 +22,7 @@ pub fn check(ops: &dyn Ops) {
     norm(ops);
     attention_in_chunks(ops);
     attention_after_a_long_context(ops);
+    capped_attention_in_chunks(ops);
     attention_alone(ops);
 }
 
@@ -111,6 +112,26 @@ fn attention_in_chunks(ops: &dyn Ops) {
                 let what = format!("{} {heads:?} in chunks of {chunk}, {window:?}", ops.name());
                 assert_same(&what, &pieces, &whole);
             }
+        }
+    }
+}
+
+/// A capped prompt with sinks, whole and in chunks.
+fn capped_attention_in_chunks(ops: &dyn Ops) {
+    for dtype in CACHES {
+        let seqs = vec![(100, 100)];
+        let mut problem = Problem::new(&Case { seqs, ..case(dtype, Some(60)) }, 12);
+        problem.softcap = Some(2.0);
+        problem.sinks = Some(Rng::new(13).tensor(DType::F32, [14]));
+        let whole = problem.run(ops, "whole prompt");
+        for chunk in [1, 7, 64] {
+            let mut pieces = Vec::new();
+            for start in (0..100).step_by(chunk) {
+                let end = 100.min(start + chunk);
+                let rows = (start, end - start);
+                pieces.extend(problem.run_part(ops, &[0], &[(end - start, end)], rows, "chunk"));
+            }
+            assert_same(&format!("{} capped, {dtype}", ops.name()), &pieces, &whole);
         }
     }
 }

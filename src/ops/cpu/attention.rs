@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use super::kv_rows::{Cached, widen};
 use super::share::{Parts, Scratch};
-use super::simd::{Kernel, Lanes, Simd, exp, load, store};
+use super::simd::{Kernel, Lanes, Simd, exp, load, store, tanh};
 
 /// Positions per KV tile.
 const KV_TILE: usize = 32;
@@ -72,6 +72,10 @@ pub struct AttendTile<'a> {
     pub scale: f32,
     /// Positions that a query sees, itself included.
     pub window: usize,
+    /// Scores become `cap · tanh(score / cap)`.
+    pub softcap: Option<f32>,
+    /// A score per query head that brings no value.
+    pub sinks: Option<&'a [f32]>,
     /// This thread's scratch.
     pub scratch: &'a mut Scratch,
 }
@@ -119,6 +123,7 @@ impl Kernel for AttendTile<'_> {
         let mut scratch = std::mem::take(self.scratch);
         let mut tile = Tile::new(&mut scratch, rows, self.sizes.head_dim);
         self.load_queries(simd, &mut tile);
+        self.start_with_sinks(&mut tile);
         let end = self.first_position + self.queries.len();
         let begin = (self.first_position + 1).saturating_sub(self.window);
         let mut start = begin - begin % KV_TILE;
@@ -150,6 +155,12 @@ impl AttendTile<'_> {
         start..start + len
     }
 
+    /// The sink of row `row` of the heads of one query.
+    #[inline(always)]
+    pub fn sink(&self, row: usize) -> Option<f32> {
+        self.sinks.map(|sinks| sinks[self.kv_head * self.sizes.group() + row])
+    }
+
     #[inline(always)]
     fn load_queries<S: Simd>(&self, simd: S, tile: &mut Tile<'_>) {
         let scale = simd.splat(self.scale);
@@ -161,6 +172,16 @@ impl AttendTile<'_> {
                 for at in (0..head.len()).step_by(S::LANES) {
                     store(simd, to, at, simd.mul(load(simd, head, at), scale));
                 }
+            }
+        }
+    }
+
+    /// Rows start as if they had seen a key with the sink as its score and a value of 0.
+    #[inline(always)]
+    fn start_with_sinks(&self, tile: &mut Tile<'_>) {
+        for (i, state) in tile.state.chunks_exact_mut(2).enumerate() {
+            if let Some(sink) = self.sink(i % self.sizes.group()) {
+                state.copy_from_slice(&[sink, 1.0]);
             }
         }
     }
@@ -249,6 +270,9 @@ impl AttendTile<'_> {
             if first >= end {
                 scores.fill(0.0);
             } else {
+                if let Some(cap) = self.softcap {
+                    cap_row(simd, scores, cap);
+                }
                 scores[..first].fill(f32::NEG_INFINITY);
                 scores[end..].fill(f32::NEG_INFINITY);
                 softmax_row(simd, scores, acc, state);
@@ -271,6 +295,16 @@ impl AttendTile<'_> {
                 }
             }
         }
+    }
+}
+
+/// Scores of one row become `cap · tanh(score / cap)`.
+#[inline(always)]
+fn cap_row<S: Simd>(simd: S, scores: &mut [f32], cap: f32) {
+    let (cap, inverse) = (simd.splat(cap), simd.splat(1.0 / cap));
+    for at in (0..KV_TILE).step_by(S::LANES) {
+        let part = tanh(simd, simd.mul(load(simd, scores, at), inverse));
+        store(simd, scores, at, simd.mul(part, cap));
     }
 }
 

@@ -199,6 +199,7 @@ impl CpuOps {
         let per_tile = self.queries_per_tile(sizes, k_cache, args.q.size(0));
         plan_queries(&mut tiles, &args, per_tile);
         let (q, block_tables) = (args.q.as_slice::<f32>(), args.block_tables);
+        let sinks = args.sinks.map(View::as_slice);
         let out = Parts::new(args.out.into_mut_slice::<f32>());
         self.pool.run(tiles.len() * sizes.num_kv_heads, |thread, i| {
             let tile = &tiles[i / sizes.num_kv_heads];
@@ -214,6 +215,8 @@ impl CpuOps {
                 first_position: tile.first_position,
                 scale: args.scale,
                 window: args.sliding_window.unwrap_or(usize::MAX),
+                softcap: args.softcap,
+                sinks,
                 scratch: &mut self.scratch.lock(thread),
             });
         });

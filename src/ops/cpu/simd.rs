@@ -236,3 +236,66 @@ pub fn exp<S: Simd>(simd: S, x: S::V) -> S::V {
     let y = simd.add(simd.mul_add(p, simd.mul(r, r), r), simd.splat(1.0));
     simd.keep_where_at_least(simd.mul(y, simd.pow2(n)), x, least)
 }
+
+/// `tanh(x)` within 4 ulp; ±1 beyond ±7.9. The rational function of Eigen's `ptanh`: odd over
+/// even polynomial, exact in relative terms near 0.
+#[inline(always)]
+pub fn tanh<S: Simd>(simd: S, x: S::V) -> S::V {
+    let bound = simd.splat(7.905_311);
+    let zero = simd.splat(0.0);
+    let at_least = simd.max(x, simd.sub(zero, bound));
+    let x = simd.sub(zero, simd.max(simd.sub(zero, at_least), simd.sub(zero, bound)));
+    let square = simd.mul(x, x);
+    let mut p = simd.splat(-2.760_768_5e-16);
+    for c in [
+        2.000_188e-13,
+        -8.604_672e-11,
+        5.122_297_3e-8,
+        1.485_722_4e-5,
+        6.372_619_5e-4,
+        4.893_524_6e-3,
+    ] {
+        p = simd.mul_add(p, square, simd.splat(c));
+    }
+    let mut q = simd.splat(1.198_258_4e-6);
+    for c in [1.185_347_1e-4, 2.268_434_6e-3, 4.893_525e-3] {
+        q = simd.mul_add(q, square, simd.splat(c));
+    }
+    simd.div(simd.mul(x, p), q)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::isa::Isa;
+    use super::*;
+
+    struct Tanh<'a>(&'a mut [f32]);
+
+    impl Kernel for Tanh<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Simd>(self, simd: S) {
+            for at in (0..self.0.len()).step_by(S::LANES) {
+                let y = tanh(simd, load(simd, self.0, at));
+                store(simd, self.0, at, y);
+            }
+        }
+    }
+
+    #[test]
+    fn tanh_is_right_to_a_few_units_in_the_last_place() {
+        let tiny = (0..40).map(|i| 2f32.powi(-i));
+        let inputs: Vec<f32> =
+            (0..20_000).map(|i| i as f32 * 5e-4).chain(tiny).flat_map(|x| [x, -x]).collect();
+        for isa in Isa::supported() {
+            let mut outputs = inputs.clone();
+            isa.run(Tanh(&mut outputs));
+            for (&x, y) in inputs.iter().zip(outputs) {
+                let exact = f64::from(x).tanh();
+                let error = (f64::from(y) - exact).abs();
+                assert!(error <= 5e-7 * exact.abs(), "{} tanh({x}) = {y}", isa.name());
+            }
+        }
+    }
+}

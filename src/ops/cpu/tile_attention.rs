@@ -24,7 +24,7 @@ use super::kv_rows::Cached;
 use super::tile_cache::{CHUNKS, Cache, KV_TILE, MAX_HEAD_DIM, left};
 use super::tile_pack::TileActivations;
 use super::tile_rows::{self, TileRows};
-use super::tile_softmax::{CHUNK, Column, Sums, rescale, rows_of};
+use super::tile_softmax::{CHUNK, Column, Sums, limit, rescale, rows_of};
 
 /// Query rows of a task when there are enough for all threads; values are rearranged once for
 /// so many.
@@ -68,8 +68,16 @@ fn columns(task: &AttendTile<'_>) -> Vec<Column> {
     let group = task.sizes.group();
     let rows = task.queries.len() * group;
     let position = |row: usize| task.first_position + row.min(rows - 1) / group;
-    let column = |tile| std::array::from_fn(|lane| position(tile * TILE_ROWS + lane));
-    (0..rows.div_ceil(TILE_ROWS)).map(|tile| Column::new(column(tile), task.window)).collect()
+    let column = |tile: usize| {
+        let row = |lane: usize| tile * TILE_ROWS + lane;
+        let mut column = Column::new(std::array::from_fn(|lane| position(row(lane))), task.window);
+        if task.sinks.is_some() {
+            let sink = |lane: usize| task.sink(row(lane) % group).expect("a sink for each head");
+            column.start_with(std::array::from_fn(sink));
+        }
+        column
+    };
+    (0..rows.div_ceil(TILE_ROWS)).map(column).collect()
 }
 
 /// Words of each buffer of a task.
@@ -186,10 +194,12 @@ impl Pass<'_> {
         self.write_out();
     }
 
-    /// Rounds the queries, times the scale and log2 e, to bf16.
+    /// Rounds the queries, times the scale, to bf16. Scores are powers of two, or will be once
+    /// they are capped.
     fn pack_queries(&mut self, amx: Amx) {
         let dim = self.cache.dim;
-        let (group, scale) = (self.task.sizes.group(), self.task.scale * std::f32::consts::LOG2_E);
+        let unit = self.task.softcap.map_or(std::f32::consts::LOG2_E, |cap| 1.0 / cap);
+        let (group, scale) = (self.task.sizes.group(), self.task.scale * unit);
         let mut rows = self.task.queries.clone().flat_map(|query| {
             let heads = &self.task.q[self.task.heads_of(query)];
             (0..group).map(move |head| &heads[head * dim..][..dim])
@@ -231,6 +241,10 @@ impl Pass<'_> {
         let sums = &mut sums[pair * steps..(pair + 1) * steps];
         for (i, column) in self.columns[columns.clone()].iter_mut().enumerate() {
             let weights = &mut weights[i * CHUNKS..(i + 1) * CHUNKS][chunks.clone()];
+            let mut scales = scales;
+            if let Some(cap) = self.task.softcap {
+                limit((&mut *scores, scales.take()), i, cap);
+            }
             if let Some(factors) = column.weigh(first_key, (&mut *scores, scales), i, weights) {
                 rescale(sums, i, &factors);
             }

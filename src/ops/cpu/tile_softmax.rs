@@ -11,6 +11,8 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::amx::{TILE_LEN, TILE_ROWS};
+use super::avx512::Avx512;
+use super::simd::tanh;
 
 /// Keys per product: two tiles of rows of scores, one tile of rows of pairs of weights.
 pub const CHUNK: usize = 2 * TILE_ROWS;
@@ -41,6 +43,16 @@ impl Column {
             first: positions.map(|position| place((position + 1).saturating_sub(window))),
             reference: [f32::MIN; TILE_ROWS],
             total: [0.0; TILE_ROWS],
+        }
+    }
+
+    /// Starts as if every query had seen a key with such a score, and a value of 0.
+    pub fn start_with(&mut self, scores: [f32; TILE_ROWS]) {
+        let states = self.reference.iter_mut().zip(&mut self.total);
+        for ((reference, total), score) in states.zip(scores) {
+            let score = score * std::f32::consts::LOG2_E;
+            *reference = score.ceil().max(f32::MIN);
+            *total = (score - *reference).exp2();
         }
     }
 
@@ -160,6 +172,22 @@ impl Column {
     /// Sums of the weights of each query.
     pub fn totals(&self) -> &[f32; TILE_ROWS] {
         &self.total
+    }
+}
+
+/// Turns scores `x`, parts of `cap`, into `cap · tanh(x)` as powers of two; `tile` says which half
+/// of each [`Sums`]. Scores are multiplied by their scales before.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+pub fn limit((scores, scales): (&mut [Sums], Option<&[f32]>), tile: usize, cap: f32) {
+    // SAFETY: this function is only entered where the instructions exist.
+    let simd = unsafe { Avx512::assume() };
+    let cap = _mm512_set1_ps(cap * std::f32::consts::LOG2_E);
+    let rows = scores.iter_mut().flat_map(|sums| rows_of(sums, tile));
+    for (key, row) in rows.enumerate() {
+        let scale = _mm512_set1_ps(scales.map_or(1.0, |scales| scales[key]));
+        let capped = _mm512_mul_ps(tanh(simd, _mm512_mul_ps(load(row), scale)), cap);
+        // SAFETY: sixteen words are written to an array of sixteen words.
+        unsafe { _mm512_storeu_ps(row.as_mut_ptr().cast(), capped) }
     }
 }
 

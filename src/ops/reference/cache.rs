@@ -80,7 +80,9 @@ pub fn attention(args: AttentionArgs<'_>) {
     let q = args.q.as_slice::<f32>();
     let (num_heads, head_dim) = (args.q.size(1), args.q.size(2));
     let cache = PagedCache::new(&args);
-    let (scale, window) = (f64::from(args.scale), args.sliding_window);
+    let sinks = args.sinks.map(View::as_slice::<f32>);
+    let (scale, softcap) = (f64::from(args.scale), args.softcap.map(f64::from));
+    let window = args.sliding_window;
     let out = args.out.into_mut_slice::<f32>();
     for (seq, &context) in contexts.iter().enumerate() {
         let rows = cu_seqlens[seq] as usize..cu_seqlens[seq + 1] as usize;
@@ -93,7 +95,13 @@ pub fn attention(args: AttentionArgs<'_>) {
                 let at = at..at + head_dim;
                 let (keys, values) =
                     cache.gather(seq, head * cache.num_kv_heads / num_heads, first..=position);
-                attend(&mut out[at.clone()], &q[at], (&keys, &values), scale);
+                let score = |key: &Vec<f32>| {
+                    let score = dot(&q[at.clone()], key) * scale;
+                    softcap.map_or(score, |cap| cap * (score / cap).tanh())
+                };
+                let scores: Vec<f64> = keys.iter().map(score).collect();
+                let sink = sinks.map(|sinks| f64::from(sinks[head]));
+                weigh(&mut out[at.clone()], &scores, sink, &values);
             }
         }
     }
@@ -131,12 +139,11 @@ impl<'a> PagedCache<'a> {
     }
 }
 
-/// `out = softmax(q · keysᵀ * scale) · values` for one query head.
-fn attend(out: &mut [f32], q: &[f32], (keys, values): (&[Vec<f32>], &[Vec<f32>]), scale: f64) {
-    let scores: Vec<f64> = keys.iter().map(|key| dot(q, key) * scale).collect();
-    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+/// `out = softmax(scores) · values` for one query head; a sink is one more score without a value.
+fn weigh(out: &mut [f32], scores: &[f64], sink: Option<f64>, values: &[Vec<f32>]) {
+    let max = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
     let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
-    let total: f64 = weights.iter().sum();
+    let total: f64 = weights.iter().sum::<f64>() + sink.map_or(0.0, |sink| (sink - max).exp());
     for (d, out) in out.iter_mut().enumerate() {
         let sum: f64 = weights.iter().zip(values).map(|(w, v)| w * f64::from(v[d])).sum();
         *out = (sum / total) as f32;
