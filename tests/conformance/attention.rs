@@ -229,6 +229,14 @@ fn agrees(backends: &[CpuOps]) {
             check_case(Case { heads: (14, 2), head_dim: 64, block_size, dtype, seqs, window });
         }
     }
+    // Contexts of several parts, which few decodes share among threads.
+    for (block_size, dtype) in [(8, DType::F32), (16, DType::BF16), (16, DType::I8)] {
+        for window in [None, Some(1500)] {
+            for seqs in [vec![(1, 3100)], vec![(1, 1024), (2, 1025), (1, 2049)], vec![(40, 2060)]] {
+                check_case(Case { heads: (14, 2), head_dim: 64, block_size, dtype, seqs, window });
+            }
+        }
+    }
     // A head size that fills no vector, and a group larger than a task's rows.
     for (heads, head_dim) in [((3, 3), 20), ((70, 1), 32)] {
         for dtype in CACHES {

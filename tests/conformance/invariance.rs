@@ -23,6 +23,7 @@ pub fn check(ops: &dyn Ops) {
     attention_in_chunks(ops);
     attention_after_a_long_context(ops);
     capped_attention_in_chunks(ops);
+    attention_over_parts(ops);
     attention_alone(ops);
 }
 
@@ -40,8 +41,10 @@ pub fn check_equal(one: &dyn Ops, two: &dyn Ops) {
         }
     }
     for dtype in CACHES {
-        for window in [None, Some(40)] {
-            let problem = Problem::new(&case(dtype, window), 4);
+        // The last two are few enough for the parts of their contexts to be shared.
+        let few = vec![(1, 2500), (2, 1400)];
+        for (seqs, window) in [(ragged(), None), (ragged(), Some(40)), (few, None)] {
+            let problem = Problem::new(&Case { seqs, ..case(dtype, window) }, 4);
             let (a, b) = (problem.run(one, "one thread"), problem.run(two, "two threads"));
             assert_same(&format!("{} attention {dtype}", two.name()), &a, &b);
         }
@@ -112,6 +115,37 @@ fn attention_in_chunks(ops: &dyn Ops) {
                 let what = format!("{} {heads:?} in chunks of {chunk}, {window:?}", ops.name());
                 assert_same(&what, &pieces, &whole);
             }
+        }
+    }
+}
+
+/// Queries around the boundaries of a context's parts: in one piece, in pieces, and as decodes,
+/// whose parts are tasks of their own on two threads.
+fn attention_over_parts(ops: &dyn Ops) {
+    for (dtype, window, has_sinks) in [
+        (DType::F32, None, false),
+        (DType::F16, Some(1030), true),
+        (DType::BF16, None, false),
+        (DType::BF16, Some(1030), true),
+        (DType::I8, None, true),
+    ] {
+        let (first, len) = (2020, 60);
+        let seqs = vec![(len, first + len)];
+        let mut problem = Problem::new(&Case { seqs, ..case(dtype, window) }, 15);
+        problem.edit(|position, keys, _| {
+            keys.iter_mut().for_each(|key| *key *= (1 + position * 7 % 50) as f32 / 4.0);
+        });
+        problem.sinks = has_sinks.then(|| Rng::new(16).tensor(DType::F32, [14]));
+        let whole = problem.run(ops, "whole");
+        for chunk in [1, 2, 29] {
+            let mut pieces = Vec::new();
+            for start in (0..len).step_by(chunk) {
+                let end = len.min(start + chunk);
+                let (chunks, rows) = ([(end - start, first + end)], (start, end - start));
+                pieces.extend(problem.run_part(ops, &[0], &chunks, rows, "chunk"));
+            }
+            let what = format!("{} parts in chunks of {chunk}, {dtype} {window:?}", ops.name());
+            assert_same(&what, &pieces, &whole);
         }
     }
 }

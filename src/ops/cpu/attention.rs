@@ -2,7 +2,8 @@
 //!
 //! One task computes a tile of queries of one sequence for one KV head and all query heads
 //! that share it, so that a KV tile is read, widened and transposed once for all of them.
-//! KV tiles start at multiples of [`KV_TILE`] positions. What happens to a query therefore
+//! KV tiles start at multiples of [`KV_TILE`] positions, and every part of the context starts
+//! anew (`context_parts`). What happens to a query therefore
 //! depends on its own position and its sequence alone: not on the chunk of the prompt that it
 //! was computed in, nor on the batch. A value at a position that a query cannot see is
 //! multiplied by an exact 0, so it must be finite; positions that no query of the tile can see
@@ -10,6 +11,7 @@
 
 use std::ops::Range;
 
+use super::context_parts::{Base, Partial, State, join_rows, parts_of, within, write_means};
 use super::kv_rows::{Cached, widen};
 use super::share::{Parts, Scratch};
 use super::simd::{Kernel, Lanes, Simd, exp, load, store, tanh};
@@ -48,7 +50,7 @@ impl Sizes {
     }
 }
 
-/// One task.
+/// What one task computes.
 pub struct AttendTile<'a> {
     /// `[num_tokens, num_heads, head_dim]`.
     pub q: &'a [f32],
@@ -76,6 +78,14 @@ pub struct AttendTile<'a> {
     pub softcap: Option<f32>,
     /// A score per query head that brings no value.
     pub sinks: Option<&'a [f32]>,
+}
+
+/// Runs a task on vectors.
+pub struct Attend<'a> {
+    /// What to compute.
+    pub task: AttendTile<'a>,
+    /// Computes one part of the context and leaves it here, instead of finishing the queries.
+    pub partial: Option<Partial<'a>>,
     /// This thread's scratch.
     pub scratch: &'a mut Scratch,
 }
@@ -90,59 +100,82 @@ struct Tile<'a> {
     keys: &'a mut [f32],
     /// `[rows, KV_TILE]`: scores, then weights.
     scores: &'a mut [f32],
-    /// `[rows, dim]`: sums of weighted values.
+    /// `[rows, dim]`: sums of weighted values of this part.
     acc: &'a mut [f32],
-    /// Largest score so far and sum of weights so far, per row.
+    /// Largest score and sum of weights of this part, per row.
     state: &'a mut [f32],
+    /// As `acc`, of all parts before.
+    joined: &'a mut [f32],
+    /// As `state`, of all parts before.
+    joined_state: &'a mut [f32],
     dim: usize,
 }
 
 impl<'a> Tile<'a> {
     fn new(scratch: &'a mut Scratch, rows: usize, head_dim: usize) -> Tile<'a> {
         let dim = head_dim.next_multiple_of(DIM_STEP);
-        let len = 2 * rows * dim + 2 * KV_TILE * dim + rows * KV_TILE + 2 * rows;
+        let len = 3 * rows * dim + 2 * KV_TILE * dim + rows * KV_TILE + 4 * rows;
         let (q, rest) = scratch.take(len).split_at_mut(rows * dim);
         let (wide, rest) = rest.split_at_mut(KV_TILE * dim);
         let (keys, rest) = rest.split_at_mut(KV_TILE * dim);
         let (scores, rest) = rest.split_at_mut(rows * KV_TILE);
-        let (acc, state) = rest.split_at_mut(rows * dim);
-        acc.fill(0.0);
-        for state in state.chunks_exact_mut(2) {
-            state.copy_from_slice(&[f32::NEG_INFINITY, 0.0]);
+        let (acc, rest) = rest.split_at_mut(rows * dim);
+        let (joined, rest) = rest.split_at_mut(rows * dim);
+        let (state, joined_state) = rest.split_at_mut(2 * rows);
+        joined.fill(0.0);
+        Tile { q, wide, keys, scores, acc, state, joined, joined_state, dim }
+    }
+
+    /// Forgets the part before.
+    fn restart(&mut self) {
+        self.acc.fill(0.0);
+        for state in self.state.chunks_exact_mut(2) {
+            put(state, State::START);
         }
-        Tile { q, wide, keys, scores, acc, state, dim }
+    }
+
+    /// Joins the part to those before.
+    #[inline(always)]
+    fn join<S: Simd>(&mut self, simd: S) {
+        let states = self.joined_state.chunks_exact_mut(2).zip(self.state.chunks_exact(2));
+        let sums = self.joined.chunks_exact_mut(self.dim).zip(self.acc.chunks_exact(self.dim));
+        for ((before, part), (joined, acc)) in states.zip(sums) {
+            let (state, factors) = get(before).join(get(part), Base::E);
+            put(before, state);
+            join_rows(simd, joined, acc, factors);
+        }
     }
 }
 
-impl Kernel for AttendTile<'_> {
+fn get(state: &[f32]) -> State {
+    State { reference: state[0], total: state[1] }
+}
+
+fn put(to: &mut [f32], state: State) {
+    to.copy_from_slice(&[state.reference, state.total]);
+}
+
+impl Kernel for Attend<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let rows = self.queries.len() * self.sizes.group();
-        let mut scratch = std::mem::take(self.scratch);
-        let mut tile = Tile::new(&mut scratch, rows, self.sizes.head_dim);
-        self.load_queries(simd, &mut tile);
-        self.start_with_sinks(&mut tile);
-        let end = self.first_position + self.queries.len();
-        let begin = (self.first_position + 1).saturating_sub(self.window);
-        let mut start = begin - begin % KV_TILE;
-        while start < end {
-            let seen = start.max(begin)..end.min(start + KV_TILE);
-            self.load_tile(simd, self.k_cache, (tile.wide, tile.dim), (start, seen.clone()));
-            transpose(simd, tile.wide, tile.keys, tile.dim);
-            let shape = Shape { rows, len: self.sizes.head_dim, width: KV_TILE };
-            let (q, keys) = ((&*tile.q, tile.dim), (&*tile.keys, KV_TILE));
-            product::<S, false>(simd, shape, q, keys, (tile.scores, KV_TILE));
-            self.softmax(simd, &mut tile, start);
-            self.load_tile(simd, self.v_cache, (tile.wide, tile.dim), (start, seen));
-            let shape = Shape { rows, len: KV_TILE, width: tile.dim };
-            let (weights, values) = ((&*tile.scores, KV_TILE), (&*tile.wide, tile.dim));
-            product::<S, true>(simd, shape, weights, values, (tile.acc, tile.dim));
-            start += KV_TILE;
+        let Attend { task, partial, scratch } = self;
+        let group = task.sizes.group();
+        let mut tile = Tile::new(scratch, task.queries.len() * group, task.sizes.head_dim);
+        task.load_queries(simd, &mut tile);
+        if let Some(partial) = partial {
+            task.attend_part(simd, &mut tile, partial.part);
+            return task.leave(&tile, partial);
         }
-        self.write_out(simd, &tile);
-        *self.scratch = scratch;
+        for (row, state) in tile.joined_state.chunks_exact_mut(2).enumerate() {
+            put(state, task.initial_state(row % group, Base::E));
+        }
+        for part in parts_of(&task.seen()) {
+            task.attend_part(simd, &mut tile, part);
+            tile.join(simd);
+        }
+        task.write_out(simd, &tile);
     }
 }
 
@@ -155,10 +188,39 @@ impl AttendTile<'_> {
         start..start + len
     }
 
-    /// The sink of row `row` of the heads of one query.
+    /// What row `row` of the heads of one query starts with.
     #[inline(always)]
-    pub fn sink(&self, row: usize) -> Option<f32> {
-        self.sinks.map(|sinks| sinks[self.kv_head * self.sizes.group() + row])
+    pub fn initial_state(&self, row: usize, base: Base) -> State {
+        let head = self.kv_head * self.sizes.group() + row;
+        self.sinks.map_or(State::START, |sinks| State::after_sink(sinks[head], base))
+    }
+
+    /// Positions that some query sees.
+    #[inline(always)]
+    pub fn seen(&self) -> Range<usize> {
+        let end = self.first_position + self.queries.len();
+        (self.first_position + 1).saturating_sub(self.window)..end
+    }
+
+    /// Leads all queries past one part, from a fresh start.
+    #[inline(always)]
+    fn attend_part<S: Simd>(&self, simd: S, tile: &mut Tile<'_>, part: usize) {
+        tile.restart();
+        let rows = self.queries.len() * self.sizes.group();
+        let Range { start: begin, end } = within(&self.seen(), part);
+        for start in (begin - begin % KV_TILE..end).step_by(KV_TILE) {
+            let seen = start.max(begin)..end.min(start + KV_TILE);
+            self.load_tile(simd, self.k_cache, (tile.wide, tile.dim), (start, seen.clone()));
+            transpose(simd, tile.wide, tile.keys, tile.dim);
+            let shape = Shape { rows, len: self.sizes.head_dim, width: KV_TILE };
+            let (q, keys) = ((&*tile.q, tile.dim), (&*tile.keys, KV_TILE));
+            product::<S, false>(simd, shape, q, keys, (tile.scores, KV_TILE));
+            self.softmax(simd, tile, start);
+            self.load_tile(simd, self.v_cache, (tile.wide, tile.dim), (start, seen));
+            let shape = Shape { rows, len: KV_TILE, width: tile.dim };
+            let (weights, values) = ((&*tile.scores, KV_TILE), (&*tile.wide, tile.dim));
+            product::<S, true>(simd, shape, weights, values, (tile.acc, tile.dim));
+        }
     }
 
     #[inline(always)]
@@ -172,16 +234,6 @@ impl AttendTile<'_> {
                 for at in (0..head.len()).step_by(S::LANES) {
                     store(simd, to, at, simd.mul(load(simd, head, at), scale));
                 }
-            }
-        }
-    }
-
-    /// Rows start as if they had seen a key with the sink as its score and a value of 0.
-    #[inline(always)]
-    fn start_with_sinks(&self, tile: &mut Tile<'_>) {
-        for (i, state) in tile.state.chunks_exact_mut(2).enumerate() {
-            if let Some(sink) = self.sink(i % self.sizes.group()) {
-                state.copy_from_slice(&[sink, 1.0]);
             }
         }
     }
@@ -244,8 +296,7 @@ impl AttendTile<'_> {
     /// lie apart, so the hardware cannot guess where the next one is.
     #[inline(always)]
     fn row_ahead(&self, position: usize) -> usize {
-        let end = self.first_position + self.queries.len();
-        self.rows_at((position + KV_TILE).min(end - 1)).0
+        self.rows_at((position + KV_TILE).min(self.seen().end - 1)).0
     }
 
     /// The cache row of this head at `position`, and how many rows follow in its block, itself
@@ -280,6 +331,18 @@ impl AttendTile<'_> {
         }
     }
 
+    /// Leaves a part to be joined later.
+    fn leave(&self, tile: &Tile<'_>, mut partial: Partial<'_>) {
+        let dim = self.sizes.head_dim;
+        for (row, state) in tile.state.chunks_exact(2).enumerate() {
+            partial.put_state(row, get(state));
+        }
+        let sums = partial.sums(tile.state.len() / 2).chunks_exact_mut(dim);
+        for (to, acc) in sums.zip(tile.acc.chunks_exact(tile.dim)) {
+            to.copy_from_slice(&acc[..dim]);
+        }
+    }
+
     #[inline(always)]
     fn write_out<S: Simd>(&self, simd: S, tile: &Tile<'_>) {
         let group = self.sizes.group();
@@ -288,11 +351,8 @@ impl AttendTile<'_> {
             let heads = unsafe { self.out.part(self.heads_of(query)) };
             for (row, head) in heads.chunks_exact_mut(self.sizes.head_dim).enumerate() {
                 let row = i * group + row;
-                let total = simd.splat(tile.state[2 * row + 1]);
-                let acc = &tile.acc[row * tile.dim..];
-                for at in (0..head.len()).step_by(S::LANES) {
-                    store(simd, head, at, simd.div(load(simd, acc, at), total));
-                }
+                let total = tile.joined_state[2 * row + 1];
+                write_means(simd, head, &tile.joined[row * tile.dim..], total);
             }
         }
     }

@@ -3,38 +3,22 @@
 //! A task is worth at least a few microseconds, so that small operations run on the calling
 //! thread alone; how work is cut never changes a result.
 
-use std::cmp::Reverse;
 use std::ops::Range;
-use std::sync::PoisonError;
 
-use super::attention::{AttendTile, Sizes, queries_per_tile};
-#[cfg(target_arch = "x86_64")]
-use super::isa::Isa;
-use super::kv_rows::{Cached, EncodeRow, QuantizeRow};
-#[cfg(target_arch = "x86_64")]
-use super::launch_matmul::TASKS_PER_THREAD;
+use super::kv_rows::{EncodeRow, QuantizeRow};
 use super::rows::{Convert, GatedActivation, Norm, ReadRow, Rotate};
 use super::share::Parts;
 use super::simd::Float;
-#[cfg(target_arch = "x86_64")]
-use super::tile_attention;
 use super::weight_rows::WeightRows;
 use super::{CpuOps, sample, with_float};
 use crate::formats::PackedMatrix;
-use crate::ops::args::{AttentionArgs, GatedActivationArgs, RopeArgs, SampleArgs};
+use crate::ops::args::{GatedActivationArgs, RopeArgs, SampleArgs};
 use crate::ops::kv_tensor::KvViewMut;
 use crate::output::SampledToken;
 use crate::tensor::{DType, Fp8, View};
 
 /// Elements per task of a row-wise operation: a few microseconds.
 const TASK_ELEMENTS: usize = 16_384;
-
-/// Some queries of one sequence, for all heads.
-pub struct QueryTile {
-    seq: usize,
-    queries: Range<usize>,
-    first_position: usize,
-}
 
 impl CpuOps {
     /// Calls `task` with ranges that cover `0..num_rows`, on all threads when it is worth it.
@@ -187,60 +171,6 @@ impl CpuOps {
         }
     }
 
-    pub(super) fn attend(&self, args: AttentionArgs<'_>) {
-        let sizes = Sizes {
-            num_heads: args.q.size(1),
-            num_kv_heads: args.k_cache.size(1),
-            head_dim: args.q.size(2),
-            block_size: args.k_cache.size(2),
-        };
-        let mut tiles = self.query_tiles.lock().unwrap_or_else(PoisonError::into_inner);
-        let (k_cache, v_cache) = (Cached::of(args.k_cache), Cached::of(args.v_cache));
-        let per_tile = self.queries_per_tile(sizes, k_cache, args.q.size(0));
-        plan_queries(&mut tiles, &args, per_tile);
-        let (q, block_tables) = (args.q.as_slice::<f32>(), args.block_tables);
-        let sinks = args.sinks.map(View::as_slice);
-        let out = Parts::new(args.out.into_mut_slice::<f32>());
-        self.pool.run(tiles.len() * sizes.num_kv_heads, |thread, i| {
-            let tile = &tiles[i / sizes.num_kv_heads];
-            self.attend_tile(AttendTile {
-                q,
-                k_cache,
-                v_cache,
-                out: &out,
-                sizes,
-                block_table: block_tables.rows(tile.seq..tile.seq + 1).as_slice(),
-                kv_head: i % sizes.num_kv_heads,
-                queries: tile.queries.clone(),
-                first_position: tile.first_position,
-                scale: args.scale,
-                window: args.sliding_window.unwrap_or(usize::MAX),
-                softcap: args.softcap,
-                sinks,
-                scratch: &mut self.scratch.lock(thread),
-            });
-        });
-    }
-
-    fn attend_tile(&self, task: AttendTile<'_>) {
-        #[cfg(target_arch = "x86_64")]
-        if let (Isa::Amx(amx), true) = (self.isa, tile_attention::fits(task.sizes, task.k_cache)) {
-            let mut task = task;
-            return tile_attention::attend_on_tiles(amx, &mut task);
-        }
-        self.isa.run(task);
-    }
-
-    fn queries_per_tile(&self, sizes: Sizes, cache: Cached<'_>, num_tokens: usize) -> usize {
-        #[cfg(target_arch = "x86_64")]
-        if matches!(self.isa, Isa::Amx(_)) && tile_attention::fits(sizes, cache) {
-            let num_tasks = (self.threads() * TASKS_PER_THREAD).div_ceil(sizes.num_kv_heads);
-            return tile_attention::queries_per_tile(sizes.group(), num_tokens, num_tasks);
-        }
-        let _ = (cache, num_tokens); // other kernels do not care
-        queries_per_tile(sizes.group())
-    }
-
     pub(super) fn sample_rows(&self, args: SampleArgs<'_>) -> Vec<SampledToken> {
         let vocab_size = args.logits.size(1);
         let logits = Parts::new(args.logits.into_mut_slice::<f32>());
@@ -272,27 +202,4 @@ fn for_slots(
             write((block * num_kv_heads + head) * block_size + offset, from);
         }
     }
-}
-
-/// Cuts every sequence's queries into tiles, those with most work first. Panics when the
-/// sequences overlap or own rows that are not there: tasks rely on it.
-fn plan_queries(tiles: &mut Vec<QueryTile>, args: &AttentionArgs<'_>, per_tile: usize) {
-    tiles.clear();
-    let cu_seqlens = args.cu_seqlens_q.as_slice::<u32>();
-    for (seq, &context) in args.context_lens.as_slice::<u32>().iter().enumerate() {
-        let rows = cu_seqlens[seq] as usize..cu_seqlens[seq + 1] as usize;
-        assert!(rows.start <= rows.end && rows.end <= args.q.size(0), "attention: rows {rows:?}");
-        let first_position = (context as usize).checked_sub(rows.len());
-        let first_position = first_position.expect("a context includes its queries");
-        for start in rows.clone().step_by(per_tile) {
-            tiles.push(QueryTile {
-                seq,
-                queries: start..rows.end.min(start + per_tile),
-                first_position: first_position + start - rows.start,
-            });
-        }
-    }
-    tiles.sort_unstable_by_key(|tile| {
-        Reverse((tile.first_position + tile.queries.len()) * tile.queries.len())
-    });
 }

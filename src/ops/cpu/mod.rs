@@ -12,7 +12,8 @@
 //! | `matmul`, `byte_matmul`, `attention`, `rows`, `sample` | the kernels on vectors |
 //! | `amx`, `tile_blocks`, `tile_groups`, `tile_matmul` | tiles, and the matmuls on them |
 //! | `tile_attention`, `tile_cache`, `tile_rows`, `tile_softmax` | attention on them |
-//! | `launch`, `launch_matmul` | how operations are cut into tasks |
+//! | `context_parts` | how attention over parts of a context is joined |
+//! | `launch`, `launch_attention`, `launch_matmul` | how operations are cut into tasks |
 //!
 //! Activations are f32. No result depends on the number of threads, nor on which other rows
 //! or sequences are in the batch: that is part of every kernel's contract and tested bit by bit.
@@ -28,9 +29,11 @@ mod byte_matmul;
 mod byte_simd;
 #[cfg(target_arch = "x86_64")]
 mod byte_vectors;
+mod context_parts;
 mod isa;
 mod kv_rows;
 mod launch;
+mod launch_attention;
 mod launch_matmul;
 mod lines;
 mod matmul;
@@ -108,7 +111,7 @@ pub struct CpuOps {
     scratch: PerThread<Scratch>,
     samplers: PerThread<sample::SampleScratch>,
     prepared: Mutex<launch_matmul::Prepared>,
-    query_tiles: Mutex<Vec<launch::QueryTile>>,
+    attention_plan: Mutex<launch_attention::AttentionPlan>,
 }
 
 impl CpuOps {
@@ -127,7 +130,7 @@ impl CpuOps {
             scratch: PerThread::new(threads),
             samplers: PerThread::new(threads),
             prepared: Mutex::default(),
-            query_tiles: Mutex::default(),
+            attention_plan: Mutex::default(),
         })
     }
 

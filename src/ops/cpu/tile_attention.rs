@@ -18,13 +18,14 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::amx::{Amx, Bf16, Left, ROW_BYTES, Right, TILE_BYTES, TILE_LEN, TILE_ROWS, Tiles};
-use super::attention::{AttendTile, Sizes};
+use super::attention::{Attend, AttendTile, Sizes};
 use super::avx512::transpose16;
+use super::context_parts::{Base, Partial, State, parts_of, within};
 use super::kv_rows::Cached;
 use super::tile_cache::{CHUNKS, Cache, KV_TILE, MAX_HEAD_DIM, left};
 use super::tile_pack::TileActivations;
 use super::tile_rows::{self, TileRows};
-use super::tile_softmax::{CHUNK, Column, Sums, limit, rescale, rows_of};
+use super::tile_softmax::{CHUNK, Column, Sums, join_sums, limit, rescale, rows_in};
 
 /// Query rows of a task when there are enough for all threads; values are rearranged once for
 /// so many.
@@ -44,23 +45,25 @@ pub fn queries_per_tile(group: usize, num_queries: usize, num_tasks: usize) -> u
 }
 
 /// Runs a task whose heads and cache are as [`fits`] demands.
-pub fn attend_on_tiles(amx: Amx, task: &mut AttendTile<'_>) {
-    let mut scratch = std::mem::take(task.scratch);
-    let (columns, dim) = (columns(task), task.sizes.head_dim);
+pub fn attend_on_tiles(amx: Amx, attend: Attend<'_>) {
+    let Attend { task, partial, scratch } = attend;
+    let (columns, dim) = (columns(&task), task.sizes.head_dim);
     let keys = TileRows::new(task.k_cache, dim).without_scales();
     let values = TileRows::new(task.v_cache, dim);
-    let end = task.first_position + task.queries.len();
-    let begin = (task.first_position + 1).saturating_sub(task.window);
-    let lengths = Lengths::new(columns.len(), dim);
+    let seen = match &partial {
+        Some(partial) => within(&task.seen(), partial.part),
+        None => task.seen(),
+    };
+    let is_joined = partial.is_none() && (parts_of(&seen).len() > 1 || task.sinks.is_some());
+    let lengths = Lengths::new(columns.len(), dim, is_joined);
     let mut pass = Pass {
-        task,
-        cache: Cache { task, keys, values, dim, seen: begin..end },
+        task: &task,
+        cache: Cache { task: &task, keys, values, dim, seen },
         buffers: Buffers::new(scratch.take_words(lengths.total()), &lengths),
         columns,
     };
     // SAFETY: the token proves that the instructions exist.
-    unsafe { pass.run(amx) }
-    *task.scratch = scratch;
+    unsafe { pass.run(amx, partial, is_joined) }
 }
 
 /// Query rows of a task in tiles of sixteen; the last row is repeated to fill the last one.
@@ -68,16 +71,8 @@ fn columns(task: &AttendTile<'_>) -> Vec<Column> {
     let group = task.sizes.group();
     let rows = task.queries.len() * group;
     let position = |row: usize| task.first_position + row.min(rows - 1) / group;
-    let column = |tile: usize| {
-        let row = |lane: usize| tile * TILE_ROWS + lane;
-        let mut column = Column::new(std::array::from_fn(|lane| position(row(lane))), task.window);
-        if task.sinks.is_some() {
-            let sink = |lane: usize| task.sink(row(lane) % group).expect("a sink for each head");
-            column.start_with(std::array::from_fn(sink));
-        }
-        column
-    };
-    (0..rows.div_ceil(TILE_ROWS)).map(column).collect()
+    let column = |tile| std::array::from_fn(|lane| position(tile * TILE_ROWS + lane));
+    (0..rows.div_ceil(TILE_ROWS)).map(|tile| Column::new(column(tile), task.window)).collect()
 }
 
 /// Words of each buffer of a task.
@@ -89,25 +84,28 @@ struct Lengths {
     values: usize,
     keys: usize,
     wide: usize,
+    joined: usize,
 }
 
 impl Lengths {
-    fn new(num_tiles: usize, dim: usize) -> Lengths {
+    fn new(num_tiles: usize, dim: usize, is_joined: bool) -> Lengths {
         let steps = dim / 32;
+        let sums = num_tiles.div_ceil(2) * steps * 4 * TILE_LEN;
         Lengths {
             queries: num_tiles * steps * TILE_LEN,
-            sums: num_tiles.div_ceil(2) * steps * 4 * TILE_LEN,
+            sums,
             scores: CHUNKS * 4 * TILE_LEN,
             weights: 2 * CHUNKS * TILE_LEN,
             values: 2 * steps * CHUNKS * TILE_LEN,
             keys: KV_TILE * dim / 2,
             wide: CHUNK * dim / 2,
+            joined: if is_joined { sums } else { 0 },
         }
     }
 
     fn total(&self) -> usize {
         let operands = self.queries + self.weights + self.values + self.keys;
-        operands + self.sums + self.scores + self.wide
+        operands + self.sums + self.joined + self.scores + self.wide
     }
 }
 
@@ -115,7 +113,7 @@ impl Lengths {
 struct Buffers<'a> {
     /// `[tiles, head_dim / 32]` right operands.
     queries: &'a mut [u32],
-    /// `[pairs of tiles, head_dim / 32]` accumulators: a row per element of the head.
+    /// `[pairs of tiles, head_dim / 32]` accumulators of this part: a row per element of the head.
     sums: &'a mut [Sums],
     /// `[CHUNKS]` accumulators of a pair of tiles: a row per key.
     scores: &'a mut [Sums],
@@ -127,6 +125,8 @@ struct Buffers<'a> {
     keys: &'a mut [u32],
     /// `[CHUNK, head_dim]` bf16: values that were converted.
     wide: &'a mut [u32],
+    /// As `sums`, of all parts before; empty when nothing is joined.
+    joined: &'a mut [Sums],
 }
 
 impl<'a> Buffers<'a> {
@@ -136,8 +136,9 @@ impl<'a> Buffers<'a> {
         let (scores, rest) = rest.split_at_mut(lengths.scores);
         let (weights, rest) = rest.split_at_mut(lengths.weights);
         let (values, rest) = rest.split_at_mut(lengths.values);
-        let (keys, wide) = rest.split_at_mut(lengths.keys);
-        sums.fill(0);
+        let (keys, rest) = rest.split_at_mut(lengths.keys);
+        let (wide, joined) = rest.split_at_mut(lengths.wide);
+        joined.fill(0);
         Buffers {
             queries,
             sums: sums.as_chunks_mut().0.as_chunks_mut().0,
@@ -146,6 +147,7 @@ impl<'a> Buffers<'a> {
             values: values.as_chunks_mut().0,
             keys,
             wide,
+            joined: joined.as_chunks_mut().0.as_chunks_mut().0,
         }
     }
 }
@@ -168,11 +170,62 @@ struct Pass<'a> {
 }
 
 impl Pass<'_> {
+    /// Computes what the task asks for: one part, or all of them and the queries' results.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn run(&mut self, amx: Amx) {
+    fn run(&mut self, amx: Amx, partial: Option<Partial<'_>>, is_joined: bool) {
         self.pack_queries(amx);
         let mut tiles = Tiles::open(amx);
-        let Range { start: begin, end } = self.cache.seen;
+        if let Some(partial) = partial {
+            self.attend_part(&mut tiles, partial.part);
+            return self.leave(partial);
+        }
+        let mut states = self.initial_states();
+        for part in parts_of(&self.cache.seen) {
+            self.attend_part(&mut tiles, part);
+            if is_joined {
+                self.join(&mut states);
+            } else {
+                states = self.columns.iter().map(Column::states).collect();
+            }
+        }
+        let sums = if is_joined { &*self.buffers.joined } else { &*self.buffers.sums };
+        for (tile, states) in states.iter().enumerate() {
+            write_out(self.task, (sums, tile), states);
+        }
+    }
+
+    /// What the queries of every tile start with.
+    fn initial_states(&self) -> Vec<[State; TILE_ROWS]> {
+        let group = self.task.sizes.group();
+        let state = |row: usize| self.task.initial_state(row % group, Base::Two);
+        let tile = |tile| std::array::from_fn(|lane| state(tile * TILE_ROWS + lane));
+        (0..self.columns.len()).map(tile).collect()
+    }
+
+    /// Joins the part to those before.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn join(&mut self, states: &mut [[State; TILE_ROWS]]) {
+        let steps = self.cache.dim / 32;
+        for (tile, (states, column)) in states.iter_mut().zip(&self.columns).enumerate() {
+            let mut factors = [[0.0; TILE_ROWS]; 2];
+            for (lane, (state, part)) in states.iter_mut().zip(column.states()).enumerate() {
+                let (joined, [a, b]) = state.join(part, Base::Two);
+                *state = joined;
+                factors[0][lane] = a;
+                factors[1][lane] = b;
+            }
+            let pair = tile / 2 * steps..(tile / 2 + 1) * steps;
+            let Buffers { joined, sums, .. } = &mut self.buffers;
+            join_sums(&mut joined[pair.clone()], &mut sums[pair], tile % 2, factors);
+        }
+    }
+
+    /// Leads all queries past one part, from a fresh start.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn attend_part(&mut self, tiles: &mut Tiles, part: usize) {
+        self.buffers.sums.as_flattened_mut().as_flattened_mut().fill(0);
+        self.columns.iter_mut().for_each(Column::restart);
+        let Range { start: begin, end } = within(&self.cache.seen, part);
         for start in (begin - begin % KV_TILE..end).step_by(KV_TILE) {
             let mut keys = [left(self.buffers.keys.as_ptr().cast(), 0); CHUNKS];
             let (mut scales, mut has_scales) = ([1.0; KV_TILE], false);
@@ -188,10 +241,9 @@ impl Pass<'_> {
             }
             let keys = Keys { keys: &keys, scales: has_scales.then_some(&scales) };
             for pair in 0..self.columns.len().div_ceil(2) {
-                self.attend_pair(&mut tiles, pair, start, keys);
+                self.attend_pair(tiles, pair, start, keys);
             }
         }
-        self.write_out();
     }
 
     /// Rounds the queries, times the scale, to bf16. Scores are powers of two, or will be once
@@ -267,49 +319,75 @@ impl Pass<'_> {
         }
     }
 
+    /// Leaves a part to be joined later.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-    fn write_out(&mut self) {
-        let steps = self.cache.dim / 32;
+    fn leave(&mut self, mut partial: Partial<'_>) {
+        let dim = self.cache.dim;
+        let rows = self.task.queries.len() * self.task.sizes.group();
         for (tile, column) in self.columns.iter().enumerate() {
-            let sums = &mut self.buffers.sums[tile / 2 * steps..][..steps];
-            for (step, sums) in sums.iter_mut().enumerate() {
-                for (half, sums) in rows_of(sums, tile % 2).as_chunks().0.iter().enumerate() {
-                    let lines = means(sums, column.totals());
-                    write_lines(self.task, tile, (2 * step + half) * TILE_ROWS, &lines);
-                }
+            let rows_of_tile = tile * TILE_ROWS..rows.min((tile + 1) * TILE_ROWS);
+            for (row, state) in rows_of_tile.clone().zip(column.states()) {
+                partial.put_state(row, state);
             }
+            let to = partial.sums(rows);
+            for_lines((self.buffers.sums, tile), dim, |at, lines| {
+                for (row, line) in rows_of_tile.clone().zip(lines) {
+                    store(&mut to[row * dim + at..][..TILE_ROWS], line);
+                }
+            });
         }
     }
 }
 
-/// Writes elements `at..at + 16` of the heads of a tile of queries.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn write_lines(task: &AttendTile<'_>, tile: usize, at: usize, lines: &[__m512; TILE_ROWS]) {
-    let (dim, group) = (task.sizes.head_dim, task.sizes.group());
-    for (row, line) in (tile * TILE_ROWS..task.queries.len() * group).zip(lines) {
-        let heads = task.heads_of(task.queries.start + row / group);
-        let at = heads.start + row % group * dim + at;
-        // SAFETY: this task alone writes these heads of these rows; the part has sixteen elements.
-        unsafe {
-            let out = task.out.part(at..at + TILE_ROWS);
-            _mm512_storeu_ps(out.as_mut_ptr(), *line);
-        }
-    }
-}
-
-/// Sums divided by totals: a line per query.
+/// Calls `visit` with the sums of one tile of queries: an element's index, and sixteen lines of
+/// sixteen elements from it on, one line per query.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn means(sums: &[[u32; TILE_ROWS]; TILE_ROWS], totals: &[f32; TILE_ROWS]) -> [__m512; TILE_ROWS] {
-    let mut lines = [_mm512_setzero_ps(); TILE_ROWS];
-    // SAFETY: rows and totals have sixteen words; the instructions exist here.
-    unsafe {
-        let totals = _mm512_loadu_ps(totals.as_ptr());
-        for (line, sums) in lines.iter_mut().zip(sums) {
-            *line = _mm512_div_ps(_mm512_loadu_ps(sums.as_ptr().cast()), totals);
+fn for_lines(
+    (sums, tile): (&[Sums], usize),
+    dim: usize,
+    mut visit: impl FnMut(usize, [__m512; TILE_ROWS]),
+) {
+    let steps = dim / 32;
+    for (step, sums) in sums[tile / 2 * steps..][..steps].iter().enumerate() {
+        for (half, sums) in rows_in(sums, tile % 2).as_chunks::<TILE_ROWS>().0.iter().enumerate() {
+            let mut lines = [_mm512_setzero_ps(); TILE_ROWS];
+            // SAFETY: rows have sixteen words; the instructions exist here.
+            let lines = unsafe {
+                for (line, sums) in lines.iter_mut().zip(sums) {
+                    *line = _mm512_loadu_ps(sums.as_ptr().cast());
+                }
+                transpose16(lines)
+            };
+            visit((2 * step + half) * TILE_ROWS, lines);
         }
-        transpose16(lines)
     }
+}
+
+/// Writes the results of one tile of queries. A sum of -0 counts as 0, because joining a part
+/// that holds nothing for the query would have made it one.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn write_out(task: &AttendTile<'_>, sums: (&[Sums], usize), states: &[State; TILE_ROWS]) {
+    let (dim, group) = (task.sizes.head_dim, task.sizes.group());
+    let rows = sums.1 * TILE_ROWS..task.queries.len() * group;
+    for_lines(sums, dim, |at, lines| {
+        for ((row, line), state) in rows.clone().zip(lines).zip(states) {
+            let heads = task.heads_of(task.queries.start + row / group);
+            let at = heads.start + row % group * dim + at;
+            let sum = _mm512_add_ps(line, _mm512_setzero_ps());
+            // SAFETY: this task alone writes these heads of these rows.
+            let out = unsafe { task.out.part(at..at + TILE_ROWS) };
+            store(out, _mm512_div_ps(sum, _mm512_set1_ps(state.total)));
+        }
+    });
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store(to: &mut [f32], line: __m512) {
+    assert!(to.len() == TILE_ROWS);
+    // SAFETY: sixteen elements are writable.
+    unsafe { _mm512_storeu_ps(to.as_mut_ptr(), line) }
 }
 
 /// Multiplies by one or two right operands.

@@ -12,6 +12,7 @@ use std::ops::Range;
 
 use super::amx::{TILE_LEN, TILE_ROWS};
 use super::avx512::Avx512;
+use super::context_parts::State;
 use super::simd::tanh;
 
 /// Keys per product: two tiles of rows of scores, one tile of rows of pairs of weights.
@@ -41,19 +42,21 @@ impl Column {
         Column {
             position: positions.map(place),
             first: positions.map(|position| place((position + 1).saturating_sub(window))),
-            reference: [f32::MIN; TILE_ROWS],
-            total: [0.0; TILE_ROWS],
+            reference: [State::START.reference; TILE_ROWS],
+            total: [State::START.total; TILE_ROWS],
         }
     }
 
-    /// Starts as if every query had seen a key with such a score, and a value of 0.
-    pub fn start_with(&mut self, scores: [f32; TILE_ROWS]) {
-        let states = self.reference.iter_mut().zip(&mut self.total);
-        for ((reference, total), score) in states.zip(scores) {
-            let score = score * std::f32::consts::LOG2_E;
-            *reference = score.ceil().max(f32::MIN);
-            *total = (score - *reference).exp2();
-        }
+    /// Forgets what was seen.
+    pub fn restart(&mut self) {
+        self.reference = [State::START.reference; TILE_ROWS];
+        self.total = [State::START.total; TILE_ROWS];
+    }
+
+    /// What each query has seen since the last start.
+    pub fn states(&self) -> [State; TILE_ROWS] {
+        let state = |i: usize| State { reference: self.reference[i], total: self.total[i] };
+        std::array::from_fn(state)
     }
 
     /// Positions that any of them sees.
@@ -168,11 +171,6 @@ impl Column {
             unsafe { _mm512_storeu_ps(row.as_mut_ptr().cast(), scores) }
         }
     }
-
-    /// Sums of the weights of each query.
-    pub fn totals(&self) -> &[f32; TILE_ROWS] {
-        &self.total
-    }
 }
 
 /// Turns scores `x`, parts of `cap`, into `cap · tanh(x)` as powers of two; `tile` says which half
@@ -202,6 +200,29 @@ pub fn rescale(sums: &mut [Sums], tile: usize, factors: &[f32; TILE_ROWS]) {
             unsafe { _mm512_storeu_ps(row.as_mut_ptr().cast(), scaled) }
         }
     }
+}
+
+/// `before = before * factors[0] + sums * factors[1]` for one tile of queries, lane by lane.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub fn join_sums(
+    before: &mut [Sums],
+    sums: &mut [Sums],
+    tile: usize,
+    factors: [[f32; TILE_ROWS]; 2],
+) {
+    let [a, b] = factors.map(|factors| load_f32(&factors));
+    for (before, sums) in before.iter_mut().zip(sums) {
+        for (before, sums) in rows_of(before, tile).iter_mut().zip(rows_of(sums, tile)) {
+            let joined = _mm512_fmadd_ps(load(sums), b, _mm512_mul_ps(load(before), a));
+            // SAFETY: sixteen words are written to an array of sixteen words.
+            unsafe { _mm512_storeu_ps(before.as_mut_ptr().cast(), joined) }
+        }
+    }
+}
+
+/// As [`rows_of`], to be read.
+pub fn rows_in(sums: &Sums, tile: usize) -> &[[u32; TILE_ROWS]] {
+    sums[2 * tile..2 * tile + 2].as_flattened().as_chunks().0
 }
 
 /// The upper and lower rows of one of the two tiles of columns.
