@@ -63,17 +63,18 @@ struct Fit {
 }
 
 impl Fit {
-    /// Least squares: with products `v · c` and squares `c²` summed, the best scale is their
-    /// quotient, and what remains of `v²` is less by `(Σ v · c)² / Σ c²`.
+    /// Least squares, each error weighted by `v²`, because large weights carry the most: with
+    /// products `v · c` and squares `c²` summed, the best scale is their quotient, and what
+    /// remains of the squares is less by `(Σ v · c)² / Σ c²`.
     fn new(values: &[f32], scale: f32) -> Fit {
         // Lanes, so that the compiler may use vectors.
         let (mut products, mut squares) = ([0.0f32; 16], [0.0f32; 16]);
         let inverse = inverse_of(scale);
         let mut add = |lanes: &[f32]| {
             for (i, &value) in lanes.iter().enumerate() {
-                let code = nearest(value * inverse);
-                products[i] += value * code;
-                squares[i] += code * code;
+                let (code, weight) = (nearest(value * inverse), value * value);
+                products[i] += weight * value * code;
+                squares[i] += weight * code * code;
             }
         };
         let (whole, rest) = values.as_chunks::<16>();

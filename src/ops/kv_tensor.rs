@@ -12,6 +12,10 @@
 
 use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
 
+/// From this size on a cache lies on large pages: blocks of a sequence lie apart, so that every
+/// one of them is an address to look up. A smaller one would waste more than it gains.
+const LARGE_BYTES: usize = 16 << 20;
+
 /// The memory of cached vectors.
 #[derive(Debug)]
 pub struct KvTensor {
@@ -26,7 +30,12 @@ impl KvTensor {
     pub fn zeros(dtype: DType, shape: [usize; 4]) -> KvTensor {
         let [num_blocks, num_kv_heads, block_size, _] = shape;
         let scales = || Tensor::zeros(DType::F32, [num_blocks, num_kv_heads, block_size]);
-        KvTensor { data: Tensor::zeros(dtype, shape), scales: has_scales(dtype).then(scales) }
+        let data = if shape.iter().product::<usize>() * dtype.size_bytes() < LARGE_BYTES {
+            Tensor::zeros(dtype, shape)
+        } else {
+            Tensor::zeros_on_large_pages(dtype, shape)
+        };
+        KvTensor { data, scales: has_scales(dtype).then(scales) }
     }
 
     /// Bytes of one vector of `head_dim` elements, with its scale.

@@ -67,14 +67,17 @@ impl Pass<'_> {
         let main = Unpacked::new(self.task.main, block, main_tiles);
         let up = self.task.up.map(|up| Unpacked::new(up, block, up_tiles));
         let columns = self.task.out.columns(block);
+        let mut values = [[[0.0; TILE_ROWS]; TILE_ROWS]; 2];
         for tile in tiles {
-            let values = self.multiply(simd, &main, tile);
-            let ups = up.as_ref().map(|up| self.multiply(simd, up, tile));
+            self.multiply(simd, &main, tile, &mut values[0]);
+            if let Some(up) = &up {
+                self.multiply(simd, up, tile, &mut values[1]);
+            }
             let rows = tile * TILE_ROWS..self.task.x.lines.num_rows.min((tile + 1) * TILE_ROWS);
             for (i, row) in rows.enumerate() {
-                let up = ups.as_ref().map(|ups| &ups[i]);
+                let up_values = up.is_some().then_some(&values[1][i]);
                 // SAFETY: this task alone has the block.
-                unsafe { columns.write(simd, row, &values[i], up) }
+                unsafe { columns.write(simd, row, &values[0][i], up_values) }
             }
         }
     }
@@ -82,7 +85,7 @@ impl Pass<'_> {
     /// The products of a tile of rows with a block.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    fn multiply(&mut self, simd: Avx512, weights: &Unpacked<'_>, tile: usize) -> Values {
+    fn multiply(&mut self, simd: Avx512, weights: &Unpacked<'_>, tile: usize, values: &mut Values) {
         let (x, groups) = (self.task.x, weights.scales.groups);
         let mut acc = [simd.no_floats(); TILE_ROWS];
         for next in 0..groups + AHEAD {
@@ -101,7 +104,10 @@ impl Pass<'_> {
                 };
             }
         }
-        acc.map(|acc| simd.lanes(acc))
+        for (values, acc) in values.iter_mut().zip(acc) {
+            // SAFETY: sixteen f32 are written; the instructions exist.
+            unsafe { _mm512_storeu_ps(values.as_mut_ptr(), acc) }
+        }
     }
 
     /// Starts the products of a group.
@@ -184,15 +190,17 @@ impl<'a> Unpacked<'a> {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn zeros_of(scales: GroupScales<'_>, block: usize, step: usize) -> [__m512i; 2] {
-    let group = |half: usize| (step * LINE_BYTES + half * LINE_BYTES / 2) / scales.size;
-    [0, 1].map(|half| match scales.zeros(block, group(half)) {
-        // SAFETY: sixteen bytes.
-        Some(zeros) => unsafe {
-            let zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128(zeros.as_ptr().cast()));
-            _mm512_mullo_epi32(zeros, _mm512_set1_epi32(0x0101_0101))
-        },
-        None => _mm512_set1_epi8(MIDDLE as i8),
-    })
+    let mut both = [_mm512_set1_epi8(MIDDLE as i8); 2];
+    for (half, line) in both.iter_mut().enumerate() {
+        let group = (step * LINE_BYTES + half * LINE_BYTES / 2) / scales.size;
+        if let Some(zeros) = scales.zeros(block, group) {
+            // SAFETY: sixteen bytes.
+            let zeros = unsafe { _mm_loadu_si128(zeros.as_ptr().cast()) };
+            let factor = _mm512_set1_epi32(0x0101_0101);
+            *line = _mm512_mullo_epi32(_mm512_cvtepu8_epi32(zeros), factor);
+        }
+    }
+    both
 }
 
 /// Writes the codes of a step, less their zero points, as the halves of a tile.
