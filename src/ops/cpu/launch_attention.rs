@@ -11,7 +11,7 @@ use super::context_parts::{Base, JoinParts, Partial, parts_of};
 #[cfg(target_arch = "x86_64")]
 use super::isa::Isa;
 use super::kv_rows::Cached;
-use super::launch_matmul::TASKS_PER_THREAD;
+use super::partition::TASKS_PER_THREAD;
 use super::share::{Parts, Scratch};
 #[cfg(target_arch = "x86_64")]
 use super::tile_attention;

@@ -10,6 +10,7 @@ use super::byte_matmul::{ByteBlocks, ByteTask, ByteWeights};
 use super::isa::Isa;
 use super::lines::{CodedLines, FillBf16, FillCodes, LineBuffers, Lines};
 use super::matmul::{Operands, PANEL, multiply_columns};
+use super::partition::{Layout, PAIR_COLS, Sizes};
 use super::rows::Convert;
 use super::share::{Parts, Scratch};
 use super::simd::Kernel;
@@ -34,18 +35,13 @@ use crate::ops::args::{Activation, GatedMatmulArgs, MatmulArgs, Projection};
 use crate::ops::gated_in_steps;
 use crate::tensor::{DType, View};
 
-/// Weight bytes per task: long enough to stream, short enough to balance.
-const TASK_WEIGHT_BYTES: usize = 512 << 10;
-/// Multiplications below which a matmul is one task.
-const MATMUL_INLINE: usize = 1 << 18;
-/// Tasks per thread that let a fast thread take over from a slow one.
-pub const TASKS_PER_THREAD: usize = 4;
-/// Up to this many rows, tasks stream weights; beyond, they are bound by arithmetic.
-const FEW_ROWS: usize = 32;
-/// Most columns of a task with many rows in blocks: their accumulators fit a cache.
-const BLOCK_COLS: usize = 128;
 /// Rows of activations that one task prepares.
 const FILL_ROWS: usize = 4;
+
+// Tasks are cut between what kernels compute at a time.
+const _: () = assert!(PANEL == PAIR_COLS);
+#[cfg(target_arch = "x86_64")]
+const _: () = assert!(PAIR == PAIR_COLS);
 
 /// A form in which kernels want activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -459,25 +455,16 @@ impl CpuOps {
 
     /// Columns of a task, when all matrices together have `all_cols`.
     fn cols_per_task(&self, inputs: &Inputs<'_>, weight: &PackedMatrix, all_cols: usize) -> usize {
-        let num_cols = weight.num_rows;
-        if inputs.num_rows * inputs.k * num_cols < MATMUL_INLINE {
-            return num_cols.max(1);
-        }
-        let balanced = all_cols.div_ceil(self.threads() * TASKS_PER_THREAD);
-        let streamed = TASK_WEIGHT_BYTES / weight.row_bytes().max(1);
-        let is_few = inputs.num_rows <= FEW_ROWS;
-        match Form::of(self.isa, weight) {
-            Form::Bf16 | Form::Codes(_) => {
-                let most = if is_few { streamed } else { BLOCK_COLS };
-                balanced.min(most).max(1).next_multiple_of(2 * BLOCK_ROWS)
-            }
+        let &Inputs { num_rows, k, .. } = inputs;
+        let layout = match Form::of(self.isa, weight) {
+            Form::Bf16 | Form::Codes(_) => Layout::Blocks,
             #[cfg(target_arch = "x86_64")]
-            Form::Packed => {
-                let most = if is_few { streamed } else { panel_cols(inputs.k.div_ceil(64) * 2) };
-                balanced.min(most).max(1).next_multiple_of(PAIR)
-            }
-            _ => balanced.min(streamed).max(1).next_multiple_of(PANEL),
-        }
+            Form::Packed => Layout::Tiles { panel: panel_cols(k.div_ceil(64) * 2) },
+            _ => Layout::Vectors,
+        };
+        let (num_cols, row_bytes) = (weight.num_rows, weight.row_bytes());
+        let threads = self.threads();
+        Sizes { layout, num_rows, k, num_cols, all_cols, row_bytes, threads }.cols_per_task()
     }
 
     /// In single precision, padded to whole blocks.

@@ -13,7 +13,7 @@
 //! | `amx`, `tile_blocks`, `tile_groups`, `tile_matmul` | tiles, and the matmuls on them |
 //! | `tile_attention`, `tile_cache`, `tile_rows`, `tile_softmax` | attention on them |
 //! | `context_parts` | how attention over parts of a context is joined |
-//! | `launch`, `launch_attention`, `launch_matmul` | how operations are cut into tasks |
+//! | `launch`, `launch_attention`, `launch_matmul`, `partition` | how operations are cut into tasks |
 //!
 //! Activations are f32. No result depends on the number of threads, nor on which other rows
 //! or sequences are in the batch: that is part of every kernel's contract and tested bit by bit.
@@ -37,6 +37,7 @@ mod launch_attention;
 mod launch_matmul;
 mod lines;
 mod matmul;
+mod partition;
 pub mod pool;
 mod rows;
 mod sample;
