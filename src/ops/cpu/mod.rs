@@ -2,7 +2,7 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `isa`, `topology` | which instructions and how many threads, decided once at start-up |
+//! | `isa`, `topology` | which instructions, how many threads and on which cores, decided once at start-up |
 //! | `simd`; `scalar`, `avx2`, `avx512` | the vector vocabulary; one file per instruction set |
 //! | `pool`, `share` | fork-join threads; what they share |
 //! | `kv_rows` | cached keys and values of every dtype, as kernels read and write them |
@@ -124,7 +124,10 @@ impl CpuOps {
         if threads == 0 {
             return Err(CpuError::NoThreads);
         }
-        let pool = Pool::new(threads).map_err(|source| CpuError::Spawn { threads, source })?;
+        let places = topology::worker_places(threads);
+        tracing::debug!(threads, ?places, "compute threads start");
+        let pool =
+            Pool::new(threads, places).map_err(|source| CpuError::Spawn { threads, source })?;
         Ok(CpuOps {
             isa,
             pool,

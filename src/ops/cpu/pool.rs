@@ -13,6 +13,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
+use super::topology::{self, Place};
+
 /// How long a thread waits awake. Longer than the gap between two operations of a step,
 /// shorter than anything a neighbour on the same core would notice.
 const SPIN: Duration = Duration::from_micros(30);
@@ -57,8 +59,9 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Pool {
-    /// A pool of `threads` threads, the caller among them. Fails when the system has no more.
-    pub fn new(threads: usize) -> std::io::Result<Pool> {
+    /// A pool of `threads` threads, the caller among them. A worker stays in its place if it
+    /// has one and the system agrees. Fails when the system has no more threads.
+    pub fn new(threads: usize, places: Vec<Place>) -> std::io::Result<Pool> {
         let num_workers = threads.max(1) - 1;
         let shared = Arc::new(Shared {
             state: AtomicUsize::new(0),
@@ -69,10 +72,15 @@ impl Pool {
             stop: AtomicBool::new(false),
         });
         let mut pool = Pool { shared, workers: Vec::new(), turn: Mutex::new(()) };
+        let mut places = places.into_iter();
         for index in 0..num_workers {
-            let shared = Arc::clone(&pool.shared);
+            let (shared, place) = (Arc::clone(&pool.shared), places.next());
             let thread = std::thread::Builder::new().name(format!("compute-{}", index + 1));
-            pool.workers.push(thread.spawn(move || work(&shared, index))?);
+            let life = move || {
+                place.iter().for_each(stay);
+                work(&shared, index);
+            };
+            pool.workers.push(thread.spawn(life)?);
         }
         Ok(pool)
     }
@@ -155,6 +163,13 @@ impl Shared {
     }
 }
 
+/// Keeps the calling thread in its place, where it is only faster: a refusal changes nothing.
+fn stay(place: &Place) {
+    if let Err(error) = topology::keep_to(place) {
+        tracing::debug!(?place, %error, "a compute thread runs anywhere");
+    }
+}
+
 /// A worker's life: wait for a job with a new number, help, leave.
 fn work(shared: &Shared, index: usize) {
     let mut last_number = 0;
@@ -224,7 +239,7 @@ mod tests {
     #[test]
     fn every_task_runs_exactly_once() {
         for threads in [1, 2, 5] {
-            let pool = Pool::new(threads).unwrap();
+            let pool = Pool::new(threads, Vec::new()).unwrap();
             for num_tasks in [0, 1, 2, 7, 1000] {
                 let calls: Vec<AtomicUsize> = (0..num_tasks).map(|_| AtomicUsize::new(0)).collect();
                 pool.run(num_tasks, |thread, i| {
@@ -238,7 +253,7 @@ mod tests {
 
     #[test]
     fn many_short_jobs_follow_each_other() {
-        let pool = Pool::new(3).unwrap();
+        let pool = Pool::new(3, Vec::new()).unwrap();
         let sum = AtomicUsize::new(0);
         for _ in 0..20_000 {
             pool.run(4, |_, i| {
@@ -250,7 +265,7 @@ mod tests {
 
     #[test]
     fn a_panic_in_a_task_reaches_the_caller_and_the_pool_survives() {
-        let pool = Pool::new(2).unwrap();
+        let pool = Pool::new(2, Vec::new()).unwrap();
         for culprit in [0, 99] {
             let outcome = catch_unwind(AssertUnwindSafe(|| {
                 pool.run(100, |_, i| assert!(i != culprit, "task {i} fails"));
@@ -267,7 +282,7 @@ mod tests {
 
     #[test]
     fn callers_on_several_threads_take_turns() {
-        let pool = Pool::new(2).unwrap();
+        let pool = Pool::new(2, Vec::new()).unwrap();
         let sum = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for _ in 0..3 {
@@ -281,5 +296,37 @@ mod tests {
             }
         });
         assert_eq!(sum.into_inner(), 3 * 500 * 3);
+    }
+
+    /// Where the caller and the worker of a pool may run.
+    #[cfg(target_os = "linux")]
+    fn seen_places(pool: &Pool) -> [Place; 2] {
+        let seen = [0, 1].map(|_| Mutex::new(Place::new()));
+        // Neither finishes its task before the other has one.
+        let both = std::sync::Barrier::new(2);
+        pool.run(2, |thread, _| {
+            both.wait();
+            *lock(&seen[thread]) = topology::tests::own_place();
+        });
+        seen.map(|place| place.into_inner().unwrap())
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn workers_stay_in_their_places_and_callers_stay_free() {
+        let all = topology::tests::own_place();
+        let last = vec![*all.last().unwrap()];
+        let placed = Pool::new(2, vec![last.clone()]).unwrap();
+        assert_eq!(seen_places(&placed), [all.clone(), last]);
+        let free = Pool::new(2, Vec::new()).unwrap();
+        assert_eq!(seen_places(&free), [all.clone(), all]);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_worker_without_its_place_works_anywhere() {
+        let all = topology::tests::own_place();
+        let nowhere = Pool::new(2, vec![vec![1_000_000]]).unwrap();
+        assert_eq!(seen_places(&nowhere), [all.clone(), all]);
     }
 }
