@@ -46,6 +46,7 @@ impl RowQuantizer for PerRow {
         ScaleGrid::per_row(num_cols)
     }
 
+    #[inline(always)]
     fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f32]) {
         let largest = largest_magnitude(values);
         codes.fill(0);

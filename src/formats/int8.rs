@@ -25,6 +25,7 @@ impl RowQuantizer for PerRow {
         ScaleGrid::per_row(num_cols)
     }
 
+    #[inline(always)]
     fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f32]) {
         codes.fill(0);
         let (scale, inverse) = scale_of(values);
@@ -36,6 +37,7 @@ impl RowQuantizer for PerRow {
 }
 
 /// The scale that makes the largest magnitude 127, and what values are multiplied by.
+#[inline(always)]
 fn scale_of(values: &[f32]) -> (f32, f32) {
     let largest = largest_magnitude(values);
     (largest / MAX_CODE, if largest > 0.0 { MAX_CODE / largest } else { 0.0 })
@@ -52,6 +54,7 @@ pub fn quantize_row(values: &[f32], codes: &mut [i8]) -> f32 {
 }
 
 /// As [`quantize_row`], for a scale that is stored as f16: codes fit the stored scale.
+#[inline(always)]
 pub fn quantize_group(values: &[f32], codes: &mut [u8]) -> f16 {
     let largest = largest_magnitude(values);
     let scale = f16::from_f32(largest / MAX_CODE);

@@ -25,6 +25,7 @@ impl RowQuantizer for Q8_0 {
         ScaleGrid::groups(Q8_0_GROUP)
     }
 
+    #[inline(always)]
     fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f16]) {
         codes.fill(0);
         let groups = values.chunks(Q8_0_GROUP).zip(codes.chunks_mut(Q8_0_GROUP));
@@ -48,6 +49,7 @@ impl RowQuantizer for W8A16 {
         ScaleGrid::per_row(num_cols)
     }
 
+    #[inline(always)]
     fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f16]) {
         codes.fill(0);
         scales[0] = int8::quantize_group(values, codes);
