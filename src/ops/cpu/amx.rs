@@ -243,6 +243,38 @@ macro_rules! multiply_loop {
     };
 }
 
+/// A loop over steps for the upper tile of the left operand and two tiles of the right one, with
+/// the given prefetches in between.
+macro_rules! upper_loop {
+    ($op:literal, $left:expr, $first:expr, $second:expr, $steps:expr, [$($prefetch:literal),*]) => {
+        asm!(
+            "2:",
+            "tileloadd tmm4, [{upper} + {line}*1]",
+            "tileloadd tmm6, [{first} + {line}*1]",
+            $($prefetch,)*
+            concat!($op, " tmm0, tmm4, tmm6"),
+            "tileloadd tmm7, [{second} + {line}*1]",
+            concat!($op, " tmm2, tmm4, tmm7"),
+            "add {next_upper}, 1024",
+            "add {next_lower}, 1024",
+            "add {upper}, {step}",
+            "add {first}, 1024",
+            "add {second}, 1024",
+            "dec {n}",
+            "jnz 2b",
+            upper = inout(reg) $left.upper => _,
+            next_upper = inout(reg) $left.next_upper => _,
+            next_lower = inout(reg) $left.next_lower => _,
+            step = in(reg) $left.step,
+            first = inout(reg) $first.start => _,
+            second = inout(reg) $second.start => _,
+            line = in(reg) ROW_BYTES,
+            n = inout(reg) $steps => _,
+            options(readonly, nostack),
+        )
+    };
+}
+
 /// One accumulator that goes straight to memory.
 macro_rules! product_apart {
     ($sum:literal, $a:literal, $b:literal, $left:expr, $right:expr, $steps:expr, $to:expr) => {
@@ -348,6 +380,28 @@ impl Tiles {
                 with_prefetches!(multiply_loop!("tdpbssd", left, first, second, steps));
             } else {
                 with_prefetches!(multiply_loop!("tdpbf16ps", left, first, second, steps));
+            }
+        }
+    }
+
+    /// Adds to the accumulators 0 and 2 the products of the upper tile of `left`, whose rows are
+    /// 64 bytes apart, with `first` and `second`, whole tiles that come from memory.
+    ///
+    /// # Safety
+    /// As [`Tiles::multiply_two`].
+    pub unsafe fn stream_upper<E: TileElement>(
+        &mut self,
+        left: Left,
+        first: Right,
+        second: Right,
+        steps: usize,
+    ) {
+        // SAFETY: the caller vouches for the memory; the loop runs `steps` times.
+        unsafe {
+            if E::IS_INT8 {
+                with_prefetches!(upper_loop!("tdpbssd", left, first, second, steps));
+            } else {
+                with_prefetches!(upper_loop!("tdpbf16ps", left, first, second, steps));
             }
         }
     }

@@ -160,10 +160,14 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
         }
         let right = |start: *const u8| Right { start, row_stride: ROW_BYTES };
         let (first, second, steps) = (right(first), second.map(right), steps.len());
+        let is_alone = self.x.num_tiles() == 1;
         // SAFETY: blocks have all steps, and rows have room to be read as whole tiles.
         unsafe {
             match (second, ahead) {
                 (Some(second), None) => tiles.multiply_two::<E>(left, first, second, steps),
+                (Some(second), Some(_)) if is_alone => {
+                    tiles.stream_upper::<E>(left, first, second, steps);
+                }
                 (Some(second), Some(_)) => tiles.stream_two::<E>(left, first, second, steps),
                 (None, None) => tiles.multiply_one::<E>(left, first, steps),
                 (None, Some(_)) => tiles.stream_one::<E>(left, first, steps),
