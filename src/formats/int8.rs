@@ -6,7 +6,7 @@
 
 use half::f16;
 
-use super::{Format, RowQuantizer, ScaleGrid, largest_magnitude, round};
+use super::{Format, RowQuantizer, ScaleGrid, largest_magnitude, round_to_byte};
 
 /// Largest magnitude of a code.
 pub const MAX_CODE: f32 = 127.0;
@@ -30,7 +30,7 @@ impl RowQuantizer for PerRow {
         codes.fill(0);
         let (scale, inverse) = scale_of(values);
         for (code, value) in codes.iter_mut().zip(values) {
-            *code = round(value * inverse) as i8 as u8;
+            *code = round_to_byte(value * inverse);
         }
         scales[0] = scale;
     }
@@ -48,7 +48,7 @@ fn scale_of(values: &[f32]) -> (f32, f32) {
 pub fn quantize_row(values: &[f32], codes: &mut [i8]) -> f32 {
     let (scale, inverse) = scale_of(values);
     for (code, value) in codes.iter_mut().zip(values) {
-        *code = round(value * inverse) as i8;
+        *code = round_to_byte(value * inverse) as i8;
     }
     scale
 }
@@ -60,7 +60,7 @@ pub fn quantize_group(values: &[f32], codes: &mut [u8]) -> f16 {
     let scale = f16::from_f32(largest / MAX_CODE);
     let inverse = if scale > f16::ZERO { 1.0 / scale.to_f32() } else { 0.0 };
     for (code, value) in codes.iter_mut().zip(values) {
-        *code = round((value * inverse).clamp(-MAX_CODE, MAX_CODE)) as i8 as u8;
+        *code = round_to_byte((value * inverse).clamp(-MAX_CODE, MAX_CODE));
     }
     scale
 }

@@ -407,12 +407,31 @@ fn for_parts<A: Send, B: Send>(
     });
 }
 
-/// The nearest integer, ties to even, of a number below 2²² in magnitude: what adding and
-/// subtracting 1.5 · 2²³ leaves. The compiler vectorises it on every machine.
+/// What adding leaves of a number below 2²² in magnitude is the nearest integer, ties to even, in
+/// the lowest bits of the sum. The compiler vectorises it on every machine.
+const ROUNDER: f32 = 12_582_912.0; // 1.5 · 2²³
+
+/// The nearest integer, ties to even.
 #[inline(always)]
 fn round(x: f32) -> f32 {
-    const ROUNDER: f32 = 12_582_912.0;
     (x + ROUNDER) - ROUNDER
+}
+
+/// The nearest integer, ties to even, as a byte of two's complement.
+#[inline(always)]
+fn round_to_byte(x: f32) -> u8 {
+    (x + ROUNDER).to_bits() as u8
+}
+
+/// The sum of lanes, halves added to halves.
+#[inline(always)]
+fn sum_lanes(mut lanes: [f32; 16]) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] += lanes[i + half];
+        }
+    }
+    lanes[0]
 }
 
 #[inline(always)]
