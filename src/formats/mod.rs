@@ -419,7 +419,7 @@ fn round(x: f32) -> f32 {
 
 /// The nearest integer, ties to even, as a byte of two's complement.
 #[inline(always)]
-fn round_to_byte(x: f32) -> u8 {
+pub(crate) fn round_to_byte(x: f32) -> u8 {
     (x + ROUNDER).to_bits() as u8
 }
 

@@ -3,9 +3,9 @@
 
 use half::{bf16, f16};
 
-use super::simd::{Kernel, Lanes, Simd, load};
-use crate::formats::fp8;
+use super::simd::{Kernel, Lanes, Simd, largest_magnitude, load};
 use crate::formats::int8::MAX_CODE;
+use crate::formats::{fp8, round_to_byte};
 use crate::ops::kv_tensor::KvView;
 use crate::tensor::{DType, Fp8};
 
@@ -42,10 +42,6 @@ impl<'a> Cached<'a> {
     }
 }
 
-/// The number that adding and subtracting rounds to an integer: 1.5 · 2^23. Its lowest bits, once
-/// an integer was added, are that integer.
-const ROUNDER: f32 = 12_582_912.0;
-
 /// Quantizes a row as `formats::int8::quantize_row` does, bit for bit.
 pub struct QuantizeRow<'a> {
     /// Codes to write.
@@ -61,17 +57,11 @@ impl Kernel for QuantizeRow<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let zero = simd.splat(0.0);
-        let mut largest = zero;
-        for at in (0..self.from.len()).step_by(S::LANES) {
-            let x = load(simd, self.from, at);
-            largest = simd.max(x, simd.max(simd.sub(zero, x), largest));
-        }
-        let largest = simd.max_lane(largest);
+        let largest = largest_magnitude(simd, self.from);
         *self.scale = largest / MAX_CODE;
         let inverse = if largest > 0.0 { MAX_CODE / largest } else { 0.0 };
         for (code, x) in self.codes.iter_mut().zip(self.from) {
-            *code = (x * inverse + ROUNDER).to_bits() as i8;
+            *code = round_to_byte(x * inverse) as i8;
         }
     }
 }
