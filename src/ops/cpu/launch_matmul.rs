@@ -21,7 +21,7 @@ use super::tile_groups;
 #[cfg(target_arch = "x86_64")]
 use super::tile_matmul::{AddBias, Epilogue, Half, PAIR, ScaleCols, TileTask, panel_cols};
 #[cfg(target_arch = "x86_64")]
-use super::tile_pack::{PackedRows, TileActivations, num_words, words_per_tile};
+use super::tile_pack::{PackedRows, num_words, pack, words_per_tile};
 #[cfg(target_arch = "x86_64")]
 use super::tile_weights::{DenseRows, TileCode, TileWeights, Unscaled};
 use super::weight_blocks::BlockOutput;
@@ -401,7 +401,7 @@ impl CpuOps {
             #[cfg(target_arch = "x86_64")]
             (Form::Packed, Some(words)) => {
                 let Isa::Amx(amx) = self.isa else { panic!("packed rows are for tiles") };
-                Input::Packed(self.pack::<Bf16>(amx, words, (x, k)))
+                Input::Packed(self.pack(amx, words, (x, k)))
             }
             (Form::Bf16, _) => {
                 let mut filling = buffers.for_bf16(num_rows, k);
@@ -431,7 +431,7 @@ impl CpuOps {
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn pack<'a, E: TileActivations>(
+    fn pack<'a>(
         &self,
         amx: Amx,
         words: &'a mut Scratch,
@@ -439,18 +439,18 @@ impl CpuOps {
     ) -> PackedRows<'a> {
         const ROWS: usize = super::amx::TILE_ROWS;
         let num_rows = x.len() / k;
-        let words = words.take_words(num_words::<E>(num_rows, k));
+        let words = words.take_words(num_words(num_rows, k));
         {
             let words = Parts::new(words);
             self.pool.run(num_rows.div_ceil(ROWS), |_, tile| {
                 let rows = tile * ROWS..num_rows.min((tile + 1) * ROWS);
-                let part = tile * words_per_tile::<E>(k)..(tile + 1) * words_per_tile::<E>(k);
+                let part = tile * words_per_tile(k)..(tile + 1) * words_per_tile(k);
                 // SAFETY: tasks have different tiles.
                 let words = unsafe { words.part(part) };
-                E::pack(amx, &x[rows.start * k..rows.end * k], k, words);
+                pack(amx, &x[rows.start * k..rows.end * k], k, words);
             });
         }
-        PackedRows::new::<E>(words, num_rows, k)
+        PackedRows::new(words, num_rows, k)
     }
 
     /// Columns of a task, when all matrices together have `all_cols`.
@@ -559,7 +559,7 @@ mod tests {
             let packed = packed_words(max_rows, max_width);
             let [lines, cells] = LineBuffers::words(max_rows, max_width);
             for rows in [1, max_rows.div_ceil(2), max_rows] {
-                assert!(num_words::<Bf16>(rows, max_width) <= packed, "{rows} × {max_width} bf16");
+                assert!(num_words(rows, max_width) <= packed, "{rows} × {max_width} bf16");
                 let needed = LineBuffers::words(rows, max_width);
                 assert!(needed[0] <= lines && needed[1] <= cells, "{rows} × {max_width} lines");
             }

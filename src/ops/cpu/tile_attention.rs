@@ -23,7 +23,7 @@ use super::avx512::transpose16;
 use super::context_parts::{Base, Partial, State, parts_of, within};
 use super::kv_rows::Cached;
 use super::tile_cache::{CHUNKS, Cache, KV_TILE, MAX_HEAD_DIM, left};
-use super::tile_pack::TileActivations;
+use super::tile_pack::pack;
 use super::tile_rows::{self, TileRows};
 use super::tile_softmax::{CHUNK, Column, Sums, join_sums, limit, rescale, rows_in};
 
@@ -264,7 +264,7 @@ impl Pass<'_> {
                     *to = x * scale;
                 }
             }
-            Bf16::pack(amx, scaled, dim, words);
+            pack(amx, scaled, dim, words);
         }
     }
 

@@ -115,13 +115,17 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
     }
 
     /// The right operands of a pass, from `step` on; the second is missing at an odd end.
-    fn rights(&self, blocks: &Range<usize>, step: usize) -> [Option<*const u8>; 2] {
+    fn rights(&self, blocks: &Range<usize>, step: usize) -> (Right, Option<Right>) {
+        let right = |block: *const u8| Right {
+            start: block.wrapping_add(step * TILE_BYTES),
+            row_stride: ROW_BYTES,
+        };
         let first = self.main.blocks.block(blocks.start);
         let second = match &self.up {
             Some(up) => Some(up.blocks.block(blocks.start)),
             None => (blocks.len() > 1).then(|| self.main.blocks.block(blocks.start + 1)),
         };
-        [Some(first), second].map(|block| block.map(|block| block.wrapping_add(step * TILE_BYTES)))
+        (right(first), second.map(right))
     }
 
     /// The left operand: a pair of tiles of rows, from `step` on. A tile that is missing is its
@@ -151,15 +155,13 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
         (pair, steps): (usize, Range<usize>),
         ahead: Option<usize>,
     ) {
-        let [first, second] = self.rights(blocks, steps.start);
-        let first = first.expect("a pass has a block");
+        let (first, second) = self.rights(blocks, steps.start);
         let mut left = self.left(pair, steps.start);
         if let Some(ahead) = ahead {
-            left.next_upper = first.wrapping_add(ahead);
-            left.next_lower = second.unwrap_or(first).wrapping_add(ahead);
+            left.next_upper = first.start.wrapping_add(ahead);
+            left.next_lower = second.unwrap_or(first).start.wrapping_add(ahead);
         }
-        let right = |start: *const u8| Right { start, row_stride: ROW_BYTES };
-        let (first, second, steps) = (right(first), second.map(right), steps.len());
+        let steps = steps.len();
         let is_alone = self.x.num_tiles() == 1;
         // SAFETY: blocks have all steps, and rows have room to be read as whole tiles.
         unsafe {

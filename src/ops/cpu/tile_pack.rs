@@ -28,20 +28,20 @@ fn columns_of(rows: usize) -> usize {
 }
 
 /// Words of a tile over all steps of `k` elements.
-pub fn words_per_tile<E: TileElement>(k: usize) -> usize {
-    k.div_ceil(E::PER_ROW) * TILE_WORDS
+pub fn words_per_tile(k: usize) -> usize {
+    k.div_ceil(Bf16::PER_ROW) * TILE_WORDS
 }
 
 /// Words that `num_rows` rows of `k` elements take, with room for a short tile's last reads.
-pub fn num_words<E: TileElement>(num_rows: usize, k: usize) -> usize {
-    num_rows.div_ceil(TILE_ROWS) * words_per_tile::<E>(k) + TILE_ROWS
+pub fn num_words(num_rows: usize, k: usize) -> usize {
+    num_rows.div_ceil(TILE_ROWS) * words_per_tile(k) + TILE_ROWS
 }
 
 impl<'a> PackedRows<'a> {
     /// Rows that were packed into `words`.
-    pub fn new<E: TileElement>(words: &'a [u32], num_rows: usize, k: usize) -> PackedRows<'a> {
-        assert!(words.len() >= num_words::<E>(num_rows, k));
-        PackedRows { words, num_rows, steps: k.div_ceil(E::PER_ROW) }
+    pub fn new(words: &'a [u32], num_rows: usize, k: usize) -> PackedRows<'a> {
+        assert!(words.len() >= num_words(num_rows, k));
+        PackedRows { words, num_rows, steps: k.div_ceil(Bf16::PER_ROW) }
     }
 
     /// Tile `tile` of sixteen rows.
@@ -52,18 +52,11 @@ impl<'a> PackedRows<'a> {
     }
 }
 
-/// How activations are put into tiles.
-pub trait TileActivations: TileElement {
-    /// Packs up to sixteen rows of `x [rows, k]` into the words of their tile.
-    fn pack(amx: Amx, x: &[f32], k: usize, words: &mut [u32]);
-}
-
-impl TileActivations for Bf16 {
-    fn pack(_: Amx, x: &[f32], k: usize, words: &mut [u32]) {
-        assert!(x.len() <= TILE_ROWS * k && words.len() >= words_per_tile::<Bf16>(k));
-        // SAFETY: the token proves that the instructions exist.
-        unsafe { pack_bf16(x, k, words) }
-    }
+/// Packs up to sixteen rows of `x [rows, k]` into the words of their tile, as bf16.
+pub fn pack(_: Amx, x: &[f32], k: usize, words: &mut [u32]) {
+    assert!(x.len() <= TILE_ROWS * k && words.len() >= words_per_tile(k));
+    // SAFETY: the token proves that the instructions exist.
+    unsafe { pack_bf16(x, k, words) }
 }
 
 /// A mask of the first `count` lanes.
