@@ -18,7 +18,7 @@ use tokenmill::device::RankContext;
 use tokenmill::model::decoder::Decoder;
 use tokenmill::model::spec::ModelSpec;
 use tokenmill::ops::cpu::physical_cores;
-use tokenmill::runner::{MemoryPlan, ModelRunner, StepRunner};
+use tokenmill::runner::{MemoryDemand, MemoryPlan, ModelRunner, StepRunner};
 use tokenmill::scheduler::batch::ScheduledBatch;
 use tokenmill::weights::Loader;
 
@@ -72,11 +72,18 @@ fn runner(config_json: &str, quantization: Option<Quantization>) -> (ModelRunner
     let loader =
         Loader::new(&source).quantized(quantization, physical_cores()).arranged(&*rank.ops);
     let weights_bytes = loader.size_bytes(&expected);
-    let mut plan = MemoryPlan::new(&spec, weights_bytes, None, &cache, &scheduler, 8 << 30)
-        .expect("the machine has room");
+    let demand = MemoryDemand {
+        spec: &spec,
+        weights_bytes,
+        wanted_len: None,
+        cache: &cache,
+        scheduler: &scheduler,
+    };
+    let mut plan = MemoryPlan::new(&*rank.ops, &demand, 8 << 30).expect("the machine has room");
     plan.num_blocks = MAX_NUM_SEQS * MAX_CONTEXT / BLOCK_SIZE;
     let decoder = Decoder::load(&spec, &loader, MAX_CONTEXT).expect("dummy weights fit");
-    (ModelRunner::new(decoder, &spec, rank.clone(), &plan), weights_bytes)
+    let runner = ModelRunner::new(decoder, &spec, rank.clone(), &plan);
+    (runner.expect("the machine has room"), weights_bytes)
 }
 
 /// Steps of sequences alike; token ids exist in every vocabulary here.

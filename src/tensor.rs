@@ -1,112 +1,27 @@
 //! Tensors as the engine uses them: a dtype, a shape of up to four sizes, and bytes.
 //!
 //! Activations, packed weights and KV blocks live here. A tensor owns its memory or
-//! keeps the owner (a mapped file) alive; views borrow it. Knows nothing of
-//! operations, models or files.
+//! keeps the owner (a mapped file, a device's allocation) alive; views borrow it. What lies in
+//! a device's memory has an address like any other, but only that device's operations may use
+//! it: whoever asks for its elements here is stopped. Knows nothing of operations, models or
+//! files.
+
+mod dtype;
+mod memory;
 
 use std::any::Any;
 use std::fmt;
 use std::marker::PhantomData;
-use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+pub use dtype::{DType, Element, Fp8};
+use memory::HostAllocation;
+pub use memory::prefer_large_pages;
+
 /// Alignment of owned tensors in bytes: one cache line, one AVX-512 register.
 pub const ALIGNMENT: usize = 64;
-
-/// Element types that a tensor can hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum DType {
-    /// IEEE 754 single precision.
-    F32,
-    /// The upper half of an `f32`.
-    BF16,
-    /// IEEE 754 half precision.
-    F16,
-    /// Token ids, positions, block ids and slots.
-    U32,
-    /// Quantized weights.
-    I8,
-    /// Quantized weights, packed codes.
-    U8,
-    /// FP8 E4M3, as the KV cache may hold it.
-    Fp8,
-}
-
-impl DType {
-    /// Size of one element in bytes.
-    pub const fn size_bytes(self) -> usize {
-        match self {
-            DType::F32 | DType::U32 => 4,
-            DType::BF16 | DType::F16 => 2,
-            DType::I8 | DType::U8 | DType::Fp8 => 1,
-        }
-    }
-
-    /// Whether elements are floating-point numbers that every operation takes.
-    pub const fn is_float(self) -> bool {
-        matches!(self, DType::F32 | DType::BF16 | DType::F16)
-    }
-}
-
-impl fmt::Display for DType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            DType::F32 => "f32",
-            DType::BF16 => "bf16",
-            DType::F16 => "f16",
-            DType::U32 => "u32",
-            DType::I8 => "i8",
-            DType::U8 => "u8",
-            DType::Fp8 => "fp8",
-        })
-    }
-}
-
-/// The bits of an FP8 E4M3 number.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(transparent)]
-pub struct Fp8(pub u8);
-
-/// A Rust type that can be read in place from a tensor of its [`DType`].
-///
-/// # Safety
-/// Every bit pattern of `size_of::<Self>()` bytes must be a valid value.
-pub unsafe trait Element: Copy + 'static {
-    /// The dtype whose elements have this type.
-    const DTYPE: DType;
-}
-
-// SAFETY: any 4 bytes are a valid f32.
-unsafe impl Element for f32 {
-    const DTYPE: DType = DType::F32;
-}
-// SAFETY: any 4 bytes are a valid u32.
-unsafe impl Element for u32 {
-    const DTYPE: DType = DType::U32;
-}
-// SAFETY: bf16 is a transparent u16.
-unsafe impl Element for half::bf16 {
-    const DTYPE: DType = DType::BF16;
-}
-// SAFETY: f16 is a transparent u16.
-unsafe impl Element for half::f16 {
-    const DTYPE: DType = DType::F16;
-}
-
-// SAFETY: any byte is a valid i8.
-unsafe impl Element for i8 {
-    const DTYPE: DType = DType::I8;
-}
-// SAFETY: any byte is a valid u8.
-unsafe impl Element for u8 {
-    const DTYPE: DType = DType::U8;
-}
-// SAFETY: a transparent u8.
-unsafe impl Element for Fp8 {
-    const DTYPE: DType = DType::Fp8;
-}
 
 /// Up to four sizes, outermost first.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -160,80 +75,31 @@ impl fmt::Debug for Shape {
     }
 }
 
-/// Owned, aligned, zero-initialised host memory.
-struct HostAllocation {
-    base: NonNull<u8>,
-    layout: std::alloc::Layout,
+/// Whose memory holds the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// The host's, which everyone reads.
+    Host,
+    /// A device's, which its operations alone read.
+    Device,
 }
 
-// SAFETY: the allocation is plain bytes; sharing is governed by the borrows of Tensor.
-unsafe impl Send for HostAllocation {}
-// SAFETY: as above.
-unsafe impl Sync for HostAllocation {}
-
-impl HostAllocation {
-    /// Room for `len_bytes` at [`ALIGNMENT`]. Asked for at the allocator's natural alignment
-    /// plus room to move up, because only then do large zeroed blocks come as untouched pages:
-    /// a KV pool costs memory when it is written, not when it is made.
-    fn zeroed(len_bytes: usize) -> Self {
-        let layout = std::alloc::Layout::from_size_align(len_bytes + ALIGNMENT, 16)
-            .expect("a tensor is smaller than the address space");
-        // SAFETY: the layout has a non-zero size.
-        let raw = unsafe { std::alloc::alloc_zeroed(layout) };
-        let Some(base) = NonNull::new(raw) else { std::alloc::handle_alloc_error(layout) };
-        HostAllocation { base, layout }
-    }
-
-    /// As [`HostAllocation::zeroed`], on large pages where there are any.
-    fn on_large_pages(len_bytes: usize) -> Self {
-        let allocation = HostAllocation::zeroed(len_bytes);
-        let start = allocation.start().as_ptr().cast::<MaybeUninit<u8>>();
-        // SAFETY: the allocation has as many bytes from its start on, and nobody else uses it yet.
-        prefer_large_pages(unsafe { std::slice::from_raw_parts_mut(start, len_bytes) });
-        allocation
-    }
-
-    /// The first aligned byte.
-    fn start(&self) -> NonNull<u8> {
-        // SAFETY: the offset is below ALIGNMENT, which was allocated on top.
-        unsafe { self.base.add(self.base.align_offset(ALIGNMENT)) }
+impl Place {
+    /// Panics unless the host can read and write here.
+    #[track_caller]
+    fn check_host(self, dtype: DType, shape: Shape) {
+        let here = self == Place::Host;
+        assert!(here, "the host reaches for a tensor {dtype} {shape:?} in device memory");
     }
 }
 
-impl Drop for HostAllocation {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `zeroed` with this layout and freed once.
-        unsafe { std::alloc::dealloc(self.base.as_ptr(), self.layout) }
-    }
-}
-
-/// Asks the system for large pages (2 MiB) under memory that is not touched yet, as far as whole
-/// ones fit: a core that streams weights looks up five hundred times fewer addresses. Where the
-/// system has none to give, nothing changes.
-pub fn prefer_large_pages<T>(memory: &mut [MaybeUninit<T>]) {
-    const PAGE: usize = 2 << 20;
-    #[cfg(target_os = "linux")]
-    {
-        let start = memory.as_mut_ptr().cast::<u8>();
-        let skipped = start.align_offset(PAGE);
-        if let Some(rest) = size_of_val(memory).checked_sub(skipped)
-            && rest >= PAGE
-        {
-            let (first, whole) = (start.wrapping_add(skipped).cast(), rest - rest % PAGE);
-            // SAFETY: the range lies inside the caller's memory, and the advice changes no byte.
-            unsafe { libc::madvise(first, whole, libc::MADV_HUGEPAGE) };
-        }
-    }
-    #[cfg(not(target_os = "linux"))]
-    let _ = (memory, PAGE);
-}
-
-/// A dense, row-major tensor in host memory.
+/// A dense, row-major tensor.
 pub struct Tensor {
     ptr: NonNull<u8>,
     dtype: DType,
     shape: Shape,
     writable: bool,
+    place: Place,
     // Keeps the memory alive; never read.
     _owner: Arc<dyn Any + Send + Sync>,
 }
@@ -264,8 +130,24 @@ impl Tensor {
             dtype,
             shape,
             writable: true,
+            place: Place::Host,
             _owner: Arc::new(allocation),
         }
+    }
+
+    /// A tensor in a device's memory, for operations of that device alone.
+    ///
+    /// # Safety
+    /// From `address` on, `owner` keeps alive as many bytes of device memory as the dtype and
+    /// the shape need, for nobody else, aligned for the dtype.
+    pub unsafe fn on_device(
+        address: NonNull<u8>,
+        dtype: DType,
+        shape: impl Into<Shape>,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> Tensor {
+        let (shape, place) = (shape.into(), Place::Device);
+        Tensor { ptr: address, dtype, shape, writable: true, place, _owner: owner }
     }
 
     /// A new tensor holding a copy of `values`; panics when the count does not fit the shape.
@@ -289,11 +171,12 @@ impl Tensor {
             return None;
         }
         let ptr = NonNull::from(bytes).cast();
-        Some(Tensor { ptr, dtype, shape, writable: false, _owner: owner })
+        Some(Tensor { ptr, dtype, shape, writable: false, place: Place::Host, _owner: owner })
     }
 
-    /// The same elements in memory of their own.
+    /// The same elements in memory of their own, the host's.
     pub fn to_owned_memory(&self) -> Tensor {
+        self.place.check_host(self.dtype, self.shape);
         let copy = Tensor::zeros(self.dtype, self.shape);
         // SAFETY: both have `size_bytes` bytes, and the copy's memory is its own.
         unsafe { copy.ptr.copy_from_nonoverlapping(self.ptr, self.size_bytes()) };
@@ -315,13 +198,20 @@ impl Tensor {
         self.shape.len() * self.dtype.size_bytes()
     }
 
-    /// The whole tensor, borrowed.
-    pub fn view(&self) -> View<'_> {
-        View { ptr: self.ptr, dtype: self.dtype, shape: self.shape, _borrow: PhantomData }
+    /// Whether only a device's operations can read it.
+    pub fn is_on_device(&self) -> bool {
+        self.place == Place::Device
     }
 
-    /// The bytes of all elements.
+    /// The whole tensor, borrowed.
+    pub fn view(&self) -> View<'_> {
+        let &Tensor { ptr, dtype, shape, place, .. } = self;
+        View { ptr, dtype, shape, place, _borrow: PhantomData }
+    }
+
+    /// The bytes of all elements; panics when they lie in device memory.
     pub fn bytes(&self) -> &[u8] {
+        self.place.check_host(self.dtype, self.shape);
         // SAFETY: the owner keeps `size_bytes` bytes alive, and any byte is a valid u8.
         unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.size_bytes()) }
     }
@@ -329,7 +219,8 @@ impl Tensor {
     /// The whole tensor, mutably borrowed; panics on read-only memory.
     pub fn view_mut(&mut self) -> ViewMut<'_> {
         assert!(self.writable, "this tensor lies in read-only memory");
-        ViewMut { ptr: self.ptr, dtype: self.dtype, shape: self.shape, _borrow: PhantomData }
+        let &mut Tensor { ptr, dtype, shape, place, .. } = self;
+        ViewMut { ptr, dtype, shape, place, _borrow: PhantomData }
     }
 
     /// The first `rows` rows, mutably borrowed.
@@ -342,7 +233,7 @@ impl Tensor {
         self.view().rows(0..rows)
     }
 
-    /// All elements; panics when `T` is not the tensor's dtype.
+    /// All elements; panics when `T` is not the tensor's dtype, or when they lie in device memory.
     pub fn as_slice<T: Element>(&self) -> &[T] {
         self.view().as_slice()
     }
@@ -365,6 +256,7 @@ pub struct View<'a> {
     ptr: NonNull<u8>,
     dtype: DType,
     shape: Shape,
+    place: Place,
     _borrow: PhantomData<&'a [u8]>,
 }
 
@@ -378,7 +270,8 @@ impl<'a> View<'a> {
     pub fn of<T: Element>(values: &'a [T], shape: impl Into<Shape>) -> View<'a> {
         let shape = shape.into();
         assert_eq!(values.len(), shape.len(), "{} values do not fill {shape:?}", values.len());
-        View { ptr: NonNull::from(values).cast(), dtype: T::DTYPE, shape, _borrow: PhantomData }
+        let (ptr, place) = (NonNull::from(values).cast(), Place::Host);
+        View { ptr, dtype: T::DTYPE, shape, place, _borrow: PhantomData }
     }
 
     /// Element type.
@@ -409,8 +302,27 @@ impl<'a> View<'a> {
         View { ptr, shape, ..self }
     }
 
-    /// All elements; panics when `T` is not the view's dtype.
+    /// Where the elements lie, on the host or on a device.
+    pub fn address(&self) -> *const u8 {
+        self.ptr.as_ptr()
+    }
+
+    /// Whether only a device's operations can read it.
+    pub fn is_on_device(&self) -> bool {
+        self.place == Place::Device
+    }
+
+    /// The bytes of all elements; panics when they lie in device memory.
+    pub fn bytes(self) -> &'a [u8] {
+        self.place.check_host(self.dtype, self.shape);
+        let len_bytes = self.shape.len() * self.dtype.size_bytes();
+        // SAFETY: the borrow covers as many bytes, and any byte is a valid u8.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), len_bytes) }
+    }
+
+    /// All elements; panics when `T` is not the view's dtype, or when they lie in device memory.
     pub fn as_slice<T: Element>(self) -> &'a [T] {
+        self.place.check_host(self.dtype, self.shape);
         assert_eq!(T::DTYPE, self.dtype, "read as {} a tensor of {}", T::DTYPE, self.dtype);
         // SAFETY: the borrow covers `shape.len()` aligned elements, and T: Element accepts
         // every bit pattern.
@@ -429,6 +341,7 @@ pub struct ViewMut<'a> {
     ptr: NonNull<u8>,
     dtype: DType,
     shape: Shape,
+    place: Place,
     _borrow: PhantomData<&'a mut [u8]>,
 }
 
@@ -442,7 +355,8 @@ impl<'a> ViewMut<'a> {
     pub fn of<T: Element>(values: &'a mut [T], shape: impl Into<Shape>) -> ViewMut<'a> {
         let shape = shape.into();
         assert_eq!(values.len(), shape.len(), "{} values do not fill {shape:?}", values.len());
-        ViewMut { ptr: NonNull::from(values).cast(), dtype: T::DTYPE, shape, _borrow: PhantomData }
+        let (ptr, place) = (NonNull::from(values).cast(), Place::Host);
+        ViewMut { ptr, dtype: T::DTYPE, shape, place, _borrow: PhantomData }
     }
 
     /// Element type.
@@ -462,12 +376,14 @@ impl<'a> ViewMut<'a> {
 
     /// A shared view of the same data, for the length of this borrow.
     pub fn as_view(&self) -> View<'_> {
-        View { ptr: self.ptr, dtype: self.dtype, shape: self.shape, _borrow: PhantomData }
+        let &ViewMut { ptr, dtype, shape, place, .. } = self;
+        View { ptr, dtype, shape, place, _borrow: PhantomData }
     }
 
     /// A shorter mutable borrow of the same data.
     pub fn reborrow(&mut self) -> ViewMut<'_> {
-        ViewMut { ptr: self.ptr, dtype: self.dtype, shape: self.shape, _borrow: PhantomData }
+        let &mut ViewMut { ptr, dtype, shape, place, .. } = self;
+        ViewMut { ptr, dtype, shape, place, _borrow: PhantomData }
     }
 
     /// The same data under another shape of equal length.
@@ -483,16 +399,39 @@ impl<'a> ViewMut<'a> {
         ViewMut { ptr, shape, ..self }
     }
 
+    /// Where the elements lie, on the host or on a device.
+    pub fn address(&mut self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
+    /// Whether only a device's operations can read and write it.
+    pub fn is_on_device(&self) -> bool {
+        self.place == Place::Device
+    }
+
+    /// Copies the elements of a view of the same dtype and shape; panics when either tensor lies
+    /// in device memory.
+    pub fn copy_from(&mut self, from: View<'_>) {
+        assert_eq!((from.dtype, from.shape), (self.dtype, self.shape), "copy: dtype and shape");
+        self.place.check_host(self.dtype, self.shape);
+        let bytes = from.bytes();
+        // SAFETY: both have this many bytes, and ours are borrowed exclusively.
+        unsafe { self.ptr.copy_from_nonoverlapping(NonNull::from(bytes).cast(), bytes.len()) }
+    }
+
     /// Copies a row of the outermost axis over another one; panics when either is not there.
     pub fn copy_row(&mut self, source: usize, destination: usize) {
+        self.place.check_host(self.dtype, self.shape);
         let (from, row) = narrow(self.ptr, self.dtype, self.shape, &(source..source + 1));
         let (to, _) = narrow(self.ptr, self.dtype, self.shape, &(destination..destination + 1));
         // SAFETY: both rows were just checked to lie inside the exclusively borrowed tensor.
         unsafe { from.copy_to(to, row.len() * self.dtype.size_bytes()) }
     }
 
-    /// All elements, mutable; panics when `T` is not the view's dtype.
+    /// All elements, mutable; panics when `T` is not the view's dtype, or when they lie in device
+    /// memory.
     pub fn into_mut_slice<T: Element>(self) -> &'a mut [T] {
+        self.place.check_host(self.dtype, self.shape);
         assert_eq!(T::DTYPE, self.dtype, "wrote as {} a tensor of {}", T::DTYPE, self.dtype);
         // SAFETY: the exclusive borrow covers `shape.len()` aligned elements, and T: Element
         // accepts every bit pattern.
@@ -531,6 +470,34 @@ mod tests {
     #[should_panic(expected = "read as u32 a tensor of f32")]
     fn reading_with_the_wrong_type_panics() {
         Tensor::zeros(DType::F32, [1]).as_slice::<u32>();
+    }
+
+    /// A tensor that claims to lie in device memory; its bytes are the host's all the same.
+    fn device_tensor() -> Tensor {
+        let memory = Arc::new(Tensor::zeros(DType::F32, [4, 3]));
+        // SAFETY: the owner has as many bytes, and nobody else uses them.
+        unsafe { Tensor::on_device(memory.ptr, DType::F32, [4, 3], memory) }
+    }
+
+    #[test]
+    fn device_memory_is_addressed_in_rows_but_not_read() {
+        let mut tensor = device_tensor();
+        let base = tensor.view().address();
+        assert_eq!(tensor.view().rows(1..3).address().addr(), base.addr() + 12);
+        assert!(tensor.rows_mut(2).into_rows(1..2).as_view().reshape([3]).is_on_device());
+        let reads: [fn(&mut Tensor); 5] = [
+            |t| assert!(t.bytes().is_empty()),
+            |t| assert!(t.rows(4).as_slice::<f32>().is_empty()),
+            |t| t.as_mut_slice::<f32>().fill(1.0),
+            |t| t.view_mut().copy_row(0, 1),
+            |t| drop(t.to_owned_memory()),
+        ];
+        for read in reads {
+            let attempt = std::panic::AssertUnwindSafe(|| read(&mut tensor));
+            let panic = std::panic::catch_unwind(attempt).expect_err("it is not the host's");
+            let message = panic.downcast_ref::<String>().expect("a message");
+            assert_eq!(message, "the host reaches for a tensor f32 [4, 3] in device memory");
+        }
     }
 
     #[test]

@@ -18,7 +18,7 @@ use crate::model::spec::ModelSpec;
 use crate::ops::cpu::physical_cores;
 use crate::request::SamplingDefaults;
 use crate::runner::ModelRunner;
-use crate::runner::memory_plan::{MemoryPlan, free_memory_bytes};
+use crate::runner::memory_plan::{MemoryDemand, MemoryPlan, free_memory_bytes};
 use crate::scheduler::SchedulerParams;
 use crate::telemetry::Metrics;
 use crate::text::{self, TextPipeline};
@@ -77,18 +77,18 @@ fn load(config: &EngineConfig, files: &ModelFiles) -> anyhow::Result<Loaded> {
     let threads = config.cache.threads.unwrap_or_else(physical_cores);
     let loader =
         Loader::new(&*source).quantized(config.model.quantization, threads).arranged(&*rank.ops);
-    let plan = MemoryPlan::new(
-        &spec,
-        loader.size_bytes(&spec.expected_tensors()),
-        config.model.max_model_len,
-        &config.cache,
-        &config.scheduler,
-        free,
-    )?;
+    let demand = MemoryDemand {
+        spec: &spec,
+        weights_bytes: loader.size_bytes(&spec.expected_tensors()),
+        wanted_len: config.model.max_model_len,
+        cache: &config.cache,
+        scheduler: &config.scheduler,
+    };
+    let plan = MemoryPlan::new(&*rank.ops, &demand, free)?;
     info!("memory plan: {plan}");
     let decoder = Decoder::load(&spec, &loader, plan.max_model_len)?;
     let backend = rank.ops.name();
-    let runner = ModelRunner::new(decoder, &spec, rank.clone(), &plan);
+    let runner = ModelRunner::new(decoder, &spec, rank.clone(), &plan)?;
     Ok(Loaded { runner, spec, plan, backend })
 }
 

@@ -1,9 +1,15 @@
-//! One step's input as flat device arrays.
+//! One step's input as flat arrays.
 //!
-//! Allocated once for the largest step; `runner` fills it, the decoder reads views of what is
-//! in use. Knows nothing of sequences.
+//! All arrays lie in one buffer, each at an offset that depends on the largest step alone: one
+//! copy brings a step to a device, and launches that were recorded find the next step's arrays
+//! where they found this one's. Allocated once; `runner` fills it, the decoder reads views of
+//! what is in use. Knows nothing of sequences.
 
-use crate::tensor::{DType, Tensor, View};
+use std::ops::Range;
+
+use crate::ops::staged::Staged;
+use crate::ops::{Ops, OpsError};
+use crate::tensor::View;
 
 /// The largest step that a [`ForwardBatch`] can describe.
 #[derive(Clone, Copy, Debug)]
@@ -16,17 +22,49 @@ pub struct BatchLimits {
     pub max_blocks_per_seq: usize,
 }
 
+/// Integers to which the arrays of a buffer are aligned: a cache line.
+const ALIGN: usize = 16;
+
+/// Where each array begins in the buffer, in integers.
+#[derive(Clone, Copy, Debug)]
+struct Offsets {
+    positions: usize,
+    slot_mapping: usize,
+    cu_seqlens_q: usize,
+    context_lens: usize,
+    logit_rows: usize,
+    /// The last, because a step seldom uses much of it.
+    block_tables: usize,
+    end: usize,
+}
+
+impl Offsets {
+    fn new(limits: BatchLimits) -> Offsets {
+        let tokens = limits.max_num_tokens.next_multiple_of(ALIGN);
+        let seqs = (limits.max_num_seqs + 1).next_multiple_of(ALIGN);
+        let cu_seqlens_q = 3 * tokens;
+        let logit_rows = cu_seqlens_q + 2 * seqs;
+        let block_tables = logit_rows + tokens;
+        Offsets {
+            positions: tokens,
+            slot_mapping: 2 * tokens,
+            cu_seqlens_q,
+            context_lens: cu_seqlens_q + seqs,
+            logit_rows,
+            block_tables,
+            end: block_tables + limits.max_num_seqs * limits.max_blocks_per_seq,
+        }
+    }
+}
+
 /// Flat input of one forward pass.
 pub struct ForwardBatch {
     limits: BatchLimits,
-    token_ids: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    block_tables: Tensor,
-    cu_seqlens_q: Tensor,
-    context_lens: Tensor,
+    offsets: Offsets,
+    buffer: Staged,
     num_tokens: usize,
     num_seqs: usize,
+    num_logit_rows: usize,
     table_width: usize,
 }
 
@@ -43,27 +81,22 @@ pub struct BatchEntry<'a> {
 
 impl ForwardBatch {
     /// Allocates for the largest step.
-    pub fn new(limits: BatchLimits) -> ForwardBatch {
-        let u32s = |len: usize| Tensor::zeros(DType::U32, [len]);
-        ForwardBatch {
+    pub fn new(ops: &dyn Ops, limits: BatchLimits) -> Result<ForwardBatch, OpsError> {
+        let offsets = Offsets::new(limits);
+        Ok(ForwardBatch {
             limits,
-            token_ids: u32s(limits.max_num_tokens),
-            positions: u32s(limits.max_num_tokens),
-            slot_mapping: u32s(limits.max_num_tokens),
-            block_tables: u32s(limits.max_num_seqs * limits.max_blocks_per_seq),
-            cu_seqlens_q: u32s(limits.max_num_seqs + 1),
-            context_lens: u32s(limits.max_num_seqs),
+            offsets,
+            buffer: Staged::new(ops, offsets.end)?,
             num_tokens: 0,
             num_seqs: 0,
+            num_logit_rows: 0,
             table_width: 1,
-        }
+        })
     }
 
-    /// Bytes that [`ForwardBatch::new`] allocates for these limits.
+    /// Bytes that [`ForwardBatch::new`] allocates for these limits where operations read them.
     pub fn size_bytes(limits: BatchLimits) -> usize {
-        let u32s =
-            3 * limits.max_num_tokens + limits.max_num_seqs * (limits.max_blocks_per_seq + 2) + 1;
-        4 * u32s
+        4 * Offsets::new(limits).end
     }
 
     /// Describes a step; panics when it exceeds the limits, which the scheduler keeps.
@@ -76,30 +109,39 @@ impl ForwardBatch {
         self.table_width = entries.clone().map(|e| e.block_ids.len()).max().unwrap_or(0).max(1);
         assert!(self.num_seqs <= self.limits.max_num_seqs, "the step has too many sequences");
         assert!(self.table_width <= self.limits.max_blocks_per_seq, "a block table is too long");
-        let token_ids = self.token_ids.as_mut_slice::<u32>();
-        let positions = self.positions.as_mut_slice::<u32>();
-        let slots = self.slot_mapping.as_mut_slice::<u32>();
-        let tables = self.block_tables.as_mut_slice::<u32>();
-        let cu_seqlens = self.cu_seqlens_q.as_mut_slice::<u32>();
-        let context_lens = self.context_lens.as_mut_slice::<u32>();
+        let to = &mut self.offsets.split(self.buffer.host_mut());
         let mut next = 0;
-        cu_seqlens[0] = 0;
+        to.cu_seqlens_q[0] = 0;
         for (s, entry) in entries.enumerate() {
             for (i, &token_id) in entry.token_ids.iter().enumerate() {
                 let position = entry.start_position as usize + i;
                 let block = entry.block_ids[position / block_size] as usize;
-                token_ids[next] = token_id;
-                positions[next] = position as u32;
-                slots[next] = (block * block_size + position % block_size) as u32;
+                to.token_ids[next] = token_id;
+                to.positions[next] = position as u32;
+                to.slot_mapping[next] = (block * block_size + position % block_size) as u32;
                 next += 1;
             }
-            let row = &mut tables[s * self.table_width..][..self.table_width];
+            let row = &mut to.block_tables[s * self.table_width..][..self.table_width];
             row[..entry.block_ids.len()].copy_from_slice(entry.block_ids);
             row[entry.block_ids.len()..].fill(0);
-            cu_seqlens[s + 1] = next as u32;
-            context_lens[s] = entry.start_position + entry.token_ids.len() as u32;
+            to.cu_seqlens_q[s + 1] = next as u32;
+            to.context_lens[s] = entry.start_position + entry.token_ids.len() as u32;
         }
         self.num_tokens = next;
+        self.num_logit_rows = 0;
+    }
+
+    /// Says of which of the step's tokens logits are wanted.
+    pub fn select(&mut self, rows: impl ExactSizeIterator<Item = u32>) {
+        self.num_logit_rows = rows.len();
+        let to = self.offsets.split(self.buffer.host_mut()).logit_rows;
+        to.iter_mut().zip(rows).for_each(|(to, row)| *to = row);
+    }
+
+    /// Shows the step to operations. To be called once, after it is described.
+    pub fn upload(&mut self, ops: &dyn Ops) {
+        let tables = self.num_seqs * self.table_width;
+        self.buffer.upload(ops, self.offsets.block_tables + tables);
     }
 
     /// Tokens in this step.
@@ -109,54 +151,100 @@ impl ForwardBatch {
 
     /// `[num_tokens]`.
     pub fn token_ids(&self) -> View<'_> {
-        self.token_ids.rows(self.num_tokens)
+        self.array(0, self.num_tokens)
     }
 
     /// `[num_tokens]`.
     pub fn positions(&self) -> View<'_> {
-        self.positions.rows(self.num_tokens)
+        self.array(self.offsets.positions, self.num_tokens)
     }
 
     /// `[num_tokens]`.
     pub fn slot_mapping(&self) -> View<'_> {
-        self.slot_mapping.rows(self.num_tokens)
+        self.array(self.offsets.slot_mapping, self.num_tokens)
     }
 
     /// `[num_seqs, longest table]`.
     pub fn block_tables(&self) -> View<'_> {
         let shape = [self.num_seqs, self.table_width];
-        self.block_tables.rows(self.num_seqs * self.table_width).reshape(shape)
+        self.array(self.offsets.block_tables, self.num_seqs * self.table_width).reshape(shape)
     }
 
     /// `[num_seqs + 1]`.
     pub fn cu_seqlens_q(&self) -> View<'_> {
-        self.cu_seqlens_q.rows(self.num_seqs + 1)
+        self.array(self.offsets.cu_seqlens_q, self.num_seqs + 1)
     }
 
     /// `[num_seqs]`.
     pub fn context_lens(&self) -> View<'_> {
-        self.context_lens.rows(self.num_seqs)
+        self.array(self.offsets.context_lens, self.num_seqs)
+    }
+
+    /// A part of the selected tokens.
+    pub fn logit_rows(&self, selected: Range<usize>) -> View<'_> {
+        assert!(selected.end <= self.num_logit_rows, "rows {selected:?} were not selected");
+        self.array(self.offsets.logit_rows + selected.start, selected.len())
+    }
+
+    fn array(&self, start: usize, len: usize) -> View<'_> {
+        self.buffer.view(start..start + len)
+    }
+}
+
+/// The arrays of a buffer.
+struct Arrays<'a> {
+    token_ids: &'a mut [u32],
+    positions: &'a mut [u32],
+    slot_mapping: &'a mut [u32],
+    cu_seqlens_q: &'a mut [u32],
+    context_lens: &'a mut [u32],
+    logit_rows: &'a mut [u32],
+    block_tables: &'a mut [u32],
+}
+
+impl Offsets {
+    fn split(self, buffer: &mut [u32]) -> Arrays<'_> {
+        let (token_ids, rest) = buffer.split_at_mut(self.positions);
+        let (positions, rest) = rest.split_at_mut(self.slot_mapping - self.positions);
+        let (slot_mapping, rest) = rest.split_at_mut(self.cu_seqlens_q - self.slot_mapping);
+        let (cu_seqlens_q, rest) = rest.split_at_mut(self.context_lens - self.cu_seqlens_q);
+        let (context_lens, rest) = rest.split_at_mut(self.logit_rows - self.context_lens);
+        let (logit_rows, block_tables) = rest.split_at_mut(self.block_tables - self.logit_rows);
+        Arrays {
+            token_ids,
+            positions,
+            slot_mapping,
+            cu_seqlens_q,
+            context_lens,
+            logit_rows,
+            block_tables,
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::reference::ReferenceOps;
 
     #[test]
     fn slots_follow_the_block_table() {
         let limits = BatchLimits { max_num_tokens: 8, max_num_seqs: 2, max_blocks_per_seq: 3 };
-        let mut batch = ForwardBatch::new(limits);
+        let mut batch = ForwardBatch::new(&ReferenceOps, limits).expect("it is small");
         let entries = [
             BatchEntry { token_ids: &[7, 8, 9], start_position: 3, block_ids: &[5, 2] },
             BatchEntry { token_ids: &[1], start_position: 0, block_ids: &[4] },
         ];
         batch.fill(4, entries.iter().copied());
+        batch.select([2, 3].into_iter());
+        batch.upload(&ReferenceOps);
         assert_eq!(batch.token_ids().as_slice::<u32>(), [7, 8, 9, 1]);
         assert_eq!(batch.positions().as_slice::<u32>(), [3, 4, 5, 0]);
         assert_eq!(batch.slot_mapping().as_slice::<u32>(), [23, 8, 9, 16]);
         assert_eq!(batch.block_tables().as_slice::<u32>(), [5, 2, 4, 0]);
         assert_eq!(batch.cu_seqlens_q().as_slice::<u32>(), [0, 3, 4]);
         assert_eq!(batch.context_lens().as_slice::<u32>(), [6, 1]);
+        assert_eq!(batch.logit_rows(0..2).as_slice::<u32>(), [2, 3]);
+        assert_eq!(batch.logit_rows(1..2).as_slice::<u32>(), [3]);
     }
 }

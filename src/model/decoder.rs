@@ -4,6 +4,8 @@
 //! here only as ranges of rows and block tables. Output is the residual stream, from which
 //! [`Decoder::logits`] computes logits for the rows that are wanted.
 
+use std::ops::Range;
+
 use super::attention::Attention;
 use super::batch::ForwardBatch;
 use super::embedding::Embedding;
@@ -60,7 +62,7 @@ impl Decoder {
             embedding: Embedding::load(spec, loader)?,
             layers: spec.layers.iter().map(layer).collect::<Result<_, _>>()?,
             final_norm: loader.tensor(&spec.final_norm)?,
-            rope: RopeTable::new(&spec.rope, max_position),
+            rope: RopeTable::load(&spec.rope, max_position, loader)?,
             norm_eps: spec.norm_eps,
         })
     }
@@ -112,15 +114,20 @@ impl Decoder {
         std::mem::swap(&mut workspace.hidden, &mut workspace.normed);
     }
 
-    /// Logits of the given tokens of the last [`Decoder::forward`], in `workspace.logits`.
-    /// At most as many rows as the workspace was made for.
-    pub fn logits(&self, rank: &RankContext, token_rows: &[u32], workspace: &mut Workspace) {
-        let num_rows = token_rows.len();
-        workspace.logit_rows.as_mut_slice::<u32>()[..num_rows].copy_from_slice(token_rows);
+    /// Logits of some of the rows that the batch selects, from the last [`Decoder::forward`], in
+    /// `workspace.logits`. At most as many rows as the workspace was made for.
+    pub fn logits(
+        &self,
+        rank: &RankContext,
+        batch: &ForwardBatch,
+        selected: Range<usize>,
+        workspace: &mut Workspace,
+    ) {
+        let num_rows = selected.len();
         rank.ops.gather_rows(GatherRowsArgs {
             out: workspace.selected.rows_mut(num_rows),
             x: workspace.hidden.view(),
-            rows: workspace.logit_rows.rows(num_rows),
+            rows: batch.logit_rows(selected),
         });
         let selected = workspace.selected.rows(num_rows);
         self.embedding.logits(rank, selected, workspace.logits.rows_mut(num_rows));

@@ -5,6 +5,7 @@
 use std::fmt;
 
 use crate::checkpoint::CheckpointError;
+use crate::weights::LoadError;
 
 /// How many problems an error lists before it only counts them.
 const MOST_LISTED_PROBLEMS: usize = 10;
@@ -43,6 +44,9 @@ pub enum ModelError {
     /// The files cannot be used.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The weights cannot be brought to the device.
+    #[error(transparent)]
+    Load(#[from] LoadError),
 }
 
 /// One way in which a checkpoint differs from the description.

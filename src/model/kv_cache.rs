@@ -3,9 +3,9 @@
 //! Which block belongs to whom is `kv`'s business; this is only where the numbers lie.
 
 use super::spec::ModelSpec;
-use crate::ops::Ops;
 use crate::ops::args::CopyBlocksArgs;
 use crate::ops::kv_tensor::KvTensor;
+use crate::ops::{Ops, OpsError};
 use crate::tensor::DType;
 
 /// Keys and values of one layer.
@@ -25,17 +25,23 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// Allocates the pool. Pages are touched only when blocks are first written.
-    pub fn new(spec: &ModelSpec, num_blocks: usize, block_size: usize, dtype: DType) -> KvCache {
-        let layer = |num_kv_heads: usize, head_dim: usize| {
-            let shape = [num_blocks, num_kv_heads, block_size, head_dim];
-            KvLayer { k: KvTensor::zeros(dtype, shape), v: KvTensor::zeros(dtype, shape) }
+    /// Allocates the pool. Pages of the host's memory are touched only when blocks are first
+    /// written.
+    pub fn new(
+        ops: &dyn Ops,
+        spec: &ModelSpec,
+        num_blocks: usize,
+        block_size: usize,
+        dtype: DType,
+    ) -> Result<KvCache, OpsError> {
+        let layer = |num_kv_heads: usize, head_dim: usize| -> Result<KvLayer, OpsError> {
+            let zeros =
+                || KvTensor::zeros_on(ops, dtype, [num_blocks, num_kv_heads, block_size, head_dim]);
+            Ok(KvLayer { k: zeros()?, v: zeros()? })
         };
-        let layers = spec.layers.iter();
-        KvCache {
-            layers: layers.map(|l| layer(l.attention.num_kv_heads, l.attention.head_dim)).collect(),
-            block_size,
-        }
+        let attentions = spec.layers.iter().map(|l| &l.attention);
+        let layers: Result<_, _> = attentions.map(|a| layer(a.num_kv_heads, a.head_dim)).collect();
+        Ok(KvCache { layers: layers?, block_size })
     }
 
     /// Bytes that one block takes over all layers, scales among them.
@@ -58,6 +64,7 @@ impl KvCache {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::reference::ReferenceOps;
     use crate::tensor::Tensor;
 
     const CONFIG: &str = r#"{
@@ -72,7 +79,7 @@ mod tests {
     fn blocks_take_the_bytes_that_are_planned_for_them() {
         let spec = ModelSpec::from_config(CONFIG).expect("the config is supported");
         for dtype in [DType::F32, DType::BF16, DType::I8, DType::Fp8] {
-            let cache = KvCache::new(&spec, 5, 16, dtype);
+            let cache = KvCache::new(&ReferenceOps, &spec, 5, 16, dtype).expect("it is small");
             let tensors = cache.layers.iter().flat_map(|layer| [&layer.k, &layer.v]);
             let bytes = |t: &KvTensor| {
                 t.data.size_bytes() + t.scales.as_ref().map_or(0, Tensor::size_bytes)

@@ -8,6 +8,7 @@ use std::f64::consts::PI;
 
 use crate::ops::args::RopeStyle;
 use crate::tensor::Tensor;
+use crate::weights::{LoadError, Loader};
 
 /// How angles follow from positions.
 #[derive(Clone, Debug, PartialEq)]
@@ -76,7 +77,7 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// Tables for positions `0..max_position`.
+    /// Tables for positions `0..max_position`, on the host.
     pub fn new(spec: &RopeSpec, max_position: usize) -> RopeTable {
         let frequencies = spec.frequencies();
         let magnitude = spec.magnitude();
@@ -93,6 +94,16 @@ impl RopeTable {
             }
         }
         RopeTable { cos, sin }
+    }
+
+    /// As [`RopeTable::new`], where operations read it.
+    pub fn load(
+        spec: &RopeSpec,
+        max_position: usize,
+        loader: &Loader<'_>,
+    ) -> Result<RopeTable, LoadError> {
+        let RopeTable { cos, sin } = RopeTable::new(spec, max_position);
+        Ok(RopeTable { cos: loader.place(cos)?, sin: loader.place(sin)? })
     }
 }
 

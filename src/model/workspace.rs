@@ -1,6 +1,7 @@
 //! Scratch memory of the forward pass, allocated once for the largest step.
 
 use super::spec::ModelSpec;
+use crate::ops::{Ops, OpsError};
 use crate::tensor::{DType, Tensor};
 
 /// Activations of one step. Every tensor has room for the largest step; a step uses its first
@@ -32,8 +33,6 @@ pub struct Workspace {
     pub selected: Tensor,
     /// `[max_logit_rows, vocab_size]`.
     pub logits: Tensor,
-    /// `[max_logit_rows]`: which rows those are.
-    pub logit_rows: Tensor,
 }
 
 /// Shapes of the workspace tensors: `[rows, width]`.
@@ -63,42 +62,49 @@ impl Shapes {
         }
     }
 
-    fn len(&self) -> usize {
+    fn size_bytes(&self, dtype: DType) -> usize {
         let per_token = 3 * self.hidden + 2 * self.q + 3 * self.kv + 3 * self.intermediate;
-        self.token_rows * per_token + self.logit_rows * (self.hidden + self.vocab + 1)
+        let activations = self.token_rows * per_token + self.logit_rows * self.hidden;
+        let logits = self.logit_rows * self.vocab;
+        activations * dtype.size_bytes() + logits * DType::F32.size_bytes()
     }
 }
 
 impl Workspace {
     /// Allocates for steps of `max_num_tokens` tokens and `max_logit_rows` rows of logits.
     pub fn new(
+        ops: &dyn Ops,
+        spec: &ModelSpec,
+        max_num_tokens: usize,
+        max_logit_rows: usize,
+    ) -> Result<Workspace, OpsError> {
+        let s = Shapes::new(spec, max_num_tokens, max_logit_rows);
+        let dtype = ops.activation_dtype();
+        let tokens = |width: usize| ops.zeros(dtype, [s.token_rows, width].into());
+        Ok(Workspace {
+            residual: tokens(s.hidden)?,
+            hidden: tokens(s.hidden)?,
+            normed: tokens(s.hidden)?,
+            q: tokens(s.q)?,
+            k: tokens(s.kv)?,
+            v: tokens(s.kv)?,
+            attended: tokens(s.q)?,
+            raw_k: tokens(s.kv)?,
+            gate: tokens(s.intermediate)?,
+            up: tokens(s.intermediate)?,
+            activated: tokens(s.intermediate)?,
+            selected: ops.zeros(dtype, [s.logit_rows, s.hidden].into())?,
+            logits: ops.zeros(DType::F32, [s.logit_rows, s.vocab].into())?,
+        })
+    }
+
+    /// Bytes that [`Workspace::new`] allocates for activations of this dtype.
+    pub fn size_bytes(
         spec: &ModelSpec,
         dtype: DType,
         max_num_tokens: usize,
         max_logit_rows: usize,
-    ) -> Workspace {
-        let s = Shapes::new(spec, max_num_tokens, max_logit_rows);
-        let tokens = |width: usize| Tensor::zeros_on_large_pages(dtype, [s.token_rows, width]);
-        Workspace {
-            residual: tokens(s.hidden),
-            hidden: tokens(s.hidden),
-            normed: tokens(s.hidden),
-            q: tokens(s.q),
-            k: tokens(s.kv),
-            v: tokens(s.kv),
-            attended: tokens(s.q),
-            raw_k: tokens(s.kv),
-            gate: tokens(s.intermediate),
-            up: tokens(s.intermediate),
-            activated: tokens(s.intermediate),
-            selected: Tensor::zeros(dtype, [s.logit_rows, s.hidden]),
-            logits: Tensor::zeros_on_large_pages(DType::F32, [s.logit_rows, s.vocab]),
-            logit_rows: Tensor::zeros(DType::U32, [s.logit_rows]),
-        }
-    }
-
-    /// Bytes that [`Workspace::new`] allocates, counting every element as four bytes.
-    pub fn size_bytes(spec: &ModelSpec, max_num_tokens: usize, max_logit_rows: usize) -> usize {
-        4 * Shapes::new(spec, max_num_tokens, max_logit_rows).len()
+    ) -> usize {
+        Shapes::new(spec, max_num_tokens, max_logit_rows).size_bytes(dtype)
     }
 }

@@ -10,6 +10,7 @@
 //! is read back never depends on other tokens. It is an f32: four bytes beside the 64 or more of
 //! a vector, and neither huge nor tiny vectors leave its range.
 
+use super::{Ops, OpsError};
 use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
 
 /// From this size on a cache lies on large pages: blocks of a sequence lie apart, so that every
@@ -26,16 +27,18 @@ pub struct KvTensor {
 }
 
 impl KvTensor {
-    /// Room for `[num_blocks, num_kv_heads, block_size, head_dim]` elements.
+    /// Room for `[num_blocks, num_kv_heads, block_size, head_dim]` elements on the host.
     pub fn zeros(dtype: DType, shape: [usize; 4]) -> KvTensor {
-        let [num_blocks, num_kv_heads, block_size, _] = shape;
-        let scales = || Tensor::zeros(DType::F32, [num_blocks, num_kv_heads, block_size]);
-        let data = if shape.iter().product::<usize>() * dtype.size_bytes() < LARGE_BYTES {
-            Tensor::zeros(dtype, shape)
-        } else {
-            Tensor::zeros_on_large_pages(dtype, shape)
-        };
+        let scales = || Tensor::zeros(DType::F32, &shape[..3]);
+        let data = host_zeros(dtype, shape.into());
         KvTensor { data, scales: has_scales(dtype).then(scales) }
+    }
+
+    /// As [`KvTensor::zeros`], where these operations read and write it.
+    pub fn zeros_on(ops: &dyn Ops, dtype: DType, shape: [usize; 4]) -> Result<KvTensor, OpsError> {
+        let scales = || ops.zeros_kv(DType::F32, Shape::from(&shape[..3]));
+        let data = ops.zeros_kv(dtype, shape.into())?;
+        Ok(KvTensor { data, scales: has_scales(dtype).then(scales).transpose()? })
     }
 
     /// Bytes of one vector of `head_dim` elements, with its scale.
@@ -52,6 +55,15 @@ impl KvTensor {
     /// All of it, mutably borrowed.
     pub fn view_mut(&mut self) -> KvViewMut<'_> {
         KvViewMut { data: self.data.view_mut(), scales: self.scales.as_mut().map(Tensor::view_mut) }
+    }
+}
+
+/// Host memory for cached vectors, or for their scales.
+pub(super) fn host_zeros(dtype: DType, shape: Shape) -> Tensor {
+    if shape.len() * dtype.size_bytes() < LARGE_BYTES {
+        Tensor::zeros(dtype, shape)
+    } else {
+        Tensor::zeros_on_large_pages(dtype, shape)
     }
 }
 

@@ -4,17 +4,56 @@
 //! once, in `args`. Operations write into the caller's tensors and allocate nothing that
 //! grows with the step. `reference` is the referee that every backend is tested against.
 //! Knows nothing of models, sequences or files.
+//!
+//! A device may have memory of its own, and may compute while the host goes on. So tensors are
+//! made by the operations that will use them, weights are placed, inputs of a step are [`staged`],
+//! and whoever wants to know that a step was computed asks [`Ops::synchronize`]. How an operation
+//! is launched may depend on the shapes and scalars of its arguments alone: what lies in a
+//! device's memory cannot be looked at.
 
 pub mod args;
 pub mod cpu;
+mod error;
 pub mod kv_tensor;
 pub mod random;
 pub mod reference;
+pub mod staged;
 
 use crate::formats::PackedMatrix;
 use crate::output::SampledToken;
-use crate::tensor::DType;
+use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
 use args::*;
+pub use error::OpsError;
+
+/// Memory of a device in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMemoryInfo {
+    /// What nobody has taken.
+    pub free: u64,
+    /// All of it.
+    pub total: u64,
+}
+
+/// The largest step, for those who need memory beside its tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StepLimits {
+    /// Rows of activations.
+    pub max_num_tokens: usize,
+    /// Sequences.
+    pub max_num_seqs: usize,
+    /// Tokens of a sequence, cached and new.
+    pub max_context_len: usize,
+    /// Columns of the widest activations that a matrix multiplies.
+    pub max_width: usize,
+    /// Query heads of the layer that has most.
+    pub num_heads: usize,
+    /// Elements of the longest head.
+    pub head_dim: usize,
+    /// Rows of logits.
+    pub max_logit_rows: usize,
+    /// Columns of logits.
+    pub vocab_size: usize,
+}
 
 /// One device's implementation of the operations.
 pub trait Ops: Send + Sync {
@@ -24,16 +63,62 @@ pub trait Ops: Send + Sync {
     /// The dtype of activations on this device.
     fn activation_dtype(&self) -> DType;
 
-    /// Makes room for activations of up to `max_rows` rows and `max_width` columns, so that no
-    /// later operation has to; backends that need none do nothing.
-    fn reserve(&self, max_rows: usize, max_width: usize) {
-        let _ = (max_rows, max_width);
+    /// Bytes that the device may still give and has at all; `None` where its memory is the host's.
+    fn device_memory(&self) -> Result<Option<DeviceMemoryInfo>, OpsError> {
+        Ok(None)
     }
 
-    /// Brings a matrix, at load, into the layout that this device multiplies by fastest; its
-    /// values stay the same.
-    fn arrange(&self, matrix: PackedMatrix) -> PackedMatrix {
-        matrix
+    /// A new tensor of zero bytes for activations.
+    fn zeros(&self, dtype: DType, shape: Shape) -> Result<Tensor, OpsError> {
+        Ok(Tensor::zeros_on_large_pages(dtype, shape))
+    }
+
+    /// A new tensor of zero bytes for cached keys or values, or their scales.
+    fn zeros_kv(&self, dtype: DType, shape: Shape) -> Result<Tensor, OpsError> {
+        Ok(kv_tensor::host_zeros(dtype, shape))
+    }
+
+    /// Brings a norm's weight, a bias or a table, at load, to where operations read it.
+    fn place(&self, tensor: Tensor) -> Result<Tensor, OpsError> {
+        Ok(tensor)
+    }
+
+    /// Memory beside a host tensor, into which [`Ops::upload`] copies what operations shall read;
+    /// `None` where they read the host's.
+    fn mirror(&self, host: &Tensor) -> Result<Option<Tensor>, OpsError> {
+        let _ = host;
+        Ok(None)
+    }
+
+    /// Copies the host's elements into a mirror, in order with the operations around it. The
+    /// host's may change as soon as this returns.
+    fn upload(&self, mut to: ViewMut<'_>, from: View<'_>) {
+        to.reborrow().into_rows(0..from.size(0)).copy_from(from);
+    }
+
+    /// Waits for everything that was asked for. An error names the first operation that failed;
+    /// what was computed after it is worthless, and so is what will be.
+    fn synchronize(&self) -> Result<(), OpsError> {
+        Ok(())
+    }
+
+    /// Bytes that [`Ops::reserve`] will take for steps of this size.
+    fn scratch_bytes(&self, limits: &StepLimits) -> usize {
+        let _ = limits;
+        0
+    }
+
+    /// Makes room for steps of up to this size, so that no later operation has to; backends that
+    /// need none do nothing.
+    fn reserve(&self, limits: &StepLimits) -> Result<(), OpsError> {
+        let _ = limits;
+        Ok(())
+    }
+
+    /// Brings a matrix, at load, to where and into the layout that this device multiplies by
+    /// fastest; its values stay the same.
+    fn arrange(&self, matrix: PackedMatrix) -> Result<PackedMatrix, OpsError> {
+        Ok(matrix)
     }
 
     /// Bytes that a floating-point matrix of this dtype and shape takes once arranged.

@@ -10,11 +10,26 @@ use crate::model::batch::{BatchLimits, ForwardBatch};
 use crate::model::kv_cache::KvCache;
 use crate::model::spec::ModelSpec;
 use crate::model::workspace::Workspace;
-use crate::ops::cpu;
+use crate::ops::{Ops, StepLimits};
 use crate::tensor::DType;
 
 /// Most bytes that one round of logits may take.
 const LOGITS_BYTES: usize = 128 << 20;
+
+/// What is to be served.
+#[derive(Clone, Copy, Debug)]
+pub struct MemoryDemand<'a> {
+    /// The model.
+    pub spec: &'a ModelSpec,
+    /// Bytes of its weights.
+    pub weights_bytes: usize,
+    /// `--max-model-len`.
+    pub wanted_len: Option<usize>,
+    /// How the cache is to be.
+    pub cache: &'a CacheConfig,
+    /// How large steps may be.
+    pub scheduler: &'a SchedulerConfig,
+}
 
 /// The decided sizes.
 #[derive(Clone, Debug)]
@@ -80,16 +95,13 @@ pub enum MemoryPlanError {
 }
 
 impl MemoryPlan {
-    /// Decides. `wanted_len` is `--max-model-len`; `free_bytes` what this machine can still give
-    /// when the weights are in memory.
+    /// Decides. `free_bytes` is what this machine can still give when the weights are in memory.
     pub fn new(
-        spec: &ModelSpec,
-        weights_bytes: usize,
-        wanted_len: Option<usize>,
-        cache: &CacheConfig,
-        scheduler: &SchedulerConfig,
+        ops: &dyn Ops,
+        demand: &MemoryDemand<'_>,
         free_bytes: u64,
     ) -> Result<MemoryPlan, MemoryPlanError> {
+        let &MemoryDemand { spec, weights_bytes, wanted_len, cache, scheduler } = demand;
         let max_position = spec.max_position;
         if let Some(max_model_len) = wanted_len.filter(|&len| len > max_position) {
             return Err(MemoryPlanError::BeyondPositions { max_model_len, max_position });
@@ -111,15 +123,11 @@ impl MemoryPlan {
             max_num_seqs: scheduler.max_num_seqs,
             max_blocks_per_seq: max_model_len.div_ceil(block_size),
         };
-        let threads = cache.threads.unwrap_or_else(cpu::physical_cores);
         let max_logit_rows =
             (LOGITS_BYTES / (4 * spec.vocab_size)).clamp(1, max_num_tokens.min(1024));
-        let workspace_bytes = Workspace::size_bytes(spec, max_num_tokens, max_logit_rows)
-            + ForwardBatch::size_bytes(limits)
-            + cpu::scratch_bytes(max_num_tokens, spec.widest_input(), threads);
-        Ok(MemoryPlan {
+        let mut plan = MemoryPlan {
             weights_bytes,
-            workspace_bytes,
+            workspace_bytes: 0,
             num_blocks,
             block_bytes,
             block_size,
@@ -127,7 +135,27 @@ impl MemoryPlan {
             max_model_len,
             limits,
             max_logit_rows,
-        })
+        };
+        let dtype = ops.activation_dtype();
+        plan.workspace_bytes = Workspace::size_bytes(spec, dtype, max_num_tokens, max_logit_rows)
+            + ForwardBatch::size_bytes(limits)
+            + ops.scratch_bytes(&plan.step_limits(spec));
+        Ok(plan)
+    }
+
+    /// What operations must have room for.
+    pub fn step_limits(&self, spec: &ModelSpec) -> StepLimits {
+        let attentions = || spec.layers.iter().map(|layer| &layer.attention);
+        StepLimits {
+            max_num_tokens: self.limits.max_num_tokens,
+            max_num_seqs: self.limits.max_num_seqs,
+            max_context_len: self.max_model_len,
+            max_width: spec.widest_input(),
+            num_heads: attentions().map(|a| a.num_heads).max().unwrap_or(0),
+            head_dim: attentions().map(|a| a.head_dim).max().unwrap_or(0),
+            max_logit_rows: self.max_logit_rows,
+            vocab_size: spec.vocab_size,
+        }
     }
 }
 

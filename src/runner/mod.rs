@@ -9,7 +9,7 @@ pub mod scripted;
 
 use crate::scheduler::batch::{ScheduledBatch, StepTokens};
 
-pub use memory_plan::{MemoryPlan, MemoryPlanError};
+pub use memory_plan::{MemoryDemand, MemoryPlan, MemoryPlanError};
 pub use model_runner::ModelRunner;
 pub use scripted::ScriptedRunner;
 

@@ -8,6 +8,7 @@ use crate::model::decoder::Decoder;
 use crate::model::kv_cache::KvCache;
 use crate::model::spec::ModelSpec;
 use crate::model::workspace::Workspace;
+use crate::ops::OpsError;
 use crate::ops::args::{RowTask, SampleArgs, SampleRow};
 use crate::scheduler::batch::{ScheduledBatch, ScheduledSequence, StepTokens};
 
@@ -38,20 +39,21 @@ impl ModelRunner {
         spec: &ModelSpec,
         rank: RankContext,
         plan: &MemoryPlan,
-    ) -> ModelRunner {
-        let dtype = rank.ops.activation_dtype();
-        rank.ops.reserve(plan.limits.max_num_tokens, spec.widest_input());
-        ModelRunner {
-            cache: KvCache::new(spec, plan.num_blocks, plan.block_size, plan.kv_dtype),
-            workspace: Workspace::new(spec, dtype, plan.limits.max_num_tokens, plan.max_logit_rows),
-            input: ForwardBatch::new(plan.limits),
-            max_logit_rows: plan.max_logit_rows,
+    ) -> Result<ModelRunner, OpsError> {
+        let ops = &*rank.ops;
+        let MemoryPlan { limits, max_logit_rows, num_blocks, block_size, kv_dtype, .. } = *plan;
+        ops.reserve(&plan.step_limits(spec))?;
+        Ok(ModelRunner {
+            cache: KvCache::new(ops, spec, num_blocks, block_size, kv_dtype)?,
+            workspace: Workspace::new(ops, spec, limits.max_num_tokens, max_logit_rows)?,
+            input: ForwardBatch::new(ops, limits)?,
+            max_logit_rows,
             decoder,
             rank,
-        }
+        })
     }
 
-    fn forward(&mut self, batch: &ScheduledBatch) {
+    fn forward(&mut self, batch: &ScheduledBatch, wanted: &[WantedRow]) {
         if !batch.copies.is_empty() {
             self.cache.copy_blocks(&*self.rank.ops, &batch.copies);
         }
@@ -61,13 +63,22 @@ impl ModelRunner {
             block_ids: &batch.block_ids[seq.blocks.clone()],
         });
         self.input.fill(self.cache.block_size, entries);
+        self.input.select(wanted.iter().map(|w| w.token_row));
+        self.input.upload(&*self.rank.ops);
         self.decoder.forward(&self.rank, &self.input, &mut self.cache, &mut self.workspace);
     }
 
-    /// Logits and sampling for at most `max_logit_rows` rows.
-    fn sample(&mut self, batch: &ScheduledBatch, wanted: &[WantedRow], results: &mut [StepTokens]) {
-        let token_rows: Vec<u32> = wanted.iter().map(|w| w.token_row).collect();
-        self.decoder.logits(&self.rank, &token_rows, &mut self.workspace);
+    /// Logits and sampling for at most `max_logit_rows` of the wanted rows, of which `first` is
+    /// the number of the first.
+    fn sample(
+        &mut self,
+        batch: &ScheduledBatch,
+        first: usize,
+        wanted: &[WantedRow],
+        results: &mut [StepTokens],
+    ) {
+        let selected = first..first + wanted.len();
+        self.decoder.logits(&self.rank, &self.input, selected, &mut self.workspace);
         let rows: Vec<SampleRow<'_>> = wanted.iter().map(|w| sample_row(batch, w)).collect();
         let logits = self.workspace.logits.rows_mut(rows.len());
         let sampled = self.rank.ops.sample(SampleArgs { logits, rows: &rows });
@@ -86,11 +97,16 @@ impl StepRunner for ModelRunner {
         if batch.is_empty() {
             return Ok(Vec::new());
         }
-        self.forward(batch);
+        let wanted = wanted_rows(batch);
+        self.forward(batch, &wanted);
         let mut results = vec![StepTokens::default(); batch.sequences.len()];
-        for wanted in wanted_rows(batch).chunks(self.max_logit_rows) {
-            self.sample(batch, wanted, &mut results);
+        for (i, rows) in wanted.chunks(self.max_logit_rows).enumerate() {
+            self.sample(batch, i * self.max_logit_rows, rows, &mut results);
         }
+        self.rank.ops.synchronize().map_err(|error| RunnerError::StepFailed {
+            step: batch.step,
+            reason: error.to_string(),
+        })?;
         Ok(results)
     }
 }

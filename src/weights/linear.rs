@@ -1,7 +1,6 @@
 //! A linear layer: a packed matrix, an optional bias, and how it is split over ranks.
 
-use super::Loader;
-use crate::checkpoint::CheckpointError;
+use super::{LoadError, Loader};
 use crate::formats::PackedMatrix;
 use crate::ops::Ops;
 use crate::ops::args::{MatmulArgs, Projection, WeightAndBias};
@@ -39,7 +38,7 @@ impl Linear {
         shape: [usize; 2],
         bias: bool,
         partition: Partition,
-    ) -> Result<Linear, CheckpointError> {
+    ) -> Result<Linear, LoadError> {
         let weight = loader.matrix(name, shape)?;
         let bias = bias.then(|| loader.floats(&format!("{name}.bias"), &shape[..1])).transpose()?;
         Ok(Linear { weight, bias, partition })
@@ -50,7 +49,7 @@ impl Linear {
         loader: &Loader<'_>,
         name: &str,
         shape: [usize; 2],
-    ) -> Result<Linear, CheckpointError> {
+    ) -> Result<Linear, LoadError> {
         let weight = loader.table(name, shape)?;
         Ok(Linear { weight, bias: None, partition: Partition::Replicated })
     }
@@ -96,7 +95,9 @@ mod tests {
 
     use super::*;
     use crate::checkpoint::dummy::DummySource;
-    use crate::checkpoint::{ExpectedTensor, TensorInfo, TensorRole, TensorSource};
+    use crate::checkpoint::{
+        CheckpointError, ExpectedTensor, TensorInfo, TensorRole, TensorSource,
+    };
     use crate::formats::dense;
     use crate::ops::reference::ReferenceOps;
     use crate::tensor::DType;

@@ -13,7 +13,7 @@ use crate::checkpoint::{
 };
 use crate::config::Quantization;
 use crate::formats::PackedMatrix;
-use crate::ops::Ops;
+use crate::ops::{Ops, OpsError};
 use crate::tensor::{DType, Tensor};
 
 /// One way of storing the matrix of a linear layer.
@@ -28,6 +28,17 @@ pub struct Scheme {
 
 /// All schemes; the first that holds a layer loads it.
 pub const SCHEMES: [Scheme; 1] = [Scheme { name: "plain", holds: plain::holds, load: plain::load }];
+
+/// A tensor cannot be read, or not be brought to the device.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The files.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The device.
+    #[error(transparent)]
+    Device(#[from] OpsError),
+}
 
 /// Reads a model's tensors.
 #[derive(Clone, Copy)]
@@ -49,7 +60,7 @@ impl<'a> Loader<'a> {
         Loader { quantization, threads, ..self }
     }
 
-    /// Arranges matrices as these operations want them.
+    /// Brings tensors to where these operations read them, matrices as they want them.
     pub fn arranged(self, ops: &'a dyn Ops) -> Loader<'a> {
         Loader { ops: Some(ops), ..self }
     }
@@ -61,39 +72,47 @@ impl<'a> Loader<'a> {
 
     /// A norm's weight or another small tensor. It is copied where matrices may be: one that was
     /// replaced must not be kept in memory by a neighbour in the same file.
-    pub fn tensor(&self, name: &str) -> Result<Tensor, CheckpointError> {
-        Ok(self.detached(self.source.tensor(name)?))
+    pub fn tensor(&self, name: &str) -> Result<Tensor, LoadError> {
+        self.place(self.detached(self.source.tensor(name)?))
+    }
+
+    /// A tensor that was computed here, where operations read it.
+    pub fn place(&self, tensor: Tensor) -> Result<Tensor, LoadError> {
+        match self.ops {
+            Some(ops) => Ok(ops.place(tensor)?),
+            None => Ok(tensor),
+        }
     }
 
     /// A bias or another small tensor of floats.
-    fn floats(&self, name: &str, shape: &[usize]) -> Result<Tensor, CheckpointError> {
-        Ok(self.detached(plain::load_float(self.source, name, shape)?))
+    fn floats(&self, name: &str, shape: &[usize]) -> Result<Tensor, LoadError> {
+        self.place(self.detached(plain::load_float(self.source, name, shape)?))
     }
 
     /// The `[out_features, in_features]` matrix of a linear layer in whichever scheme the source
     /// stores it.
-    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<PackedMatrix, CheckpointError> {
+    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<PackedMatrix, LoadError> {
         let scheme = SCHEMES.iter().find(|scheme| (scheme.holds)(self.source, name));
         let scheme = scheme
             .ok_or_else(|| CheckpointError::MissingTensor { name: plain::weight_name(name) })?;
-        Ok(self.prepare((scheme.load)(self.source, name, shape)?))
+        self.prepare((scheme.load)(self.source, name, shape)?)
     }
 
     /// A table of floats, such as tied embeddings, as a matrix.
-    fn table(&self, name: &str, shape: [usize; 2]) -> Result<PackedMatrix, CheckpointError> {
+    fn table(&self, name: &str, shape: [usize; 2]) -> Result<PackedMatrix, LoadError> {
         let table = plain::load_float(self.source, name, &shape)?;
-        Ok(self.prepare(crate::formats::dense::pack(table)))
+        self.prepare(crate::formats::dense::pack(table))
     }
 
     /// Quantizes and arranges what was read.
-    fn prepare(&self, matrix: PackedMatrix) -> PackedMatrix {
+    fn prepare(&self, matrix: PackedMatrix) -> Result<PackedMatrix, LoadError> {
         let matrix = match self.quantization {
             Some(wanted) => quantize::quantize(matrix, wanted, self.threads),
             None => matrix,
         };
         match self.ops {
-            Some(ops) => ops.arrange(matrix),
-            None => matrix,
+            Some(ops) => Ok(ops.arrange(matrix)?),
+            None => Ok(matrix),
         }
     }
 

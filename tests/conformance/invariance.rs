@@ -13,7 +13,11 @@ pub fn check(ops: &dyn Ops) {
         let rng = &mut Rng::new((cols * k) as u64);
         for dtype in FLOATS {
             matmul(ops, &dtype.to_string(), &rng.matrix(dtype, cols, k));
-            matmul(ops, &format!("{dtype}, arranged"), &ops.arrange(rng.matrix(dtype, cols, k)));
+            matmul(
+                ops,
+                &format!("{dtype}, arranged"),
+                &ops.arrange(rng.matrix(dtype, cols, k)).unwrap(),
+            );
         }
         for (name, weight) in quantized(rng, cols, k) {
             matmul(ops, name, &weight);
@@ -34,7 +38,7 @@ pub fn check_equal(one: &dyn Ops, two: &dyn Ops) {
         let x = rng.tensor(DType::F32, [rows, k]);
         let mut weights = quantized(rng, cols, k);
         weights.push(("bf16", rng.matrix(DType::BF16, cols, k)));
-        weights.push(("bf16, arranged", one.arrange(rng.matrix(DType::BF16, cols, k))));
+        weights.push(("bf16, arranged", one.arrange(rng.matrix(DType::BF16, cols, k)).unwrap()));
         for (name, weight) in weights {
             let (a, b) = (multiply(one, x.view(), &weight), multiply(two, x.view(), &weight));
             assert_same(&format!("{} matmul {rows} x {cols} x {k} {name}", two.name()), &a, &b);

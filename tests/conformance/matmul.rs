@@ -89,7 +89,7 @@ fn gated(ops: &dyn Ops) {
         let mut all: Vec<PackedMatrix> =
             quantized(rng, cols, k).into_iter().map(|(_, weight)| weight).collect();
         all.extend(FLOATS.map(|dtype| rng.matrix(dtype, cols, k)));
-        all.extend(FLOATS.map(|dtype| ops.arrange(rng.matrix(dtype, cols, k))));
+        all.extend(FLOATS.map(|dtype| ops.arrange(rng.matrix(dtype, cols, k)).unwrap()));
         all
     };
     for (rows, cols) in [(1, 70), (16, 16), (20, 33), (33, 130), (70, 48)] {
@@ -178,7 +178,7 @@ pub fn check(ops: &dyn Ops) {
                 let got = run(ops, &weight);
                 assert_close(&what, &got, &run(&ReferenceOps, &weight), tolerance);
                 // How the backend arranges it at load changes no bit.
-                let arranged = ops.arrange(dense::pack(weight.data.to_owned_memory()));
+                let arranged = ops.arrange(dense::pack(weight.data.to_owned_memory())).unwrap();
                 assert_same(&what, &run(ops, &arranged), &got);
                 assert_eq!(arranged.size_bytes(), ops.arranged_bytes(dtype, [cols, k]), "{what}");
             }

@@ -41,7 +41,7 @@ fn embed(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize), dtype: DTy
     let what = format!("{} embed {rows} x {width} {dtype}", ops.name());
     let table = rng.matrix(dtype, 50, width);
     // The referee reads the rows as they were, the backend as it arranges them at load.
-    let arranged = ops.arrange(dense::pack(table.data.to_owned_memory()));
+    let arranged = ops.arrange(dense::pack(table.data.to_owned_memory())).unwrap();
     let token_ids = ids(&(0..rows).map(|_| rng.below(50) as u32).collect::<Vec<_>>());
     let run = |ops: &dyn Ops, table: &PackedMatrix| {
         let mut out = Guarded::poisoned([rows, width]);

@@ -13,7 +13,7 @@ use tokenmill::model::decoder::Decoder;
 use tokenmill::model::spec::ModelSpec;
 use tokenmill::output::{FinishReason, TokenEvent};
 use tokenmill::request::{RequestId, SamplingParams, StopConditions, TokenizedRequest};
-use tokenmill::runner::{MemoryPlan, ModelRunner, StepRunner};
+use tokenmill::runner::{MemoryDemand, MemoryPlan, ModelRunner, StepRunner};
 use tokenmill::scheduler::{Scheduler, SchedulerParams};
 use tokenmill::weights::Loader;
 
@@ -67,13 +67,20 @@ fn runner(setting: &Setting) -> ModelRunner {
         max_num_queued_requests: 64,
         policy: SchedulingPolicy::Fcfs,
     };
-    let mut plan = MemoryPlan::new(&spec, 0, None, &cache, &scheduler, 1 << 30).expect("it fits");
-    plan.num_blocks = setting.num_blocks;
     let rank = RankContext::cpu(&cache).expect("this machine has a CPU");
+    let demand = MemoryDemand {
+        spec: &spec,
+        weights_bytes: 0,
+        wanted_len: None,
+        cache: &cache,
+        scheduler: &scheduler,
+    };
+    let mut plan = MemoryPlan::new(&*rank.ops, &demand, 1 << 30).expect("it fits");
+    plan.num_blocks = setting.num_blocks;
     let source = DummySource::new(spec.expected_tensors(), spec.dtype);
     let loader = Loader::new(&source).arranged(&*rank.ops);
     let decoder = Decoder::load(&spec, &loader, 256).expect("dummy weights fit");
-    ModelRunner::new(decoder, &spec, rank.clone(), &plan)
+    ModelRunner::new(decoder, &spec, rank.clone(), &plan).expect("it fits")
 }
 
 fn scheduler(setting: &Setting) -> Scheduler {

@@ -50,9 +50,9 @@ impl Greedy {
         Greedy {
             decoder: Decoder::load(&spec, &loader, MAX_LEN).unwrap(),
             rank: RankContext::solo(ops.clone()),
-            cache: KvCache::new(&spec, num_blocks, BLOCK_SIZE, kv_dtype),
-            workspace: Workspace::new(&spec, DType::F32, MAX_LEN, 1),
-            batch: ForwardBatch::new(limits),
+            cache: KvCache::new(&*ops, &spec, num_blocks, BLOCK_SIZE, kv_dtype).unwrap(),
+            workspace: Workspace::new(&*ops, &spec, MAX_LEN, 1).unwrap(),
+            batch: ForwardBatch::new(&*ops, limits).unwrap(),
             block_ids: (0..num_blocks as u32).collect(),
         }
     }
@@ -62,9 +62,10 @@ impl Greedy {
         let start_position = start_position as u32;
         let entry = BatchEntry { token_ids, start_position, block_ids: &self.block_ids };
         self.batch.fill(BLOCK_SIZE, [entry].into_iter());
+        self.batch.select([token_ids.len() as u32 - 1].into_iter());
+        self.batch.upload(&*self.rank.ops);
         self.decoder.forward(&self.rank, &self.batch, &mut self.cache, &mut self.workspace);
-        let last = token_ids.len() as u32 - 1;
-        self.decoder.logits(&self.rank, &[last], &mut self.workspace);
+        self.decoder.logits(&self.rank, &self.batch, 0..1, &mut self.workspace);
         let logits = self.workspace.logits.as_slice::<f32>();
         let best = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
         (0..logits.len()).fold(0, best) as u32

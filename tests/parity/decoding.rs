@@ -31,22 +31,22 @@ fn decode(case: &Case, ops: Arc<dyn Ops>, chunk: usize, kv_dtype: DType) -> Vec<
     let decoder = Decoder::load(&spec, &loader, prompt_len).unwrap();
     let num_blocks = prompt_len.div_ceil(BLOCK_SIZE);
     let block_ids: Vec<u32> = (0..num_blocks as u32).rev().collect();
-    let mut cache = KvCache::new(&spec, num_blocks, BLOCK_SIZE, kv_dtype);
-    let mut workspace = Workspace::new(&spec, DType::F32, prompt_len, prompt_len);
-    let mut batch = ForwardBatch::new(BatchLimits {
-        max_num_tokens: prompt_len,
-        max_num_seqs: 1,
-        max_blocks_per_seq: num_blocks,
-    });
+    let ops = &*rank.ops;
+    let mut cache = KvCache::new(ops, &spec, num_blocks, BLOCK_SIZE, kv_dtype).unwrap();
+    let mut workspace = Workspace::new(ops, &spec, prompt_len, prompt_len).unwrap();
+    let limits =
+        BatchLimits { max_num_tokens: prompt_len, max_num_seqs: 1, max_blocks_per_seq: num_blocks };
+    let mut batch = ForwardBatch::new(ops, limits).unwrap();
     let mut logits = Vec::new();
     for (i, token_ids) in case.token_ids.chunks(chunk).enumerate() {
         let start_position = (i * chunk) as u32;
         let entry = BatchEntry { token_ids, start_position, block_ids: &block_ids };
         batch.fill(BLOCK_SIZE, [entry].into_iter());
+        batch.select((0..token_ids.len()).map(|row| row as u32));
+        batch.upload(ops);
         decoder.forward(&rank, &batch, &mut cache, &mut workspace);
-        let rows: Vec<u32> = (0..token_ids.len() as u32).collect();
-        decoder.logits(&rank, &rows, &mut workspace);
-        logits.extend_from_slice(workspace.logits.rows(rows.len()).as_slice::<f32>());
+        decoder.logits(&rank, &batch, 0..token_ids.len(), &mut workspace);
+        logits.extend_from_slice(workspace.logits.rows(token_ids.len()).as_slice::<f32>());
     }
     logits
 }

@@ -68,14 +68,13 @@ mod weight_rows;
 
 use std::sync::{Mutex, PoisonError};
 
-use super::Ops;
 use super::args::*;
+use super::{Ops, OpsError, StepLimits};
 use crate::config::CpuIsa;
 use crate::formats::{Format, PackedMatrix, dense};
 use crate::output::SampledToken;
 use crate::tensor::DType;
 pub use isa::Isa;
-pub use launch_matmul::scratch_bytes;
 use pool::Pool;
 use share::{PerThread, Scratch};
 pub use topology::physical_cores;
@@ -188,16 +187,21 @@ impl Ops for CpuOps {
         DType::F32
     }
 
-    fn reserve(&self, max_rows: usize, max_width: usize) {
-        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        prepared.reserve(max_rows, max_width);
+    fn scratch_bytes(&self, limits: &StepLimits) -> usize {
+        launch_matmul::scratch_bytes(limits.max_num_tokens, limits.max_width, self.threads())
     }
 
-    fn arrange(&self, matrix: PackedMatrix) -> PackedMatrix {
+    fn reserve(&self, limits: &StepLimits) -> Result<(), OpsError> {
+        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        prepared.reserve(limits.max_num_tokens, limits.max_width);
+        Ok(())
+    }
+
+    fn arrange(&self, matrix: PackedMatrix) -> Result<PackedMatrix, OpsError> {
         if self.wants_blocks(matrix.data.dtype()) {
-            return dense::into_blocks(matrix, self.threads());
+            return Ok(dense::into_blocks(matrix, self.threads()));
         }
-        matrix
+        Ok(matrix)
     }
 
     fn arranged_bytes(&self, dtype: DType, shape: [usize; 2]) -> usize {
