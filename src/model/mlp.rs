@@ -5,7 +5,7 @@ use super::error::ModelError;
 use super::spec::MlpSpec;
 use super::workspace::Workspace;
 use crate::device::RankContext;
-use crate::ops::args::{Activation, GatedMatmulArgs};
+use crate::ops::args::{Activation, GatedMatmulArgs, GatedMlpArgs};
 use crate::weights::Loader;
 use crate::weights::linear::{Linear, Partition};
 
@@ -30,20 +30,19 @@ impl Mlp {
 
     /// Replaces `workspace.hidden` (normalised input) by the block's output.
     pub fn forward(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
-        let Workspace { hidden, gate, up, activated, .. } = workspace;
-        rank.ops.gated_matmul(GatedMatmulArgs {
-            out: activated.rows_mut(num_tokens),
-            x: hidden.rows(num_tokens),
-            gate: self.gate.weight_and_bias(),
-            up: self.up.weight_and_bias(),
-            activation: self.activation,
-            scratch: [gate.rows_mut(num_tokens), up.rows_mut(num_tokens)],
+        let Workspace { hidden, normed, gate, up, activated, .. } = workspace;
+        rank.ops.gated_mlp(GatedMlpArgs {
+            gated: GatedMatmulArgs {
+                out: activated.rows_mut(num_tokens),
+                x: hidden.rows(num_tokens),
+                gate: self.gate.weight_and_bias(),
+                up: self.up.weight_and_bias(),
+                activation: self.activation,
+                scratch: [gate.rows_mut(num_tokens), up.rows_mut(num_tokens)],
+            },
+            down: self.down.projection(&*rank.comm, normed.rows_mut(num_tokens)),
         });
-        self.down.forward(
-            &*rank.ops,
-            &*rank.comm,
-            activated.rows(num_tokens),
-            hidden.rows_mut(num_tokens),
-        );
+        self.down.reduce(&*rank.comm, normed.rows_mut(num_tokens));
+        std::mem::swap(hidden, normed);
     }
 }

@@ -176,6 +176,24 @@ impl GatedMatmulArgs<'_> {
     }
 }
 
+/// See [`super::Ops::gated_mlp`].
+pub struct GatedMlpArgs<'a> {
+    /// The gated product; `out` holds it meanwhile, in any layout, and anything afterwards.
+    pub gated: GatedMatmulArgs<'a>,
+    /// What the gated product is multiplied by, and where the result goes.
+    pub down: Projection<'a>,
+}
+
+impl GatedMlpArgs<'_> {
+    /// Panics unless the shapes agree.
+    pub fn check(&self) {
+        self.gated.check();
+        assert_eq!(self.down.out.size(0), self.gated.x.size(0), "gated_mlp: rows");
+        assert_eq!(self.down.out.size(1), self.down.weight.num_rows, "gated_mlp: out features");
+        assert_eq!(self.down.weight.num_cols, self.gated.out.size(1), "gated_mlp: intermediate");
+    }
+}
+
 /// The non-linearity of a gated MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {

@@ -146,6 +146,11 @@ pub trait Ops: Send + Sync {
         gated_in_steps(self, args);
     }
 
+    /// `out = (activation(x · gateᵀ) * (x · upᵀ)) · downᵀ`.
+    fn gated_mlp(&self, args: GatedMlpArgs<'_>) {
+        mlp_in_steps(self, args);
+    }
+
     /// `out = activation(gate) * up`.
     fn gated_activation(&self, args: GatedActivationArgs<'_>);
 
@@ -163,6 +168,15 @@ pub trait Ops: Send + Sync {
 
     /// Chooses (or scores) one token per row of logits.
     fn sample(&self, args: SampleArgs<'_>) -> Vec<SampledToken>;
+}
+
+/// A gated MLP as a gated matmul, then a matmul.
+pub fn mlp_in_steps<O: Ops + ?Sized>(ops: &O, args: GatedMlpArgs<'_>) {
+    args.check();
+    let GatedMatmulArgs { out: mut middle, x, gate, up, activation, scratch } = args.gated;
+    let out = middle.reborrow();
+    ops.gated_matmul(GatedMatmulArgs { out, x, gate, up, activation, scratch });
+    ops.matmul(MatmulArgs { x: middle.as_view(), projections: vec![args.down] });
 }
 
 /// A gated matmul as a matmul of two projections into the scratch tensors, then the activation.

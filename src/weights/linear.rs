@@ -72,20 +72,27 @@ impl Linear {
         x: View<'_>,
         mut layers: [(&Linear, ViewMut<'_>); N],
     ) {
-        let projections = layers.iter_mut().map(|(layer, out)| layer.project(comm, out));
+        let projections =
+            layers.iter_mut().map(|(layer, out)| layer.projection(comm, out.reborrow()));
         ops.matmul(MatmulArgs { x, projections: projections.collect() });
         for (layer, out) in layers {
-            if layer.partition == Partition::Row {
-                comm.all_reduce(out);
-            }
+            layer.reduce(comm, out);
         }
     }
 
-    fn project<'a>(&'a self, comm: &dyn Communicator, out: &'a mut ViewMut<'_>) -> Projection<'a> {
+    /// This layer as a part of an operation; its output then needs [`Linear::reduce`].
+    pub fn projection<'a>(&'a self, comm: &dyn Communicator, out: ViewMut<'a>) -> Projection<'a> {
         // Rank 0 alone adds the bias of a row partition, because the sum would repeat it.
         let adds_bias = self.partition != Partition::Row || comm.rank() == 0;
         let bias = self.bias.as_ref().filter(|_| adds_bias).map(Tensor::view);
-        Projection { out: out.reborrow(), weight: &self.weight, bias }
+        Projection { out, weight: &self.weight, bias }
+    }
+
+    /// Adds up what the ranks have computed, where each has a part of the sum.
+    pub fn reduce(&self, comm: &dyn Communicator, out: ViewMut<'_>) {
+        if self.partition == Partition::Row {
+            comm.all_reduce(out);
+        }
     }
 }
 

@@ -1,9 +1,9 @@
 //! Matmul in every format, sizes around every tile boundary.
 
 use tokenmill::formats::{Format, PackedMatrix, dense};
-use tokenmill::ops::args::{Activation, GatedMatmulArgs, MatmulArgs, Projection};
+use tokenmill::ops::args::{Activation, GatedMatmulArgs, GatedMlpArgs, MatmulArgs, Projection};
 use tokenmill::ops::reference::ReferenceOps;
-use tokenmill::ops::{Ops, gated_in_steps};
+use tokenmill::ops::{Ops, gated_in_steps, mlp_in_steps};
 use tokenmill::tensor::{DType, Tensor};
 
 use crate::support::*;
@@ -79,6 +79,55 @@ pub fn check_quantized(ops: &dyn Ops) {
     }
     several_projections(ops);
     gated(ops);
+    mlp(ops);
+}
+
+/// A gated MLP equals its steps, bit for bit: with one row and many, widths that fill lines and
+/// others, and matrices of equal and of different formats.
+fn mlp(ops: &dyn Ops) {
+    let rng = &mut Rng::new(79);
+    let matrices = |rng: &mut Rng, rows: usize, cols: usize| {
+        let mut all: Vec<PackedMatrix> =
+            quantized(rng, rows, cols).into_iter().map(|(_, weight)| weight).collect();
+        all.push(ops.arrange(rng.matrix(DType::BF16, rows, cols)).unwrap());
+        all
+    };
+    for (rows, k, width, cols) in
+        [(1, 64, 128, 33), (33, 96, 192, 40), (49, 64, 72, 16), (300, 64, 128, 50)]
+    {
+        let (gates, ups) = (matrices(rng, width, k), matrices(rng, width, k));
+        let mut downs = matrices(rng, cols, width);
+        downs.rotate_left(usize::from(rows == 300));
+        let x = rng.tensor(DType::F32, [rows, k]);
+        let bias = rng.tensor(DType::F32, [cols]);
+        for ((gate, up), down) in gates.iter().zip(&ups).zip(&downs) {
+            let formats = (gate.format, down.format);
+            let what = format!("{} mlp {rows} x {k} x {width} x {cols} {formats:?}", ops.name());
+            let run = |fused: bool| {
+                let mut out = Guarded::poisoned([rows, cols]);
+                let mut scratch = [0, 1, 2].map(|_| Tensor::zeros(DType::F32, [rows, width]));
+                let [middle, first, second] = scratch.each_mut().map(Tensor::view_mut);
+                let args = GatedMlpArgs {
+                    gated: GatedMatmulArgs {
+                        out: middle,
+                        x: x.view(),
+                        gate: (gate, None),
+                        up: (up, None),
+                        activation: Activation::Silu,
+                        scratch: [first, second],
+                    },
+                    down: Projection { out: out.view(), weight: down, bias: Some(bias.view()) },
+                };
+                if fused {
+                    ops.gated_mlp(args)
+                } else {
+                    mlp_in_steps(ops, args)
+                }
+                out.finish(&what)
+            };
+            assert_same(&what, &run(true), &run(false));
+        }
+    }
 }
 
 /// A gated product equals its steps, bit for bit.

@@ -24,14 +24,14 @@ use super::tile_matmul::{AddBias, Epilogue, Half, PAIR, ScaleCols, TileTask, pan
 use super::tile_pack::{PackedRows, num_words, pack, words_per_tile};
 #[cfg(target_arch = "x86_64")]
 use super::tile_weights::{DenseRows, TileCode, TileWeights, Unscaled};
-use super::weight_blocks::BlockOutput;
+use super::weight_blocks::{BlockOutput, Place};
 #[cfg(target_arch = "x86_64")]
 use super::weight_blocks::{Blocks, RowScales};
 use super::weight_rows::{Bytes, Coded, Dense, E4m3, WeightRows, with_rows};
 use super::{CpuOps, with_float};
 use crate::formats::blocks::BLOCK_ROWS;
 use crate::formats::{Format, PackedMatrix};
-use crate::ops::args::{Activation, GatedMatmulArgs, MatmulArgs, Projection};
+use crate::ops::args::{Activation, GatedMatmulArgs, MatmulArgs, Projection, WeightAndBias};
 use crate::ops::gated_in_steps;
 use crate::tensor::{DType, View};
 
@@ -45,7 +45,7 @@ const _: () = assert!(PAIR == PAIR_COLS);
 
 /// A form in which kernels want activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Form {
+pub(super) enum Form {
     /// As they are.
     Floats,
     /// bf16 as the right operand of tiles.
@@ -58,7 +58,7 @@ enum Form {
 
 impl Form {
     /// What a matrix wants.
-    fn of(isa: Isa, weight: &PackedMatrix) -> Form {
+    pub(super) fn of(isa: Isa, weight: &PackedMatrix) -> Form {
         match weight.format {
             Format::DenseBlocks => Form::Bf16,
             Format::Int8 => Form::Codes(usize::MAX),
@@ -86,10 +86,19 @@ fn runs_on_tiles(_: Isa, _: &PackedMatrix) -> bool {
     false
 }
 
+/// Room for prepared activations.
+#[derive(Default)]
+pub struct Prepared {
+    /// Of the operation at hand.
+    pub(super) x: InputBuffers,
+    /// Of the middle of a gated MLP.
+    pub(super) middle: LineBuffers,
+}
+
 /// Room for activations in all forms of one operation; matrices of an operation rarely want
 /// more than one.
 #[derive(Default)]
-pub struct Prepared {
+pub(super) struct InputBuffers {
     lines: Vec<LineBuffers>,
     packed: Scratch,
 }
@@ -102,9 +111,10 @@ fn packed_words(max_rows: usize, max_width: usize) -> usize {
 impl Prepared {
     /// Makes room without touching it.
     pub fn reserve(&mut self, max_rows: usize, max_width: usize) {
-        self.lines.resize_with(1, LineBuffers::default);
-        self.lines[0].reserve(max_rows, max_width);
-        self.packed.reserve(packed_words(max_rows, max_width));
+        self.x.lines.resize_with(1, LineBuffers::default);
+        self.x.lines[0].reserve(max_rows, max_width);
+        self.x.packed.reserve(packed_words(max_rows, max_width));
+        self.middle.reserve(max_rows, max_width);
     }
 }
 
@@ -113,12 +123,12 @@ impl Prepared {
 pub fn scratch_bytes(max_rows: usize, max_width: usize, threads: usize) -> usize {
     const BYTES_PER_THREAD: usize = 2 << 20;
     let [lines, cells] = LineBuffers::words(max_rows, max_width);
-    4 * (lines + 2 * cells + packed_words(max_rows, max_width)) + threads * BYTES_PER_THREAD
+    4 * (2 * (lines + 2 * cells) + packed_words(max_rows, max_width)) + threads * BYTES_PER_THREAD
 }
 
 /// Activations in one form.
 #[derive(Clone, Copy)]
-enum Input<'a> {
+pub(super) enum Input<'a> {
     Floats,
     #[cfg(target_arch = "x86_64")]
     Packed(PackedRows<'a>),
@@ -127,12 +137,13 @@ enum Input<'a> {
 }
 
 /// Activations of one operation.
-struct Inputs<'a> {
-    x: &'a [f32],
-    k: usize,
-    num_rows: usize,
+pub(super) struct Inputs<'a> {
+    /// As they are; empty when no matrix wants them so.
+    pub(super) x: &'a [f32],
+    pub(super) k: usize,
+    pub(super) num_rows: usize,
     /// In every form that some matrix wants.
-    forms: Vec<(Form, Input<'a>)>,
+    pub(super) forms: Vec<(Form, Input<'a>)>,
 }
 
 impl<'a> Inputs<'a> {
@@ -149,6 +160,14 @@ struct Weighted<'a> {
     bias: Option<&'a [f32]>,
 }
 
+/// The matrices of a gated product.
+#[derive(Clone, Copy)]
+pub(super) struct Gated<'a> {
+    pub(super) gate: WeightAndBias<'a>,
+    pub(super) up: WeightAndBias<'a>,
+    pub(super) activation: Activation,
+}
+
 /// What a kernel computes: a matrix, or a gate and what it multiplies.
 #[derive(Clone, Copy)]
 struct Product<'a> {
@@ -163,9 +182,9 @@ impl<'a> Product<'a> {
     }
 
     /// Where blocks write it.
-    fn output(&self, out: Parts<'a, f32>) -> BlockOutput<'a> {
+    fn output(&self, place: Place<'a>) -> BlockOutput<'a> {
         BlockOutput {
-            out,
+            place,
             num_cols: self.width(),
             bias: self.main.bias,
             up_bias: self.up.and_then(|(up, _)| up.bias),
@@ -259,15 +278,20 @@ impl CpuOps {
         assert!(x.size(1) > 0, "matmul: nothing to sum over");
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
         let weights: Vec<&PackedMatrix> = projections.iter().map(|p| p.weight).collect();
-        let inputs = self.prepare(&mut prepared, x, &weights);
+        let inputs = self.prepare(&mut prepared.x, x, &weights);
+        self.project(&inputs, projections);
+    }
+
+    /// Multiplies prepared activations.
+    pub(super) fn project(&self, inputs: &Inputs<'_>, projections: Vec<Projection<'_>>) {
         let bias = |p: &Projection<'_>| p.bias.map(|bias| self.widened(bias));
         let biases: Vec<Option<Vec<f32>>> = projections.iter().map(bias).collect();
         let all_cols = projections.iter().map(|p| p.weight.num_rows).sum();
         let planned = projections.into_iter().zip(&biases).map(|(projection, bias)| {
             let Projection { out, weight, .. } = projection;
             let main = Weighted { weight, bias: bias.as_deref() };
-            let out = Parts::new(out.into_mut_slice::<f32>());
-            self.plan(&inputs, Product { main, up: None }, out, all_cols)
+            let place = Place::Rows(Parts::new(out.into_mut_slice::<f32>()));
+            self.plan(inputs, Product { main, up: None }, place, all_cols)
         });
         self.run_planned(&planned.collect::<Vec<Planned<'_>>>());
     }
@@ -278,18 +302,31 @@ impl CpuOps {
             return gated_in_steps(self, args);
         }
         let GatedMatmulArgs { out, x, gate, up, activation, .. } = args;
-        assert!(x.size(1) > 0, "matmul: nothing to sum over");
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        let inputs = self.prepare(&mut prepared, x, &[gate.0]);
+        let place = Place::Rows(Parts::new(out.into_mut_slice::<f32>()));
+        self.run_gated(&mut prepared.x, x, Gated { gate, up, activation }, place);
+    }
+
+    /// A gated product in one pass.
+    pub(super) fn run_gated(
+        &self,
+        buffers: &mut InputBuffers,
+        x: View<'_>,
+        gated: Gated<'_>,
+        place: Place<'_>,
+    ) {
+        let Gated { gate, up, activation } = gated;
+        assert!(x.size(1) > 0, "matmul: nothing to sum over");
+        let inputs = self.prepare(buffers, x, &[gate.0]);
         let biases = [gate.1, up.1].map(|bias| bias.map(|bias| self.widened(bias)));
         let main = Weighted { weight: gate.0, bias: biases[0].as_deref() };
         let up = Weighted { weight: up.0, bias: biases[1].as_deref() };
-        let out = Parts::new(out.into_mut_slice::<f32>());
         let product = Product { main, up: Some((up, activation)) };
-        self.run_planned(&[self.plan(&inputs, product, out, product.width())]);
+        self.run_planned(&[self.plan(&inputs, product, place, product.width())]);
     }
 
-    fn fuses(&self, gate: &PackedMatrix, up: &PackedMatrix) -> bool {
+    /// Whether a kernel takes both halves of a gated product.
+    pub(super) fn fuses(&self, gate: &PackedMatrix, up: &PackedMatrix) -> bool {
         let grid = |weight: &PackedMatrix| weight.quantized.as_ref().map(|q| q.grid);
         gate.format == up.format
             && gate.data.dtype() == up.data.dtype()
@@ -318,11 +355,11 @@ impl CpuOps {
         &self,
         inputs: &Inputs<'a>,
         product: Product<'a>,
-        out: Parts<'a, f32>,
+        place: Place<'a>,
         all_cols: usize,
     ) -> Planned<'a> {
         let cols_per_task = self.cols_per_task(inputs, product.main.weight, all_cols);
-        let kernel = self.kernel(inputs, product, out);
+        let kernel = self.kernel(inputs, product, place);
         Planned { kernel, num_cols: product.width(), cols_per_task }
     }
 
@@ -330,30 +367,31 @@ impl CpuOps {
         &self,
         inputs: &Inputs<'a>,
         product: Product<'a>,
-        out: Parts<'a, f32>,
+        place: Place<'a>,
     ) -> Box<dyn ColumnKernel + 'a> {
         let (isa, Weighted { weight, bias }) = (self.isa, product.main);
         match inputs.in_form(Form::of(isa, weight)) {
             #[cfg(target_arch = "x86_64")]
             Input::Codes(x) if weight.format == Format::Int8 && matches!(isa, Isa::Amx(_)) => {
                 let finish = |weight| ScaleSums { rows: x, cols: RowScales::of(weight) };
-                block_kernel::<Int8, _>(isa, x.lines, product, out, finish)
+                block_kernel::<Int8, _>(isa, x.lines, product, place, finish)
             }
             Input::Codes(x) => {
                 let up = product.up.map(|(up, _)| ByteWeights::of(up.weight));
-                let (main, out) = (ByteWeights::of(weight), product.output(out));
+                let (main, out) = (ByteWeights::of(weight), product.output(place));
                 Box::new(CodesKernel { isa, task: ByteTask { x, main, up, out } })
             }
             #[cfg(target_arch = "x86_64")]
             Input::Bf16(x) => {
-                block_kernel::<Bf16, _>(isa, x, product, out, |_| tile_blocks::Floats)
+                block_kernel::<Bf16, _>(isa, x, product, place, |_| tile_blocks::Floats)
             }
             #[cfg(not(target_arch = "x86_64"))]
             Input::Bf16(_) => panic!("blocks of bf16 are for machines with tiles"),
             #[cfg(target_arch = "x86_64")]
-            Input::Packed(x) => tile_kernel(isa, x, product, out),
+            Input::Packed(x) => tile_kernel(isa, x, product, row_major(place)),
             Input::Floats => {
                 let (x, k, num_cols) = (inputs.x, inputs.k, weight.num_rows);
+                let out = row_major(place);
                 with_rows!(weight, weights => {
                     Box::new(VectorKernel { isa, x, k, weights, num_cols, bias, out })
                 })
@@ -364,7 +402,7 @@ impl CpuOps {
     /// Brings activations into the forms that the matrices want.
     fn prepare<'a>(
         &self,
-        prepared: &'a mut Prepared,
+        buffers: &'a mut InputBuffers,
         x: View<'a>,
         weights: &[&PackedMatrix],
     ) -> Inputs<'a> {
@@ -377,7 +415,7 @@ impl CpuOps {
                 wanted.push(form);
             }
         }
-        let Prepared { lines, packed } = prepared;
+        let InputBuffers { lines, packed } = buffers;
         if lines.len() < wanted.len() {
             lines.resize_with(wanted.len(), LineBuffers::default);
         }
@@ -477,13 +515,21 @@ impl CpuOps {
     }
 }
 
+/// Where kernels of row-major weights write; nobody passes on what they compute.
+fn row_major(place: Place<'_>) -> Parts<'_, f32> {
+    match place {
+        Place::Rows(out) => out,
+        Place::Middle(_) | Place::Lines(_) => panic!("only blocks pass on what they compute"),
+    }
+}
+
 /// Blocks as they are, on tiles.
 #[cfg(target_arch = "x86_64")]
 fn block_kernel<'a, E: TileElement, F: Finish + 'a>(
     isa: Isa,
     x: Lines<'a>,
     product: Product<'a>,
-    out: Parts<'a, f32>,
+    place: Place<'a>,
     finish: impl Fn(&'a PackedMatrix) -> F,
 ) -> Box<dyn ColumnKernel + 'a> {
     let Isa::Amx(amx) = isa else { panic!("blocks of bf16 are for machines with tiles") };
@@ -492,7 +538,7 @@ fn block_kernel<'a, E: TileElement, F: Finish + 'a>(
         finish: finish(weighted.weight),
     };
     let up = product.up.map(|(up, _)| half(up));
-    let (main, out) = (half(product.main), product.output(out));
+    let (main, out) = (half(product.main), product.output(place));
     Box::new(BlockTask { amx, x, main, up, out, element: std::marker::PhantomData::<E> })
 }
 

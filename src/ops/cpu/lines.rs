@@ -7,6 +7,8 @@
 
 use std::ops::Range;
 
+use half::bf16;
+
 use super::share::{Parts, Scratch};
 use super::simd::{Kernel, Simd, largest_magnitude, load};
 use crate::formats::ROW_ALIGN;
@@ -198,6 +200,64 @@ impl FillRows<'_> {
         let at = line_index(self.num_rows, self.steps, row, step) * LINE_BYTES;
         at..at + LINE_BYTES
     }
+
+    /// Sixteen bf16 of a row: half a line.
+    ///
+    /// # Safety
+    /// Halves that are alive at the same time must not overlap.
+    #[allow(clippy::mut_from_ref)]
+    #[inline(always)]
+    pub unsafe fn half_line(&self, row: usize, half: usize) -> &mut [bf16] {
+        const HALF: usize = LINE_BYTES / 2;
+        let at = self.line(row, half / 2).start + half % 2 * HALF;
+        // SAFETY: the caller's contract; lines are aligned, and any bits are a bf16.
+        unsafe {
+            let bytes = self.bytes.part(at..at + HALF);
+            std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), HALF / size_of::<bf16>())
+        }
+    }
+
+    /// Keeps what codes of a group of a row are multiplied by, and their sum.
+    ///
+    /// # Safety
+    /// Tasks must have different rows.
+    #[inline(always)]
+    pub unsafe fn set_cell(&self, row: usize, group: usize, largest: f32, sum: i32) {
+        let cell = (row / TILE_ROWS * self.groups() + group) * TILE_ROWS + row % TILE_ROWS;
+        // SAFETY: the caller's contract: a cell belongs to one row.
+        unsafe {
+            self.scales.part(cell..cell + 1)[0] = largest / MAX_CODE;
+            self.sums.part(cell..cell + 1)[0] = sum;
+        }
+    }
+
+    /// Groups of a row.
+    #[inline(always)]
+    pub fn groups(&self) -> usize {
+        (self.steps * LINE_BYTES).div_ceil(self.group)
+    }
+
+    /// Elements of a group.
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// The codes of a row at a step.
+    ///
+    /// # Safety
+    /// Lines that are alive at the same time must be different.
+    #[allow(clippy::mut_from_ref)]
+    #[inline(always)]
+    pub unsafe fn codes(&self, row: usize, step: usize) -> &mut [i8] {
+        // SAFETY: the caller's contract.
+        unsafe { self.bytes.part(self.line(row, step)) }
+    }
+}
+
+/// What a value is multiplied by to become a code, when this is the largest of its group.
+#[inline(always)]
+pub fn inverse_scale(largest: f32) -> f32 {
+    if largest > 0.0 { MAX_CODE / largest } else { 0.0 }
 }
 
 /// Prepares rows of `x [_, k]` as bf16.
@@ -253,10 +313,9 @@ impl Kernel for FillCodes<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let groups = (self.to.steps * LINE_BYTES).div_ceil(self.to.group);
         for row in self.rows.clone() {
-            for group in 0..groups {
-                self.fill_group(simd, row, group, groups);
+            for group in 0..self.to.groups() {
+                self.fill_group(simd, row, group);
             }
         }
     }
@@ -264,20 +323,19 @@ impl Kernel for FillCodes<'_> {
 
 impl FillCodes<'_> {
     #[inline(always)]
-    fn fill_group<S: Simd>(&self, simd: S, row: usize, group: usize, groups: usize) {
+    fn fill_group<S: Simd>(&self, simd: S, row: usize, group: usize) {
         let FillCodes { x, k, to, .. } = *self;
         let (start, end) = (group * to.group, (group + 1) * to.group);
         let x = &x[row * k..(row + 1) * k];
         let largest = largest_magnitude(simd, &x[start.min(k)..end.min(k)]);
-        let inverse = simd.splat(if largest > 0.0 { MAX_CODE / largest } else { 0.0 });
+        let inverse = simd.splat(inverse_scale(largest));
         let mut sum = 0;
         let end = end.min(to.steps * LINE_BYTES);
         // Groups are whole lines or halves of one.
         let part = to.group.min(LINE_BYTES);
         for from in (start..end).step_by(part) {
-            let line = to.line(row, from / LINE_BYTES);
             // SAFETY: tasks have different rows, so different lines.
-            let line = unsafe { to.bytes.part(line) };
+            let line = unsafe { to.codes(row, from / LINE_BYTES) };
             let codes = &mut line[from % LINE_BYTES..][..part];
             for at in (0..part).step_by(S::LANES) {
                 let at_k = from + at;
@@ -287,11 +345,7 @@ impl FillCodes<'_> {
             }
             sum += codes.iter().map(|&code| i32::from(code)).sum::<i32>();
         }
-        let cell = (row / TILE_ROWS * groups + group) * TILE_ROWS + row % TILE_ROWS;
-        // SAFETY: as above, for cells.
-        unsafe {
-            to.scales.part(cell..cell + 1)[0] = largest / MAX_CODE;
-            to.sums.part(cell..cell + 1)[0] = sum;
-        }
+        // SAFETY: tasks have different rows.
+        unsafe { to.set_cell(row, group, largest, sum) }
     }
 }

@@ -35,8 +35,10 @@ mod kv_rows;
 mod launch;
 mod launch_attention;
 mod launch_matmul;
+mod launch_mlp;
 mod lines;
 mod matmul;
+mod middle;
 mod partition;
 pub mod pool;
 mod rows;
@@ -255,6 +257,11 @@ impl Ops for CpuOps {
     fn gated_matmul(&self, args: GatedMatmulArgs<'_>) {
         args.check();
         self.multiply_gated(args);
+    }
+
+    fn gated_mlp(&self, args: GatedMlpArgs<'_>) {
+        args.check();
+        self.multiply_mlp(args);
     }
 
     fn gated_activation(&self, args: GatedActivationArgs<'_>) {

@@ -38,10 +38,21 @@ pub trait Simd: Copy + Send + Sync + 'static {
     }
     /// The larger; `b` where `a` is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller; `b` where `a` is NaN.
+    #[inline(always)]
+    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+        let zero = self.splat(0.0);
+        self.sub(zero, self.max(self.sub(zero, a), self.sub(zero, b)))
+    }
     /// `a * b + c`, rounded once where the instruction set can.
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// `2^n` for integral `n` in `-126..=127`.
     fn pow2(self, n: Self::V) -> Self::V;
+    /// `y · 2^n`, for the same `n`.
+    #[inline(always)]
+    fn scale_by_pow2(self, y: Self::V, n: Self::V) -> Self::V {
+        self.mul(y, self.pow2(n))
+    }
     /// `y` where `x >= bound`, else 0.
     fn keep_where_at_least(self, y: Self::V, x: Self::V, bound: Self::V) -> Self::V;
     /// Bit `i` is set where `a[i] >= b[i]`.
@@ -221,10 +232,7 @@ pub fn largest_magnitude<S: Simd>(simd: S, values: &[f32]) -> f32 {
 pub fn exp<S: Simd>(simd: S, x: S::V) -> S::V {
     const ROUNDER: f32 = 12_582_912.0; // 1.5 · 2^23: adding it rounds to an integer
     let least = simd.splat(-87.336_54);
-    let most = simd.splat(-88.376_26);
-    let zero = simd.splat(0.0);
-    // min(x, 88.37) as -max(-x, -88.37): one primitive less.
-    let clamped = simd.sub(zero, simd.max(simd.sub(zero, simd.max(x, least)), most));
+    let clamped = simd.min(simd.max(x, least), simd.splat(88.376_26));
     let shifted = simd.mul_add(clamped, simd.splat(std::f32::consts::LOG2_E), simd.splat(ROUNDER));
     let n = simd.sub(shifted, simd.splat(ROUNDER));
     let r = simd.mul_add(n, simd.splat(-0.693_359_4), clamped);
@@ -234,7 +242,7 @@ pub fn exp<S: Simd>(simd: S, x: S::V) -> S::V {
         p = simd.mul_add(p, r, simd.splat(c));
     }
     let y = simd.add(simd.mul_add(p, simd.mul(r, r), r), simd.splat(1.0));
-    simd.keep_where_at_least(simd.mul(y, simd.pow2(n)), x, least)
+    simd.keep_where_at_least(simd.scale_by_pow2(y, n), x, least)
 }
 
 /// `tanh(x)` within 4 ulp; ±1 beyond ±7.9. The rational function of Eigen's `ptanh`: odd over
@@ -243,8 +251,7 @@ pub fn exp<S: Simd>(simd: S, x: S::V) -> S::V {
 pub fn tanh<S: Simd>(simd: S, x: S::V) -> S::V {
     let bound = simd.splat(7.905_311);
     let zero = simd.splat(0.0);
-    let at_least = simd.max(x, simd.sub(zero, bound));
-    let x = simd.sub(zero, simd.max(simd.sub(zero, at_least), simd.sub(zero, bound)));
+    let x = simd.min(simd.max(x, simd.sub(zero, bound)), bound);
     let square = simd.mul(x, x);
     let mut p = simd.splat(-2.760_768_5e-16);
     for c in [

@@ -25,12 +25,16 @@ const SLICE_STEPS: usize = 16;
 /// share half of the second-level cache.
 const TILE_PAIRS: usize = 8;
 
+/// Rows that are written at once: their instructions overlap.
+const ROWS_AT_ONCE: usize = 4;
+const _: () = assert!((2 * TILE_ROWS / Parts::MOST).is_multiple_of(ROWS_AT_ONCE));
+
 /// Four accumulators: rows × first block, next rows × first block, the same for the second.
 type Sums = [[u32; TILE_LEN]; 4];
 
 /// What becomes of a row of an accumulator.
 pub trait Finish: Copy + Send + Sync {
-    /// Sixteen output columns of a row.
+    /// Sixteen output columns of a row; of a row beyond the last one of its tile, anything.
     ///
     /// # Safety
     /// The machine must have AVX-512.
@@ -64,7 +68,10 @@ impl Finish for ScaleSums<'_> {
         // SAFETY: the same contract; a block has sixteen scales.
         unsafe {
             let cols = _mm512_loadu_ps(self.cols.block(block).as_ptr());
-            let scales = _mm512_mul_ps(_mm512_set1_ps(self.rows.scale(row, 0)), cols);
+            let scales = _mm512_mul_ps(
+                _mm512_set1_ps(self.rows.tile_scales(row / TILE_ROWS, 0)[row % TILE_ROWS]),
+                cols,
+            );
             _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales)
         }
     }
@@ -258,35 +265,32 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
         let columns = self.out.columns(block);
         let next = (self.up.is_none() && finished.blocks.len() > 1)
             .then(|| (self.out.columns(block + 1), block + 1));
-        for i in rows {
+        for i in rows.step_by(ROWS_AT_ONCE) {
             let row = 2 * finished.pair * TILE_ROWS + i;
             if row >= self.x.num_rows {
                 return;
             }
             let (tile, line) = (i / TILE_ROWS, i % TILE_ROWS);
+            let place = (row..self.x.num_rows.min(row + ROWS_AT_ONCE), 0);
             // SAFETY: the instructions exist here; this task alone writes these blocks.
             unsafe {
                 let first = values(&self.main.finish, &sums[tile], line, (row, block));
-                match (&self.up, &next) {
-                    (Some(up), _) => {
-                        let up = values(&up.finish, &sums[2 + tile], line, (row, block));
-                        columns.write(simd, row, &first, Some(&up));
-                    }
-                    (None, next) => {
-                        columns.write(simd, row, &first, None);
-                        if let Some((columns, block)) = next {
-                            let place = (row, *block);
-                            let second = values(&self.main.finish, &sums[2 + tile], line, place);
-                            columns.write(simd, row, &second, None);
-                        }
-                    }
+                if let Some(up) = &self.up {
+                    let up = values(&up.finish, &sums[2 + tile], line, (row, block));
+                    columns.write_rows(simd, place, first, Some(up));
+                    continue;
+                }
+                columns.write_rows(simd, place.clone(), first, None);
+                if let Some((columns, block)) = &next {
+                    let second = values(&self.main.finish, &sums[2 + tile], line, (row, *block));
+                    columns.write_rows(simd, place, second, None);
                 }
             }
         }
     }
 }
 
-/// Sixteen results of a line of an accumulator.
+/// Results of some lines of an accumulator, sixteen each.
 ///
 /// # Safety
 /// The machine must have AVX-512.
@@ -296,11 +300,16 @@ unsafe fn values<F: Finish>(
     sums: &[u32; TILE_LEN],
     line: usize,
     (row, block): (usize, usize),
-) -> [f32; TILE_ROWS] {
-    // SAFETY: a line has sixteen sums; both types are 64 bytes.
+) -> [__m512; ROWS_AT_ONCE] {
+    let lines = &sums[line * TILE_ROWS..][..ROWS_AT_ONCE * TILE_ROWS];
+    // SAFETY: a line has sixteen sums.
     unsafe {
-        let sums = _mm512_loadu_si512(sums[line * TILE_ROWS..][..TILE_ROWS].as_ptr().cast());
-        std::mem::transmute::<__m512, [f32; TILE_ROWS]>(finish.finish(sums, row, block))
+        let mut values = [_mm512_setzero_ps(); ROWS_AT_ONCE];
+        for (i, value) in values.iter_mut().enumerate() {
+            let sums = _mm512_loadu_si512(lines.as_ptr().add(i * TILE_ROWS).cast());
+            *value = finish.finish(sums, row + i, block);
+        }
+        values
     }
 }
 

@@ -26,6 +26,8 @@ const ROWS_BYTES: usize = 256 << 10;
 const RING: usize = 4;
 /// Products that are started ahead of the one that is added.
 const AHEAD: usize = 3;
+/// Rows that are written at once: their instructions overlap.
+const ROWS_AT_ONCE: usize = 4;
 /// Bytes of half a tile of weights.
 const HALF_TILE: usize = TILE_BYTES / 2;
 
@@ -52,6 +54,19 @@ pub fn multiply_groups(amx: Amx, task: &ByteTask<'_>, blocks: Range<usize>, scra
     }
 }
 
+/// The results of some rows of a tile, from row `first` of all on.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn vectors(values: &Values, first: usize) -> [__m512; ROWS_AT_ONCE] {
+    let values = &values[first % TILE_ROWS..][..ROWS_AT_ONCE];
+    let mut vectors = [_mm512_setzero_ps(); ROWS_AT_ONCE];
+    for (vector, values) in vectors.iter_mut().zip(values) {
+        // SAFETY: a row has sixteen results.
+        *vector = unsafe { _mm512_loadu_ps(values.as_ptr()) };
+    }
+    vectors
+}
+
 struct Pass<'a> {
     amx: Amx,
     task: &'a ByteTask<'a>,
@@ -74,10 +89,12 @@ impl Pass<'_> {
                 self.multiply(simd, up, tile, &mut values[1]);
             }
             let rows = tile * TILE_ROWS..self.task.x.lines.num_rows.min((tile + 1) * TILE_ROWS);
-            for (i, row) in rows.enumerate() {
-                let up_values = up.is_some().then_some(&values[1][i]);
+            for first in rows.clone().step_by(ROWS_AT_ONCE) {
+                let rows = first..rows.end.min(first + ROWS_AT_ONCE);
+                let [main_values, up_values] = &values;
+                let up = if up.is_some() { Some(vectors(up_values, first)) } else { None };
                 // SAFETY: this task alone has the block.
-                unsafe { columns.write(simd, row, &values[0][i], up_values) }
+                unsafe { columns.write_rows(simd, (rows, 0), vectors(main_values, first), up) }
             }
         }
     }

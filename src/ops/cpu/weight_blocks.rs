@@ -1,9 +1,13 @@
 //! Weights in blocks of sixteen rows, their scales, and where the sixteen output columns go that
 //! a block yields.
 
+use std::ops::Range;
+
 use half::f16;
 
-use super::rows::activate;
+use super::lines::FillRows;
+use super::middle::Middle;
+use super::rows::activate_all;
 use super::share::Parts;
 use super::simd::{Simd, load, store};
 use crate::formats::blocks::BLOCK_ROWS;
@@ -105,10 +109,20 @@ fn scales(matrix: &PackedMatrix) -> &Tensor {
     scales
 }
 
+/// Where results of all rows are put.
+pub enum Place<'a> {
+    /// `[num_rows, num_cols]`; tasks write disjoint columns.
+    Rows(Parts<'a, f32>),
+    /// On their way to another product.
+    Middle(&'a Middle<'a>),
+    /// As bf16, as they are read by another product; the width is a multiple of a line's 32.
+    Lines(&'a FillRows<'a>),
+}
+
 /// Where results go: `out = main + bias`, or `activation(main + bias) * (up + its bias)`.
 pub struct BlockOutput<'a> {
-    /// `[num_rows, num_cols]`; tasks write disjoint columns.
-    pub out: Parts<'a, f32>,
+    /// Where they are put.
+    pub place: Place<'a>,
     /// Output columns.
     pub num_cols: usize,
     /// One per output column, padded to whole blocks.
@@ -155,34 +169,85 @@ impl BlockColumns<'_> {
         main: &[f32; BLOCK_ROWS],
         up: Option<&[f32; BLOCK_ROWS]>,
     ) {
-        let start = row * self.output.num_cols + self.first;
-        let len = BLOCK_ROWS.min(self.output.num_cols - self.first);
-        // SAFETY: the caller's contract.
-        let out = unsafe { self.output.out.part(start..start + len) };
         for at in (0..BLOCK_ROWS).step_by(S::LANES) {
-            let mut value = biased(simd, main, self.bias, at);
-            if let Some(up) = up {
-                let up = biased(simd, up, self.up_bias, at);
-                value = simd.mul(activate(simd, value, self.output.activation), up);
+            let up = match up {
+                Some(up) => Some([load(simd, up, at)]),
+                None => None,
+            };
+            // SAFETY: the caller's contract.
+            unsafe { self.write_rows(simd, (row..row + 1, at), [load(simd, main, at)], up) }
+        }
+    }
+
+    /// Writes the columns of a vector, from column `at` of the block on, in some rows: up to `N`,
+    /// a vector for each.
+    ///
+    /// # Safety
+    /// As of [`BlockColumns::write`].
+    #[inline(always)]
+    pub unsafe fn write_rows<S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        (rows, at): (Range<usize>, usize),
+        mut values: [S::V; N],
+        up: Option<[S::V; N]>,
+    ) {
+        add_bias(simd, &mut values, self.bias, at);
+        if let Some(mut up) = up {
+            add_bias(simd, &mut up, self.up_bias, at);
+            activate_all(simd, &mut values, self.output.activation);
+            for (value, up) in values.iter_mut().zip(up) {
+                *value = simd.mul(*value, up);
             }
-            if at < len {
-                store(simd, out, at, value);
+        }
+        for (i, value) in values.into_iter().enumerate() {
+            if i < rows.len() {
+                // SAFETY: the caller's contract.
+                unsafe { self.put(simd, rows.start + i, at, value) }
+            }
+        }
+    }
+
+    /// Puts a vector where it belongs.
+    ///
+    /// # Safety
+    /// As of [`BlockColumns::write`].
+    #[inline(always)]
+    unsafe fn put<S: Simd>(&self, simd: S, row: usize, at: usize, value: S::V) {
+        let block = self.first / BLOCK_ROWS;
+        // SAFETY: the caller's contract; what is passed on has room for all columns of a block.
+        unsafe {
+            match &self.output.place {
+                Place::Rows(out) => {
+                    let len = BLOCK_ROWS.min(self.output.num_cols - self.first);
+                    if at < len {
+                        let start = row * self.output.num_cols + self.first;
+                        store(simd, out.part(start..start + len), at, value);
+                    }
+                }
+                Place::Middle(middle) => {
+                    simd.store_f32(middle.part(row, block).as_mut_ptr().add(at), value);
+                }
+                Place::Lines(lines) => {
+                    simd.store_bf16(lines.half_line(row, block).as_mut_ptr().add(at), value);
+                }
             }
         }
     }
 }
 
-/// Values with their bias. A closure would not inherit the instructions of the function that it
-/// is inlined into.
+/// Adds a bias to the same columns of several rows.
 #[inline(always)]
-fn biased<S: Simd>(
+fn add_bias<S: Simd, const N: usize>(
     simd: S,
-    values: &[f32; BLOCK_ROWS],
+    values: &mut [S::V; N],
     bias: Option<&[f32; BLOCK_ROWS]>,
     at: usize,
-) -> S::V {
-    match bias {
-        Some(bias) => simd.add(load(simd, values, at), load(simd, bias, at)),
-        None => load(simd, values, at),
+) {
+    if let Some(bias) = bias {
+        let bias = load(simd, bias, at);
+        for value in values {
+            *value = simd.add(*value, bias);
+        }
     }
 }

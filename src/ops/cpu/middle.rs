@@ -1,0 +1,164 @@
+//! The middle of a gated MLP: what the gated product leaves for the next one when rows are many.
+//!
+//! It is by far the widest of all activations, is written a block of sixteen columns at a time and
+//! read once, so it lies in the order in which it is written: for every sixteen rows, the block of
+//! their first sixteen columns, then the next. Row-major, each sixteen results would go to another
+//! page; writing them took as long as half the products.
+
+use super::lines::{FillRows, LINE_BYTES, TILE_ROWS, inverse_scale};
+use super::share::Parts;
+use super::simd::{Kernel, Simd};
+use crate::formats::blocks::BLOCK_ROWS;
+
+/// Columns of a block.
+const BLOCK_COLS: usize = BLOCK_ROWS;
+/// Codes of a block in a line.
+const BLOCKS_PER_LINE: usize = LINE_BYTES / BLOCK_COLS;
+
+/// `[tiles, blocks, rows of the tile, 16]`.
+pub struct Middle<'a> {
+    values: Parts<'a, f32>,
+    num_rows: usize,
+    num_blocks: usize,
+}
+
+impl<'a> Middle<'a> {
+    /// Memory of `num_rows` rows as a middle.
+    pub fn new(values: &'a mut [f32], num_rows: usize) -> Middle<'a> {
+        let num_blocks = values.len() / num_rows / BLOCK_COLS;
+        assert_eq!(values.len(), num_rows * num_blocks * BLOCK_COLS, "whole blocks");
+        Middle { values: Parts::new(values), num_rows, num_blocks }
+    }
+
+    /// The columns of a block in one row.
+    ///
+    /// # Safety
+    /// Parts that are alive at the same time must not overlap.
+    #[allow(clippy::mut_from_ref)]
+    #[inline(always)]
+    pub unsafe fn part(&self, row: usize, block: usize) -> &mut [f32] {
+        let tile = row / TILE_ROWS;
+        let start = tile * TILE_ROWS * self.num_blocks + block * self.rows_of(tile);
+        let at = (start + row % TILE_ROWS) * BLOCK_COLS;
+        // SAFETY: the caller's contract.
+        unsafe { self.values.part(at..at + BLOCK_COLS) }
+    }
+
+    /// Number of tiles.
+    pub fn num_tiles(&self) -> usize {
+        self.num_rows.div_ceil(TILE_ROWS)
+    }
+
+    fn rows_of(&self, tile: usize) -> usize {
+        TILE_ROWS.min(self.num_rows - tile * TILE_ROWS)
+    }
+
+    /// The values of a tile.
+    ///
+    /// # Safety
+    /// Nobody may write to it meanwhile.
+    unsafe fn tile(&self, tile: usize) -> &[f32] {
+        let row_values = self.num_blocks * BLOCK_COLS;
+        let start = tile * TILE_ROWS * row_values;
+        // SAFETY: the caller's contract.
+        unsafe { self.values.part(start..start + self.rows_of(tile) * row_values) }
+    }
+}
+
+/// Prepares a tile as codes: the arithmetic of `lines::FillCodes`.
+pub struct CodeMiddle<'a> {
+    /// All tiles, written.
+    pub middle: &'a Middle<'a>,
+    /// The one to prepare; no other task has it.
+    pub tile: usize,
+    /// Where its codes go. Rows are as wide as the middle.
+    pub to: &'a FillRows<'a>,
+}
+
+impl Kernel for CodeMiddle<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        // SAFETY: everything is written.
+        let values = unsafe { self.middle.tile(self.tile) };
+        let rows = self.middle.rows_of(self.tile);
+        let blocks_per_group = self.to.group() / BLOCK_COLS;
+        let groups = values.chunks(blocks_per_group * rows * BLOCK_COLS);
+        for (group, values) in groups.enumerate() {
+            let mut largest = [0.0; TILE_ROWS];
+            largest_of_rows(simd, values, &mut largest[..rows]);
+            for (i, &largest) in largest[..rows].iter().enumerate() {
+                let columns = Columns { values, rows, row: i };
+                let row = self.tile * TILE_ROWS + i;
+                // SAFETY: this task has all rows of its tile.
+                unsafe {
+                    let first_block = group * blocks_per_group;
+                    let sum = columns.code(simd, largest, first_block, row, self.to);
+                    self.to.set_cell(row, group, largest, sum);
+                }
+            }
+        }
+    }
+}
+
+/// The largest magnitude of each row.
+#[inline(always)]
+fn largest_of_rows<S: Simd>(simd: S, values: &[f32], largest: &mut [f32]) {
+    let zero = simd.splat(0.0);
+    let mut acc = [zero; TILE_ROWS];
+    for block in values.chunks_exact(largest.len() * BLOCK_COLS) {
+        for (acc, values) in acc.iter_mut().zip(block.chunks_exact(BLOCK_COLS)) {
+            for at in (0..BLOCK_COLS).step_by(S::LANES) {
+                // SAFETY: sixteen values are a multiple of the lanes.
+                let x = unsafe { simd.load_f32(values.as_ptr().add(at)) };
+                *acc = simd.max(simd.max(x, simd.sub(zero, x)), *acc);
+            }
+        }
+    }
+    for (largest, acc) in largest.iter_mut().zip(acc) {
+        *largest = simd.max_lane(acc);
+    }
+}
+
+/// One row of some blocks of a tile.
+struct Columns<'a> {
+    values: &'a [f32],
+    rows: usize,
+    row: usize,
+}
+
+impl Columns<'_> {
+    /// Writes its codes, from a block of the row on; returns their sum.
+    ///
+    /// # Safety
+    /// No other task may have this row.
+    #[inline(always)]
+    unsafe fn code<S: Simd>(
+        &self,
+        simd: S,
+        largest: f32,
+        first_block: usize,
+        row: usize,
+        to: &FillRows<'_>,
+    ) -> i32 {
+        let inverse = simd.splat(inverse_scale(largest));
+        let mut sum = 0;
+        for (i, block) in self.values.chunks_exact(self.rows * BLOCK_COLS).enumerate() {
+            let values = &block[self.row * BLOCK_COLS..][..BLOCK_COLS];
+            let block = first_block + i;
+            // SAFETY: the caller's contract; both are a multiple of the lanes.
+            let codes = unsafe {
+                let line = to.codes(row, block / BLOCKS_PER_LINE);
+                let codes = &mut line[block % BLOCKS_PER_LINE * BLOCK_COLS..][..BLOCK_COLS];
+                for at in (0..BLOCK_COLS).step_by(S::LANES) {
+                    let v = simd.load_f32(values.as_ptr().add(at));
+                    simd.store_i8(codes.as_mut_ptr().add(at), simd.mul(v, inverse));
+                }
+                codes
+            };
+            sum += codes.iter().map(|&code| i32::from(code)).sum::<i32>();
+        }
+        sum
+    }
+}
