@@ -119,9 +119,9 @@ fn mlp(ops: &dyn Ops) {
                     down: Projection { out: out.view(), weight: down, bias: Some(bias.view()) },
                 };
                 if fused {
-                    ops.gated_mlp(args)
+                    ops.gated_mlp(args);
                 } else {
-                    mlp_in_steps(ops, args)
+                    mlp_in_steps(ops, args);
                 }
                 out.finish(&what)
             };
