@@ -13,6 +13,7 @@
 
 pub mod args;
 pub mod cpu;
+pub mod cuda;
 mod error;
 pub mod kv_tensor;
 pub mod random;

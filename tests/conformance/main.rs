@@ -10,17 +10,27 @@ mod attention;
 mod candle;
 mod invariance;
 mod matmul;
+mod on_device;
 mod rows;
 mod sample;
+#[path = "../support/shim/mod.rs"]
+mod shim;
 mod support;
 
-use support::{backends, for_each_backend};
+use support::{backends, for_each_backend, simt};
 use tokenmill::config::CpuIsa;
 use tokenmill::ops::cpu::{CpuError, CpuOps, Isa};
+use tokenmill::tensor::DType;
 
 #[test]
 fn row_operations_agree_with_the_referee() {
     for_each_backend(rows::check);
+}
+
+#[test]
+fn row_kernels_agree_with_the_referee() {
+    rows::check_norms(&simt(DType::BF16));
+    rows::check_norms(&simt(DType::F16));
 }
 
 #[test]

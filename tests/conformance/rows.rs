@@ -25,8 +25,19 @@ pub fn check(ops: &dyn Ops) {
         let rng = &mut Rng::new(seed as u64);
         for head_dim in [32, 64, 80, 96, 128, 256] {
             rope(ops, rng, rows, head_dim);
-            for dtype in CACHES {
+            for &dtype in caches(ops) {
                 kv_writes_and_copies(ops, rng, rows, head_dim, dtype);
+            }
+        }
+    }
+}
+
+pub fn check_norms(ops: &dyn Ops) {
+    for (seed, rows) in ROWS.into_iter().enumerate() {
+        for width in WIDTHS {
+            let rng = &mut Rng::new((seed * 1000 + width) as u64);
+            for dtype in FLOATS {
+                norms(ops, rng, (rows, width), dtype);
             }
         }
     }
@@ -53,8 +64,8 @@ fn embed(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize), dtype: DTy
 
 fn norms(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize), dtype: DType) {
     let what = format!("{} norm {rows} x {width} {dtype}", ops.name());
-    let x = rng.tensor(DType::F32, [rows, width]);
-    let residual = rng.floats(rows * width);
+    let x = rng.activations(ops, [rows, width]);
+    let residual = as_activations(ops, &rng.floats(rows * width));
     let weight = rng.tensor(dtype, [width]);
     let (got, want) = both(ops, |ops| {
         let mut out = Guarded::poisoned([rows, width]);
@@ -63,7 +74,7 @@ fn norms(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize), dtype: DTy
         out.finish(&what)
     });
     // f32 sums of squares against f64: a relative error of a few units in the last place.
-    assert_close(&what, &got, &want, (1e-6, 4e-6));
+    assert_outputs(ops, &what, &got, &want, (1e-6, 4e-6));
     let (got, want) = both(ops, |ops| {
         let mut out = Guarded::poisoned([rows, width]);
         let mut sum = Guarded::filled(&residual, [rows, width]);
@@ -74,8 +85,8 @@ fn norms(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize), dtype: DTy
         both
     });
     let (sum, out) = got.split_at(rows * width);
-    assert_same(&what, sum, &want[..rows * width]);
-    assert_close(&what, out, &want[rows * width..], (1e-6, 4e-6));
+    assert_outputs(ops, &what, sum, &want[..rows * width], (0.0, 0.0));
+    assert_outputs(ops, &what, out, &want[rows * width..], (1e-6, 4e-6));
 }
 
 fn gated_activation(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize)) {

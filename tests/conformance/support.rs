@@ -10,6 +10,9 @@ use tokenmill::ops::cpu::{CpuOps, Isa};
 use tokenmill::ops::kv_tensor::KvTensor;
 use tokenmill::tensor::{DType, Fp8, Shape, Tensor, ViewMut};
 
+use crate::on_device::OnDevice;
+use crate::shim::Shim;
+
 pub const FLOATS: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 /// What a KV cache may hold.
 pub const CACHES: [DType; 5] = [DType::F32, DType::BF16, DType::F16, DType::I8, DType::Fp8];
@@ -18,6 +21,11 @@ pub const CACHES: [DType; 5] = [DType::F32, DType::BF16, DType::F16, DType::I8, 
 pub fn backends() -> Vec<CpuOps> {
     let on = |isa: Isa| [1, 2].map(|threads| CpuOps::new(Some(threads), isa.choice()).unwrap());
     Isa::supported().into_iter().flat_map(on).collect()
+}
+
+/// The CUDA kernels on the SIMT machine, with activations of bf16 or f16.
+pub fn simt(activations: DType) -> OnDevice<Shim> {
+    OnDevice::new(Shim::new(), activations)
 }
 
 pub fn for_each_backend(check: impl Fn(&dyn Ops)) {
@@ -50,6 +58,13 @@ impl Rng {
         cast(&self.floats(shape.len()), dtype, shape)
     }
 
+    /// f32 numbers that have no more digits than the backend's activations.
+    pub fn activations(&mut self, ops: &dyn Ops, shape: impl Into<Shape>) -> Tensor {
+        let shape = shape.into();
+        let values = self.floats(shape.len());
+        Tensor::from_slice(&as_activations(ops, &values), shape)
+    }
+
     pub fn matrix(&mut self, dtype: DType, rows: usize, cols: usize) -> PackedMatrix {
         dense::pack(self.tensor(dtype, [rows, cols]))
     }
@@ -69,6 +84,39 @@ impl Rng {
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
+}
+
+/// Numbers rounded to the dtype of the backend's activations.
+pub fn as_activations(ops: &dyn Ops, values: &[f32]) -> Vec<f32> {
+    match ops.activation_dtype() {
+        DType::F32 => values.to_vec(),
+        dtype => widened(&cast(values, dtype, [values.len()])),
+    }
+}
+
+/// Panics unless outputs are within the tolerance of f32 activations and, where the backend's
+/// are shorter, a rounding of the result: 2^-8 of it (bf16) is a whole step, so that a result
+/// which f32 sums put on the other side of a tie is still right.
+pub fn assert_outputs(
+    ops: &dyn Ops,
+    what: &str,
+    got: &[f32],
+    want: &[f32],
+    (absolute, relative): (f32, f32),
+) {
+    let rounding = match ops.activation_dtype() {
+        DType::BF16 => 2f32.powi(-8),
+        // Below 2^-14 steps are 2^-24.
+        DType::F16 => 2f32.powi(-11),
+        _ => 0.0,
+    };
+    let least = if ops.activation_dtype() == DType::F16 { 2f32.powi(-25) } else { 0.0 };
+    assert_close(what, got, want, (absolute + least, relative + rounding));
+}
+
+/// What the backend's KV cache may hold.
+pub fn caches(ops: &dyn Ops) -> &'static [DType] {
+    if ops.activation_dtype() == DType::F32 { &CACHES } else { &CACHES[1..] }
 }
 
 /// A matrix in every quantized format, with its name.

@@ -1,0 +1,165 @@
+//! The CUDA backend: launch code for the kernels under `kernels/`.
+//!
+//! | file | what |
+//! |---|---|
+//! | `launcher` | the seam: names, shapes and arguments of launches; memory; errors |
+//! | `memory` | tensors on the device |
+//! | `rows` | embedding, norms, rotary embedding, activations, gathers, cache writes |
+//! | `attention`, `matmul`, `sample` | the others, one file per group of kernels |
+//!
+//! Activations are bf16 (f16 where a kernel says so), logits f32, sums f32. A launch depends on
+//! shapes and scalars only, never on what lies in device memory, so that it can be recorded and
+//! played again. Which device runs it is the launcher's business: the driver's, or in tests the
+//! SIMT machine's.
+
+mod attention;
+pub mod launcher;
+mod matmul;
+mod memory;
+mod rows;
+mod sample;
+
+use super::args::*;
+use super::{DeviceMemoryInfo, Ops, OpsError};
+use crate::formats::PackedMatrix;
+use crate::output::SampledToken;
+use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
+use launcher::{DeviceFacts, KernelArg, Launch, Launcher};
+
+/// Implements [`Ops`] with kernels that `L` launches.
+pub struct CudaOps<L> {
+    launcher: L,
+    facts: DeviceFacts,
+}
+
+impl<L: Launcher> CudaOps<L> {
+    /// Operations on the launcher's device.
+    pub fn new(launcher: L) -> CudaOps<L> {
+        CudaOps { facts: launcher.facts(), launcher }
+    }
+
+    /// The device.
+    pub fn launcher(&self) -> &L {
+        &self.launcher
+    }
+
+    /// What launch code must know of the device.
+    fn facts(&self) -> &DeviceFacts {
+        &self.facts
+    }
+
+    /// Runs a kernel unless there is nothing to do: CUDA refuses empty grids.
+    fn launch(&self, kernel: &'static str, launch: Launch, args: &[KernelArg<'_>]) {
+        if !launch.is_empty() {
+            self.launcher.launch(kernel, launch, args);
+        }
+    }
+}
+
+/// The name of a kernel that exists for activations of bf16 and of f16.
+macro_rules! by_activation {
+    ($dtype:expr, $name:literal) => {
+        match $dtype {
+            $crate::tensor::DType::BF16 => concat!($name, "_bf16"),
+            $crate::tensor::DType::F16 => concat!($name, "_f16"),
+            other => panic!("{}: activations of {other}", $name),
+        }
+    };
+}
+use by_activation;
+
+impl<L: Launcher> Ops for CudaOps<L> {
+    fn name(&self) -> String {
+        format!("cuda ({})", self.launcher.name())
+    }
+
+    fn activation_dtype(&self) -> DType {
+        DType::BF16
+    }
+
+    fn device_memory(&self) -> Result<Option<DeviceMemoryInfo>, OpsError> {
+        self.named(self.launcher.memory()).map(Some)
+    }
+
+    fn zeros(&self, dtype: DType, shape: Shape) -> Result<Tensor, OpsError> {
+        self.zeroed(dtype, shape)
+    }
+
+    fn zeros_kv(&self, dtype: DType, shape: Shape) -> Result<Tensor, OpsError> {
+        self.zeroed(dtype, shape)
+    }
+
+    fn place(&self, tensor: Tensor) -> Result<Tensor, OpsError> {
+        self.placed(tensor)
+    }
+
+    fn mirror(&self, host: &Tensor) -> Result<Option<Tensor>, OpsError> {
+        self.zeroed(host.dtype(), host.shape()).map(Some)
+    }
+
+    fn upload(&self, to: ViewMut<'_>, from: View<'_>) {
+        self.upload_rows(to, from);
+    }
+
+    fn synchronize(&self) -> Result<(), OpsError> {
+        self.named(self.launcher.synchronize())
+    }
+
+    fn arrange(&self, matrix: PackedMatrix) -> Result<PackedMatrix, OpsError> {
+        self.placed_matrix(matrix)
+    }
+
+    fn embed(&self, args: EmbedArgs<'_>) {
+        args.check();
+        self.embed_rows(args);
+    }
+
+    fn norm(&self, args: NormArgs<'_>) {
+        args.check();
+        self.norm_rows(args);
+    }
+
+    fn add_norm(&self, args: AddNormArgs<'_>) {
+        args.check();
+        self.add_norm_rows(args);
+    }
+
+    fn rope(&self, args: RopeArgs<'_>) {
+        args.check();
+        self.rotate(args);
+    }
+
+    fn matmul(&self, args: MatmulArgs<'_>) {
+        args.check();
+        self.multiply(args);
+    }
+
+    fn gated_activation(&self, args: GatedActivationArgs<'_>) {
+        args.check();
+        self.activate(args);
+    }
+
+    fn write_kv(&self, args: WriteKvArgs<'_>) {
+        args.check();
+        self.write_slots(args);
+    }
+
+    fn attention(&self, args: AttentionArgs<'_>) {
+        args.check();
+        self.attend(args);
+    }
+
+    fn gather_rows(&self, args: GatherRowsArgs<'_>) {
+        args.check();
+        self.gather(args);
+    }
+
+    fn copy_blocks(&self, args: CopyBlocksArgs<'_>) {
+        self.copy_cache_blocks(args);
+    }
+
+    fn sample(&self, args: SampleArgs<'_>) -> Vec<SampledToken> {
+        args.check();
+        self.sample_rows(args)
+    }
+}

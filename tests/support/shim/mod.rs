@@ -1,0 +1,240 @@
+//! The SIMT machine as a device: `kernels/*.cu` compiled by a C++ compiler, launched by the real
+//! launch code.
+//!
+//! Every kernel file becomes a shared library under the target folder, named after the hash of
+//! what it is made of. Device memory is the host's, between guard bytes, poisoned with NaNs; a
+//! launch fails when it passes the wrong kinds of arguments, or a pointer to anything else.
+//! Fibers run in random order: `TOKENMILL_SIMT_SEED` repeats one, and the name of the device,
+//! which is part of what failures print, says which it was.
+
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+mod build;
+mod memory;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{CStr, c_char, c_void};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use libloading::Library;
+use tokenmill::ops::DeviceMemoryInfo;
+use tokenmill::ops::cuda::launcher::{
+    ArgKind, CudaError, DeviceFacts, KernelArg, Launch, Launcher,
+};
+use tokenmill::tensor::{DType, Shape, Tensor, View, ViewMut};
+
+use memory::Memory;
+
+/// Chooses the order of fibers when set to a number.
+const SEED_VARIABLE: &str = "TOKENMILL_SIMT_SEED";
+
+/// Device memory: as much as a test may take.
+const TOTAL_BYTES: u64 = 4 << 30;
+
+/// Kernels that were launched by any shim of this process.
+static LAUNCHED: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+
+static KERNELS: LazyLock<BTreeMap<String, Kernel>> = LazyLock::new(|| {
+    let libraries = build::kernel_libraries();
+    libraries.into_iter().flat_map(Kernel::all_of).collect()
+});
+
+/// Names of all kernels under `kernels/`.
+pub fn exported_kernels() -> BTreeSet<String> {
+    KERNELS.keys().cloned().collect()
+}
+
+/// Names of the kernels that were launched so far.
+pub fn launched_kernels() -> BTreeSet<&'static str> {
+    LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+type LaunchFunction = unsafe extern "C" fn(
+    index: u32,
+    sizes: *const u32,
+    shared_bytes: usize,
+    arguments: *const *mut c_void,
+    seed: u64,
+) -> *const c_char;
+
+/// A kernel in a library, of which only one runs at a time.
+struct Kernel {
+    index: u32,
+    signature: String,
+    launch: LaunchFunction,
+    busy: &'static Mutex<()>,
+}
+
+impl Kernel {
+    fn all_of(library: Library) -> Vec<(String, Kernel)> {
+        // Never unloaded: its code may be running whenever the process ends.
+        let library: &'static Library = Box::leak(Box::new(library));
+        let busy: &'static Mutex<()> = Box::leak(Box::default());
+        type Describe = unsafe extern "C" fn(u32, *mut *const c_char) -> *const c_char;
+        // SAFETY: the functions have these types in simt_machine.h, and kernels' names and
+        // signatures stay where they are as long as the library.
+        unsafe {
+            let describe: Describe = *library.get(b"simt_kernel\0").expect("simt_kernel");
+            let launch: LaunchFunction = *library.get(b"simt_launch\0").expect("simt_launch");
+            let text = |text: *const c_char| CStr::from_ptr(text).to_str().unwrap().to_owned();
+            let kernel = |index| {
+                let mut signature = std::ptr::null();
+                let name = describe(index, &mut signature);
+                let found = !name.is_null();
+                found.then(|| {
+                    (text(name), Kernel { index, signature: text(signature), launch, busy })
+                })
+            };
+            (0..).map_while(kernel).collect()
+        }
+    }
+
+    /// The machine's words when the launch fails.
+    fn run(&self, launch: Launch, args: &[KernelArg<'_>], seed: u64) -> Result<(), String> {
+        let letters: String = args.iter().map(letter).collect();
+        if letters != self.signature {
+            return Err(format!("takes arguments {}, got {letters}", self.signature));
+        }
+        let mut values: Vec<u64> = args.iter().map(KernelArg::bits).collect();
+        let pointers: Vec<*mut c_void> =
+            values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
+        let [gx, gy, gz] = launch.grid;
+        let [bx, by, bz] = launch.block;
+        let sizes = [gx, gy, gz, bx, by, bz];
+        let shared_bytes = launch.shared_bytes as usize;
+        let _busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the arguments have the kinds that the kernel takes, and pointers lead into
+        // live device memory, as was checked; the error lives until the next launch.
+        unsafe {
+            let error =
+                (self.launch)(self.index, sizes.as_ptr(), shared_bytes, pointers.as_ptr(), seed);
+            if error.is_null() {
+                return Ok(());
+            }
+            Err(CStr::from_ptr(error).to_string_lossy().into_owned())
+        }
+    }
+}
+
+fn letter(arg: &KernelArg<'_>) -> char {
+    match arg.kind() {
+        ArgKind::Pointer => 'p',
+        ArgKind::Int32 => 'i',
+        ArgKind::Int64 => 'l',
+        ArgKind::Float32 => 'f',
+    }
+}
+
+/// Launches kernels on the SIMT machine.
+pub struct Shim {
+    seed: u64,
+    launches: AtomicU64,
+    memory: Memory,
+    error: Mutex<Option<CudaError>>,
+    facts: DeviceFacts,
+}
+
+impl Shim {
+    /// A device with the limits of an H100 but few multiprocessors, so that work is split over
+    /// them as on a large device without taking as long.
+    pub fn new() -> Shim {
+        Shim::with_facts(DeviceFacts {
+            compute_capability: (9, 0),
+            multiprocessors: 6,
+            shared_bytes_per_block: 227 << 10,
+        })
+    }
+
+    /// A device with other limits.
+    pub fn with_facts(facts: DeviceFacts) -> Shim {
+        let given = std::env::var(SEED_VARIABLE).ok();
+        let seed = given.map_or_else(random_seed, |seed| seed.parse().expect(SEED_VARIABLE));
+        let (launches, memory, error) = (AtomicU64::new(0), Memory::default(), Mutex::new(None));
+        Shim { seed, launches, memory, error, facts }
+    }
+
+    fn keep(&self, error: CudaError) {
+        self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    }
+
+    fn has_failed(&self) -> bool {
+        self.error.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    fn try_launch(&self, name: &str, launch: Launch, args: &[KernelArg<'_>]) -> Result<(), String> {
+        let (kernel_name, kernel) = KERNELS.get_key_value(name).ok_or("there is no such kernel")?;
+        if launch.shared_bytes > self.facts.shared_bytes_per_block {
+            return Err("more shared memory than a block may have".into());
+        }
+        let is_pointer = |arg: &&KernelArg<'_>| arg.kind() == ArgKind::Pointer && arg.bits() != 0;
+        for (i, arg) in args.iter().enumerate().filter(|(_, arg)| is_pointer(arg)) {
+            let inside = self.memory.contains(arg.bits() as usize);
+            inside.then_some(()).ok_or_else(|| format!("argument {i} is not in device memory"))?;
+        }
+        LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner).insert(kernel_name);
+        let number = self.launches.fetch_add(1, Ordering::Relaxed);
+        kernel.run(launch, args, self.seed.wrapping_add(number))?;
+        self.memory.check_guards()
+    }
+}
+
+fn random_seed() -> u64 {
+    use std::hash::{BuildHasher, Hasher, RandomState};
+    RandomState::new().build_hasher().finish() % 1_000_000
+}
+
+impl Launcher for Shim {
+    fn name(&self) -> String {
+        format!("SIMT machine, {SEED_VARIABLE}={}", self.seed)
+    }
+
+    fn facts(&self) -> DeviceFacts {
+        self.facts
+    }
+
+    fn memory(&self) -> Result<DeviceMemoryInfo, CudaError> {
+        let used = self.memory.used_bytes() as u64;
+        Ok(DeviceMemoryInfo { free: TOTAL_BYTES.saturating_sub(used), total: TOTAL_BYTES })
+    }
+
+    fn allocate(&self, dtype: DType, shape: Shape) -> Result<Tensor, CudaError> {
+        let bytes = shape.len() * dtype.size_bytes();
+        let used = self.memory.used_bytes();
+        if (used + bytes) as u64 > TOTAL_BYTES {
+            let reason = format!("{used} of {TOTAL_BYTES} bytes are in use");
+            return Err(CudaError::OutOfMemory { bytes, reason });
+        }
+        Ok(self.memory.allocate(dtype, shape))
+    }
+
+    fn clear(&self, mut to: ViewMut<'_>) {
+        memory::bytes_mut(&mut to).fill(0);
+    }
+
+    fn upload(&self, mut to: ViewMut<'_>, from: &[u8]) {
+        memory::bytes_mut(&mut to).copy_from_slice(from);
+    }
+
+    fn download(&self, to: &mut [u8], from: View<'_>) {
+        to.copy_from_slice(memory::bytes(&from));
+    }
+
+    fn copy(&self, mut to: ViewMut<'_>, from: View<'_>) {
+        memory::bytes_mut(&mut to).copy_from_slice(memory::bytes(&from));
+    }
+
+    fn launch(&self, kernel: &'static str, launch: Launch, args: &[KernelArg<'_>]) {
+        if self.has_failed() {
+            return;
+        }
+        if let Err(reason) = self.try_launch(kernel, launch, args) {
+            self.keep(CudaError::Kernel { kernel: kernel.into(), launch, reason });
+        }
+    }
+
+    fn synchronize(&self) -> Result<(), CudaError> {
+        let error = self.error.lock().unwrap_or_else(PoisonError::into_inner);
+        error.clone().map_or(Ok(()), Err)
+    }
+}
