@@ -3,7 +3,7 @@
 use tokenmill::formats::PackedMatrix;
 use tokenmill::ops::Ops;
 use tokenmill::ops::args::*;
-use tokenmill::tensor::{DType, View};
+use tokenmill::tensor::{DType, Tensor, View};
 
 use crate::attention::{Case, Problem, ragged};
 use crate::support::*;
@@ -28,6 +28,7 @@ pub fn check(ops: &dyn Ops) {
     attention_after_a_long_context(ops);
     capped_attention_in_chunks(ops);
     attention_over_parts(ops);
+    attention_over_a_shared_prefix(ops);
     attention_alone(ops);
 }
 
@@ -151,6 +152,35 @@ fn attention_over_parts(ops: &dyn Ops) {
             let what = format!("{} parts in chunks of {chunk}, {dtype} {window:?}", ops.name());
             assert_same(&what, &pieces, &whole);
         }
+    }
+}
+
+/// Sequences whose tables name the same blocks for what they have in common, or copies of them:
+/// a prefix of two parts, one of one part, and one that only begins alike.
+fn attention_over_a_shared_prefix(ops: &dyn Ops) {
+    for (dtype, window, has_sinks) in
+        [(DType::F32, None, true), (DType::BF16, None, false), (DType::I8, Some(1500), true)]
+    {
+        let block_size = 16;
+        let seqs = vec![(1, 2100), (1, 2049), (2, 2070), (30, 2060), (1, 1030), (1, 1500), (1, 40)];
+        let mut problem = Problem::new(&Case { block_size, seqs, ..case(dtype, window) }, 17);
+        problem.sinks = has_sinks.then(|| Rng::new(18).tensor(DType::F32, [14]));
+        let width = problem.block_tables.shape().sizes()[1];
+        let blocks_in_common = [128, 128, 128, 128, 64, 70, 1];
+        let own = problem.block_tables.as_slice::<u32>().to_vec();
+        let mut shared = own.clone();
+        for (seq, blocks) in blocks_in_common.into_iter().enumerate().skip(1) {
+            for block in 0..blocks {
+                let (source, copy) = (own[block], own[seq * width + block]);
+                problem.k_cache.view_mut().copy_block(source, copy);
+                problem.v_cache.view_mut().copy_block(source, copy);
+                shared[seq * width + block] = source;
+            }
+        }
+        let apart = problem.run(ops, "copies");
+        problem.block_tables = Tensor::from_slice(&shared, [blocks_in_common.len(), width]);
+        let what = format!("{} shared prefix, {dtype} {window:?}", ops.name());
+        assert_same(&what, &problem.run(ops, &what), &apart);
     }
 }
 

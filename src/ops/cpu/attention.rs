@@ -50,6 +50,43 @@ impl Sizes {
     }
 }
 
+/// Rows of queries that a task takes.
+#[derive(Clone, Copy)]
+pub enum Queries<'a> {
+    /// So many that follow each other.
+    Run {
+        /// The first one.
+        first: usize,
+        /// How many.
+        len: usize,
+    },
+    /// Of several sequences, all of which see the same.
+    Listed(&'a [u32]),
+}
+
+impl<'a> Queries<'a> {
+    /// How many.
+    pub fn len(self) -> usize {
+        match self {
+            Queries::Run { len, .. } => len,
+            Queries::Listed(rows) => rows.len(),
+        }
+    }
+
+    /// Row number `i` of them.
+    pub fn row(self, i: usize) -> usize {
+        match self {
+            Queries::Run { first, .. } => first + i,
+            Queries::Listed(rows) => rows[i] as usize,
+        }
+    }
+
+    /// All of them.
+    pub fn rows(self) -> impl Iterator<Item = usize> + use<'a> {
+        (0..self.len()).map(move |i| self.row(i))
+    }
+}
+
 /// What one task computes.
 pub struct AttendTile<'a> {
     /// `[num_tokens, num_heads, head_dim]`.
@@ -67,8 +104,8 @@ pub struct AttendTile<'a> {
     /// Which KV head.
     pub kv_head: usize,
     /// Which rows of `q`.
-    pub queries: Range<usize>,
-    /// Position of the first of them.
+    pub queries: Queries<'a>,
+    /// Position of the first of them; the others follow.
     pub first_position: usize,
     /// Multiplies q·k.
     pub scale: f32,
@@ -227,7 +264,7 @@ impl AttendTile<'_> {
     fn load_queries<S: Simd>(&self, simd: S, tile: &mut Tile<'_>) {
         let scale = simd.splat(self.scale);
         let group = self.sizes.group();
-        for (i, query) in self.queries.clone().enumerate() {
+        for (i, query) in self.queries.rows().enumerate() {
             let heads = self.q[self.heads_of(query)].chunks_exact(self.sizes.head_dim);
             for (row, head) in heads.enumerate() {
                 let to = &mut tile.q[(i * group + row) * tile.dim..][..tile.dim];
@@ -346,7 +383,7 @@ impl AttendTile<'_> {
     #[inline(always)]
     fn write_out<S: Simd>(&self, simd: S, tile: &Tile<'_>) {
         let group = self.sizes.group();
-        for (i, query) in self.queries.clone().enumerate() {
+        for (i, query) in self.queries.rows().enumerate() {
             // SAFETY: this task alone writes these heads of these rows.
             let heads = unsafe { self.out.part(self.heads_of(query)) };
             for (row, head) in heads.chunks_exact_mut(self.sizes.head_dim).enumerate() {

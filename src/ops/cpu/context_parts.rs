@@ -101,14 +101,36 @@ impl Partial<'_> {
     }
 }
 
+/// Rows of a [`Partial`] that belong to one task: all of them, or some of what several
+/// sequences share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Where its numbers begin among those of all.
+    pub start: usize,
+    /// Rows that it has in all.
+    pub rows: usize,
+    /// The first one that belongs to the task.
+    pub first_row: usize,
+}
+
+impl Piece {
+    /// The state and the sums of row `row` of the task.
+    #[inline(always)]
+    fn row<'a>(&self, partials: &'a [f32], row: usize, dim: usize) -> (State, &'a [f32]) {
+        let (numbers, row) = (&partials[self.start..], self.first_row + row);
+        let state = State { reference: numbers[2 * row], total: numbers[2 * row + 1] };
+        (state, &numbers[2 * self.rows + row * dim..][..dim])
+    }
+}
+
 /// Joins the parts of a task that was cut.
 pub struct JoinParts<'a> {
     /// The task as a whole.
     pub task: AttendTile<'a>,
-    /// What its parts have left, in ascending order.
+    /// What tasks have left.
     pub partials: &'a [f32],
-    /// Numbers from one part to the next.
-    pub stride: usize,
+    /// Which of it belongs to this task, a piece per part, in ascending order.
+    pub pieces: &'a [Piece],
     /// Base of the weights.
     pub base: Base,
     /// This thread's scratch.
@@ -126,13 +148,13 @@ impl Kernel for JoinParts<'_> {
         for row in 0..rows {
             let mut state = self.task.initial_state(row % group, self.base);
             sums.fill(0.0);
-            for partial in self.partials.chunks(self.stride) {
-                let later = State { reference: partial[2 * row], total: partial[2 * row + 1] };
+            for piece in self.pieces {
+                let (later, part_sums) = piece.row(self.partials, row, dim);
                 let (joined, factors) = state.join(later, self.base);
                 state = joined;
-                join_rows(simd, sums, &partial[2 * rows + row * dim..][..dim], factors);
+                join_rows(simd, sums, part_sums, factors);
             }
-            let heads = self.task.heads_of(self.task.queries.start + row / group);
+            let heads = self.task.heads_of(self.task.queries.row(row / group));
             let at = heads.start + row % group * dim;
             // SAFETY: this task alone writes these heads of these rows.
             let out = unsafe { self.task.out.part(at..at + dim) };

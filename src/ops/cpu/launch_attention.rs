@@ -1,5 +1,6 @@
-//! How attention is cut into tasks: some queries of one sequence and one KV head each and, when
-//! that makes too few, a part of the context each.
+//! How attention is cut into tasks: some queries of one sequence and one KV head each; when that
+//! makes too few, a part of the context each; and of a part that several sequences have in common,
+//! one task for the queries of all of them.
 
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -7,85 +8,117 @@ use std::sync::PoisonError;
 
 use super::CpuOps;
 use super::attention::{Attend, AttendTile, Sizes, queries_per_tile};
-use super::context_parts::{Base, JoinParts, Partial, parts_of};
+use super::context_parts::{Base, JoinParts, PART, Partial, Piece};
 #[cfg(target_arch = "x86_64")]
 use super::isa::Isa;
 use super::kv_rows::Cached;
 use super::partition::TASKS_PER_THREAD;
 use super::share::{Parts, Scratch};
+use super::shared_parts::{BlockTables, QueryTile, SharedParts};
 #[cfg(target_arch = "x86_64")]
 use super::tile_attention;
 use crate::ops::args::AttentionArgs;
 use crate::tensor::View;
 
-/// Query rows of a task that may be cut into parts; more would leave too much to be joined.
-const FEW_ROWS: usize = 16;
 /// Numbers that parts may leave to be joined, per thread: 1 MiB.
 const PARTIAL_LEN_PER_THREAD: usize = 1 << 18;
 
-/// Some queries of one sequence, for all heads.
-struct QueryTile {
-    seq: usize,
-    queries: Range<usize>,
-    first_position: usize,
+/// What a task leads past keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lead {
+    /// The queries of a tile.
+    Tile(usize),
+    /// Those of several tiles, past a part that all of them see.
+    Shared(usize),
 }
 
-impl QueryTile {
-    /// Parts of the context that some query sees.
-    fn parts(&self, window: usize) -> Range<usize> {
-        let begin = (self.first_position + 1).saturating_sub(window);
-        parts_of(&(begin..self.first_position + self.queries.len()))
-    }
+/// A task of one KV head.
+#[derive(Clone, Copy, Debug)]
+struct Task {
+    lead: Lead,
+    kv_head: usize,
+    /// With a part, only that, to be left in these numbers of `partials`.
+    part: Option<(usize, (usize, usize))>,
 }
 
-/// One KV head of a tile.
-#[derive(Clone, Copy)]
-struct TileHead {
+/// A tile that was cut, one KV head of it.
+struct Join {
     tile: usize,
     kv_head: usize,
+    /// What its parts leave.
+    pieces: Range<usize>,
 }
 
 /// What one call computes; kept to be filled again by the next one.
 #[derive(Default)]
 pub struct AttentionPlan {
     tiles: Vec<QueryTile>,
-    /// With a part, only that, to be left in a slot of `partials`: `(part, slot)`.
-    tasks: Vec<(TileHead, Option<(usize, usize)>)>,
-    /// What was cut, and the slots of its parts.
-    joins: Vec<(TileHead, Range<usize>)>,
+    shared: SharedParts,
+    tasks: Vec<Task>,
+    joins: Vec<Join>,
+    pieces: Vec<Piece>,
     partials: Scratch,
 }
 
 impl AttentionPlan {
-    /// Makes a task of every tile and KV head, or one of each of their parts as long as threads
-    /// would have too little to do. Returns how many slots parts need, of `stride` numbers each.
-    fn cut(&mut self, sizes: Sizes, window: usize, stride: usize, threads: usize) -> usize {
-        let AttentionPlan { tiles, tasks, joins, .. } = self;
+    /// Makes a task of every tile and KV head; of parts that several tiles share, one for all of
+    /// them; and one of each part of a tile as long as threads would have too little to do.
+    /// Returns how many numbers parts leave.
+    fn cut(
+        &mut self,
+        sizes: Sizes,
+        window: usize,
+        tables: BlockTables<'_>,
+        threads: usize,
+    ) -> usize {
+        let AttentionPlan { tiles, shared, tasks, joins, pieces, .. } = self;
         tasks.clear();
         joins.clear();
-        let num_whole = tiles.len() * sizes.num_kv_heads;
-        let is_short = threads > 1 && num_whole < threads * TASKS_PER_THREAD;
-        let most_slots = threads * PARTIAL_LEN_PER_THREAD / stride;
-        let mut num_slots = 0;
-        for (i, tile) in tiles.iter().enumerate() {
-            let (parts, num_queries) = (tile.parts(window), tile.queries.len());
-            let is_cut = is_short
-                && parts.len() > 1
-                && (num_queries == 1 || num_queries * sizes.group() <= FEW_ROWS)
-                && num_slots + sizes.num_kv_heads * parts.len() <= most_slots;
-            for head in (0..sizes.num_kv_heads).map(|kv_head| TileHead { tile: i, kv_head }) {
-                if is_cut {
-                    joins.push((head, num_slots..num_slots + parts.len()));
-                    tasks.extend(parts.clone().zip(num_slots..).map(|cut| (head, Some(cut))));
-                    num_slots += parts.len();
-                } else {
-                    tasks.push((head, None));
-                }
+        pieces.clear();
+        let most_numbers = threads * PARTIAL_LEN_PER_THREAD;
+        shared.find(tiles, sizes, window, tables, most_numbers);
+        let len = |queries: usize| Partial::len(queries * sizes.group(), sizes.head_dim);
+        let mut numbers = 0;
+        for (i, group) in shared.groups.iter().enumerate() {
+            for kv_head in 0..sizes.num_kv_heads {
+                let room = SharedParts::room(sizes, group, kv_head);
+                numbers = room.0 + room.1;
+                tasks.push(Task { lead: Lead::Shared(i), kv_head, part: Some((group.part, room)) });
             }
         }
-        // What was not cut takes longer.
-        tasks.sort_by_key(|(_, part)| part.is_some());
-        num_slots
+        let is_short = threads > 1 && tiles.len() * sizes.num_kv_heads < threads * TASKS_PER_THREAD;
+        for (i, tile) in tiles.iter().enumerate() {
+            let (parts, num_queries) = (tile.parts(window), tile.queries.len());
+            let room = sizes.num_kv_heads * parts.len() * len(num_queries);
+            let is_cut = shared.has(i)
+                || is_short
+                    && parts.len() > 1
+                    && tile.has_few_rows(sizes)
+                    && numbers + room <= most_numbers;
+            for kv_head in 0..sizes.num_kv_heads {
+                let lead = Lead::Tile(i);
+                if !is_cut {
+                    tasks.push(Task { lead, kv_head, part: None });
+                    continue;
+                }
+                let first_piece = pieces.len();
+                for part in parts.clone() {
+                    if let Some((group, query)) = shared.place(i, part) {
+                        pieces.push(shared.piece(sizes, group, kv_head, query));
+                        continue;
+                    }
+                    let (start, rows) = (numbers, num_queries * sizes.group());
+                    numbers += len(num_queries);
+                    let part = Some((part, (start, len(num_queries))));
+                    tasks.push(Task { lead, kv_head, part });
+                    pieces.push(Piece { start, rows, first_row: 0 });
+                }
+                joins.push(Join { tile: i, kv_head, pieces: first_piece..pieces.len() });
+            }
+        }
+        // What was not cut takes longest, then what is shared.
+        tasks.sort_by_key(|task| (task.part.is_some(), matches!(task.lead, Lead::Tile(_))));
+        numbers
     }
 }
 
@@ -99,51 +132,62 @@ impl CpuOps {
         };
         let (k_cache, v_cache) = (Cached::of(args.k_cache), Cached::of(args.v_cache));
         let window = args.sliding_window.unwrap_or(usize::MAX);
-        let stride = Partial::len(sizes.group().max(FEW_ROWS), sizes.head_dim);
         let mut plan = self.attention_plan.lock().unwrap_or_else(PoisonError::into_inner);
         let per_tile = self.queries_per_tile(sizes, k_cache, args.q.size(0));
+        let tables = BlockTables::of(args.block_tables, sizes.block_size);
         plan_queries(&mut plan.tiles, &args, per_tile);
-        let num_slots = plan.cut(sizes, window, stride, self.threads());
-        let AttentionPlan { tiles, tasks, joins, partials } = &mut *plan;
-        let partials = partials.take(num_slots * stride);
-        let (q, block_tables) = (args.q.as_slice::<f32>(), args.block_tables);
+        let num_numbers = plan.cut(sizes, window, tables, self.threads());
+        let AttentionPlan { tiles, shared, tasks, joins, pieces, partials } = &mut *plan;
+        let partials = partials.take(num_numbers);
+        let q = args.q.as_slice::<f32>();
         let sinks = args.sinks.map(View::as_slice);
         let out = Parts::new(args.out.into_mut_slice::<f32>());
-        let task = |TileHead { tile, kv_head }| {
-            let tile: &QueryTile = &tiles[tile];
+        let task = |lead: Lead, kv_head: usize| {
+            let (seq, queries, first_position, window) = match lead {
+                Lead::Tile(tile) => {
+                    let tile = &tiles[tile];
+                    (tile.seq, tile.run(), tile.first_position, window)
+                }
+                // All of them see the whole part, wherever they are.
+                Lead::Shared(group) => {
+                    let group = &shared.groups[group];
+                    let last = (group.part + 1) * PART - 1;
+                    (group.seq, shared.queries(group), last, usize::MAX)
+                }
+            };
             AttendTile {
                 q,
                 k_cache,
                 v_cache,
                 out: &out,
                 sizes,
-                block_table: block_tables.rows(tile.seq..tile.seq + 1).as_slice(),
+                block_table: tables.of_seq(seq),
                 kv_head,
-                queries: tile.queries.clone(),
-                first_position: tile.first_position,
+                queries,
+                first_position,
                 scale: args.scale,
                 window,
                 softcap: args.softcap,
                 sinks,
             }
         };
-        let slots = Parts::new(&mut *partials);
+        let rooms = Parts::new(&mut *partials);
         self.pool.run(tasks.len(), |thread, i| {
-            let (head, part) = tasks[i];
-            let partial = part.map(|(part, slot)| Partial {
+            let Task { lead, kv_head, part } = tasks[i];
+            let partial = part.map(|(part, (start, len))| Partial {
                 part,
-                // SAFETY: tasks have different slots.
-                numbers: unsafe { slots.part(slot * stride..(slot + 1) * stride) },
+                // SAFETY: tasks have different rooms.
+                numbers: unsafe { rooms.part(start..start + len) },
             });
             let scratch = &mut *self.scratch.lock(thread);
-            self.attend_tile(Attend { task: task(head), partial, scratch });
+            self.attend_tile(Attend { task: task(lead, kv_head), partial, scratch });
         });
         let base = if self.has_tiles_for(sizes, k_cache) { Base::Two } else { Base::E };
         self.pool.run(joins.len(), |thread, i| {
-            let (head, slots) = &joins[i];
-            let partials = &partials[slots.start * stride..slots.end * stride];
+            let Join { tile, kv_head, pieces: range } = &joins[i];
+            let (task, pieces) = (task(Lead::Tile(*tile), *kv_head), &pieces[range.clone()]);
             let scratch = &mut *self.scratch.lock(thread);
-            self.isa.run(JoinParts { task: task(*head), partials, stride, base, scratch });
+            self.isa.run(JoinParts { task, partials, pieces, base, scratch });
         });
     }
 

@@ -45,6 +45,7 @@ mod rows;
 mod sample;
 mod scalar;
 mod share;
+mod shared_parts;
 mod simd;
 #[cfg(target_arch = "x86_64")]
 mod tile_attention;

@@ -252,7 +252,7 @@ impl Pass<'_> {
         let dim = self.cache.dim;
         let unit = self.task.softcap.map_or(std::f32::consts::LOG2_E, |cap| 1.0 / cap);
         let (group, scale) = (self.task.sizes.group(), self.task.scale * unit);
-        let mut rows = self.task.queries.clone().flat_map(|query| {
+        let mut rows = self.task.queries.rows().flat_map(|query| {
             let heads = &self.task.q[self.task.heads_of(query)];
             (0..group).map(move |head| &heads[head * dim..][..dim])
         });
@@ -372,7 +372,7 @@ fn write_out(task: &AttendTile<'_>, sums: (&[Sums], usize), states: &[State; TIL
     let rows = sums.1 * TILE_ROWS..task.queries.len() * group;
     for_lines(sums, dim, |at, lines| {
         for ((row, line), state) in rows.clone().zip(lines).zip(states) {
-            let heads = task.heads_of(task.queries.start + row / group);
+            let heads = task.heads_of(task.queries.row(row / group));
             let at = heads.start + row % group * dim + at;
             let sum = _mm512_add_ps(line, _mm512_setzero_ps());
             // SAFETY: this task alone writes these heads of these rows.
