@@ -17,8 +17,10 @@ const TASK_WEIGHT_BYTES: usize = 512 << 10;
 const MATMUL_INLINE: usize = 1 << 18;
 /// Up to this many rows, tasks stream weights; beyond, they are bound by arithmetic.
 const FEW_ROWS: usize = 32;
-/// Most columns of a task with many rows in blocks: their accumulators fit a cache.
-const BLOCK_COLS: usize = 128;
+/// Most sums of a task with many rows in blocks: their accumulators (128 KiB) fit a cache.
+const BLOCK_SUMS: usize = 32 << 10;
+/// Most rows whose sums a task keeps at a time.
+const BLOCK_ROWS_KEPT: usize = 256;
 /// Columns of the thread with most of them that are good enough, in percent of the mean.
 /// Evening out what is left would cost more in shorter tasks.
 const LONGEST_PERCENT: usize = 115;
@@ -71,7 +73,9 @@ impl Sizes {
     fn most_cols(self) -> usize {
         let streamed = TASK_WEIGHT_BYTES / self.row_bytes.max(1);
         match self.layout {
-            Layout::Blocks if self.num_rows > FEW_ROWS => BLOCK_COLS,
+            Layout::Blocks if self.num_rows > FEW_ROWS => {
+                BLOCK_SUMS / self.num_rows.min(BLOCK_ROWS_KEPT).next_multiple_of(BLOCK_ROWS)
+            }
             Layout::Tiles { panel } if self.num_rows > FEW_ROWS => panel,
             _ => streamed,
         }
@@ -229,7 +233,8 @@ mod tests {
             [320, 128, 64]
         );
         // Accumulators that fit a cache where they are not.
-        assert_eq!([size(33, 896, 4864), size(1024, 2048, 8192)], [128, 128]);
+        assert_eq!([size(256, 896, 4864), size(1024, 2048, 8192)], [128, 128]);
+        assert_eq!([size(64, 896, 4864), size(128, 2048, 8192)], [512, 256]);
         // Not fewer tasks than let a fast thread take over.
         assert_eq!([size(1, 896, 896), size(1024, 4864, 896)], [128, 128]);
     }

@@ -32,6 +32,9 @@ const _: () = assert!((2 * TILE_ROWS / Parts::MOST).is_multiple_of(ROWS_AT_ONCE)
 /// Four accumulators: rows × first block, next rows × first block, the same for the second.
 type Sums = [[u32; TILE_LEN]; 4];
 
+/// Weights of both blocks of a pass that are asked for ahead of their use.
+type Ahead = [*const u8; 2];
+
 /// What becomes of a row of an accumulator.
 pub trait Finish: Copy + Send + Sync {
     /// Sixteen output columns of a row; of a row beyond the last one of its tile, anything.
@@ -153,20 +156,20 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
         }
     }
 
-    /// Adds the products of a pass over `steps`. With `ahead`, the weights that many bytes
-    /// further are asked for meanwhile.
+    /// Adds the products of a pass over `steps`. With `ahead`, as many steps of these weights are
+    /// asked for meanwhile.
     fn multiply(
         &self,
         tiles: &mut Tiles,
         blocks: &Range<usize>,
         (pair, steps): (usize, Range<usize>),
-        ahead: Option<usize>,
+        ahead: Option<Ahead>,
     ) {
         let (first, second) = self.rights(blocks, steps.start);
         let mut left = self.left(pair, steps.start);
-        if let Some(ahead) = ahead {
-            left.next_upper = first.start.wrapping_add(ahead);
-            left.next_lower = second.unwrap_or(first).start.wrapping_add(ahead);
+        if let Some([first, second]) = ahead {
+            left.next_upper = first;
+            left.next_lower = second;
         }
         let steps = steps.len();
         let is_alone = self.x.num_tiles() == 1;
@@ -187,12 +190,34 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
     /// Few rows.
     fn stream(&self, tiles: &mut Tiles, blocks: Range<usize>, scratch: &mut Scratch) {
         let sums = sums_of(scratch.take_words(4 * TILE_LEN));
+        let ahead_bytes = self.blocks_per_pass() * self.main.blocks.block_bytes;
         for pass in self.passes(&blocks) {
             tiles.clear();
-            let ahead = self.blocks_per_pass() * self.main.blocks.block_bytes;
+            let ahead = self.weights(&pass, 0).map(|start| start.wrapping_add(ahead_bytes));
             self.multiply(tiles, &pass, (0, 0..self.x.steps), Some(ahead));
             tiles.store(&mut sums[0]);
             self.write(&mut Finished::new(0, 0, pass), sums, 2 * TILE_ROWS);
+        }
+    }
+
+    /// Where the weights of a pass begin, from `step` on: of both blocks, or twice of the one.
+    fn weights(&self, blocks: &Range<usize>, step: usize) -> Ahead {
+        let (first, second) = self.rights(blocks, step);
+        [first.start, second.unwrap_or(first).start]
+    }
+
+    /// The weights that are needed after those of `pass` and `steps`, if this task needs any.
+    fn next_weights(
+        &self,
+        blocks: &Range<usize>,
+        pass: &Range<usize>,
+        steps: &Range<usize>,
+    ) -> Option<Ahead> {
+        let pass_of = |start: usize| start..blocks.end.min(start + self.blocks_per_pass());
+        if pass.end < blocks.end {
+            Some(self.weights(&pass_of(pass.end), steps.start))
+        } else {
+            (steps.end < self.x.steps).then(|| self.weights(&pass_of(blocks.start), steps.end))
         }
     }
 
@@ -219,6 +244,7 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
         for first_step in (0..self.x.steps).step_by(slice_steps) {
             let steps = first_step..self.x.steps.min(first_step + slice_steps);
             for (i, pass) in self.passes(&blocks).enumerate() {
+                let next = self.next_weights(&blocks, &pass, &steps);
                 for pair in pairs.clone() {
                     let slot = (i * pairs.len() + pair - pairs.start) % kept;
                     if first_step == 0 {
@@ -229,8 +255,9 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
                     let parts =
                         Parts { steps: steps.clone(), i: pair - pairs.start, len: pairs.len() };
                     for (part, is_ahead) in parts.iter() {
-                        let ahead = self.blocks_per_pass() * self.main.blocks.block_bytes;
-                        let ahead = is_ahead.then_some(ahead);
+                        let skipped = (part.start - steps.start) * TILE_BYTES;
+                        let ahead = next.filter(|_| is_ahead);
+                        let ahead = ahead.map(|next| next.map(|start| start.wrapping_add(skipped)));
                         self.multiply(tiles, &pass, (pair, part), ahead);
                         if let Some(finished) = &mut finished {
                             self.write(finished, sums, 2 * TILE_ROWS / Parts::MOST);
