@@ -12,7 +12,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use tokenmill::checkpoint::dummy::DummySource;
 use tokenmill::cli::bench::steps::uniform_batch;
 use tokenmill::config::{
-    CacheConfig, CpuIsa, KvCacheDtype, Quantization, SchedulerConfig, SchedulingPolicy,
+    CacheConfig, DeviceConfig, KvCacheDtype, Quantization, SchedulerConfig, SchedulingPolicy,
 };
 use tokenmill::device::RankContext;
 use tokenmill::model::decoder::Decoder;
@@ -57,8 +57,7 @@ fn runner(config_json: &str, quantization: Option<Quantization>) -> (ModelRunner
         block_size: BLOCK_SIZE,
         dtype: KvCacheDtype::Auto,
         enable_prefix_caching: false,
-        threads: None,
-        cpu_isa: CpuIsa::Auto,
+        gpu_memory_utilization: 0.9,
     };
     let scheduler = SchedulerConfig {
         max_num_seqs: MAX_NUM_SEQS,
@@ -68,7 +67,7 @@ fn runner(config_json: &str, quantization: Option<Quantization>) -> (ModelRunner
     };
     let expected = spec.expected_tensors();
     let source = DummySource::new(expected.clone(), spec.dtype);
-    let rank = RankContext::cpu(&cache).expect("this machine has a CPU");
+    let rank = RankContext::cpu(&DeviceConfig::cpu(None)).expect("this machine has a CPU");
     let loader =
         Loader::new(&source).quantized(quantization, physical_cores()).arranged(&*rank.ops);
     let weights_bytes = loader.size_bytes(&expected);

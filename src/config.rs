@@ -2,6 +2,7 @@
 //!
 //! Every default lives here. Nothing else reads flags or the environment.
 
+mod device;
 mod hub;
 
 use std::fmt::Display;
@@ -11,6 +12,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
+pub use device::{CpuIsa, DeviceArgs, DeviceChoice, DeviceConfig};
 pub use hub::HubSettings;
 
 /// How weights reach memory.
@@ -60,13 +62,13 @@ pub enum SchedulingPolicy {
 /// Element type of the KV cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum KvCacheDtype {
-    /// bf16 for 16-bit models, f32 for f32 models.
+    /// bf16; f32 for f32 models on the CPU.
     Auto,
     /// Brain float.
     Bf16,
     /// Half precision.
     F16,
-    /// Single precision.
+    /// Single precision; on the CPU only.
     F32,
     /// Signed bytes with a scale per token and head.
     Int8,
@@ -75,20 +77,8 @@ pub enum KvCacheDtype {
     Fp8,
 }
 
-/// Vector instructions that the CPU kernels use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum CpuIsa {
-    /// The best that this machine supports.
-    Auto,
-    /// Portable code.
-    Scalar,
-    /// AVX2 with FMA.
-    Avx2,
-    /// AVX-512.
-    Avx512,
-    /// AMX tiles beside AVX-512.
-    Amx,
-}
+/// Fraction of the host's free memory that the KV cache takes by default.
+const KV_CACHE_FRACTION: f64 = 0.4;
 
 /// Flags about the model and how it is computed.
 #[derive(Clone, Debug, Args)]
@@ -140,13 +130,23 @@ pub struct ModelArgs {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Memory and device")]
 pub struct CacheArgs {
+    /// Device flags.
+    #[command(flatten)]
+    pub device: DeviceArgs,
+
     /// Bytes for the KV cache (accepts 512M, 4G)
     #[arg(long, alias = "kv-cache-memory-bytes", value_parser = parse_bytes)]
     pub kv_cache_memory: Option<u64>,
 
-    /// Without --kv-cache-memory: this fraction of the memory that is free after loading
-    #[arg(long, default_value_t = 0.4)]
-    pub kv_cache_fraction: f64,
+    /// On the CPU, without --kv-cache-memory: the KV cache takes this fraction of the memory that
+    /// is free after loading [default: 0.4]
+    #[arg(long)]
+    pub kv_cache_fraction: Option<f64>,
+
+    /// On a GPU: weights, workspace and, without --kv-cache-memory, the KV cache take this
+    /// fraction of its memory
+    #[arg(long, default_value_t = 0.9)]
+    pub gpu_memory_utilization: f64,
 
     /// Tokens per KV block
     #[arg(long, default_value_t = 16, value_parser = parse_block_size)]
@@ -159,14 +159,6 @@ pub struct CacheArgs {
     /// Compute every prompt anew instead of reusing cached prefixes
     #[arg(long)]
     pub no_enable_prefix_caching: bool,
-
-    /// Compute threads; default: physical cores
-    #[arg(long)]
-    pub threads: Option<usize>,
-
-    /// Vector instructions to use
-    #[arg(long, value_enum, default_value = "auto")]
-    pub cpu_isa: CpuIsa,
 }
 
 /// Flags about batching and admission.
@@ -284,23 +276,21 @@ pub struct ModelConfig {
     pub use_generation_config: bool,
 }
 
-/// What the memory plan and the device need.
+/// What the memory plan needs.
 #[derive(Clone, Debug)]
 pub struct CacheConfig {
     /// Bytes for KV blocks; `None` takes `fraction` of what is free.
     pub memory_bytes: Option<u64>,
-    /// Fraction of free memory.
+    /// Fraction of the host's free memory.
     pub fraction: f64,
+    /// Fraction of a GPU's memory that everything may take together.
+    pub gpu_memory_utilization: f64,
     /// Tokens per block: 8, 16 or 32.
     pub block_size: usize,
     /// Element type.
     pub dtype: KvCacheDtype,
     /// Reuse cached prefixes.
     pub enable_prefix_caching: bool,
-    /// Compute threads; `None` means physical cores.
-    pub threads: Option<usize>,
-    /// Vector instructions.
-    pub cpu_isa: CpuIsa,
 }
 
 /// What the scheduler and admission need.
@@ -344,7 +334,9 @@ pub struct ServerConfig {
 pub struct EngineConfig {
     /// The model.
     pub model: ModelConfig,
-    /// Memory and device.
+    /// The device.
+    pub device: DeviceConfig,
+    /// Memory.
     pub cache: CacheConfig,
     /// Batching and admission.
     pub scheduler: SchedulerConfig,
@@ -365,6 +357,12 @@ pub enum ConfigError {
         /// What would be right.
         expected: &'static str,
     },
+    /// A GPU was asked for, and something that it does not have.
+    #[error("--{flag} has a meaning on the CPU only; leave it out or use --device cpu")]
+    OnlyOnCpu {
+        /// The flag, perhaps with its value.
+        flag: &'static str,
+    },
 }
 
 impl EngineConfig {
@@ -383,19 +381,24 @@ impl EngineConfig {
             scheduler.max_num_batched_tokens >= scheduler.max_num_seqs,
             "it must be at least --max-num-seqs, so that every running sequence can decode in each step",
         )?;
-        let fraction = cache.kv_cache_fraction;
+        let fraction = cache.kv_cache_fraction.unwrap_or(KV_CACHE_FRACTION);
         check(
             "kv-cache-fraction",
             fraction,
             fraction > 0.0 && fraction <= 0.95,
             "it must lie above 0 and at most at 0.95",
         )?;
+        let utilization = cache.gpu_memory_utilization;
         check(
-            "threads",
-            format!("{:?}", cache.threads),
-            cache.threads != Some(0),
-            "at least 1 is needed",
+            "gpu-memory-utilization",
+            utilization,
+            utilization > 0.0 && utilization <= 1.0,
+            "it must lie above 0 and at most at 1",
         )?;
+        let cpu_only_flags = [
+            cache.kv_cache_fraction.map(|_| "kv-cache-fraction"),
+            (cache.kv_cache_dtype == KvCacheDtype::F32).then_some("kv-cache-dtype f32"),
+        ];
         check(
             "max-model-len",
             format!("{:?}", model.max_model_len),
@@ -425,14 +428,14 @@ impl EngineConfig {
                 max_num_queued_requests: scheduler.max_num_queued_requests,
                 policy: scheduler.scheduling_policy,
             },
+            device: cache.device.resolve(cpu_only_flags.into_iter().flatten())?,
             cache: CacheConfig {
                 memory_bytes: cache.kv_cache_memory,
                 fraction,
+                gpu_memory_utilization: utilization,
                 block_size: cache.block_size,
                 dtype: cache.kv_cache_dtype,
                 enable_prefix_caching: !cache.no_enable_prefix_caching,
-                threads: cache.threads,
-                cpu_isa: cache.cpu_isa,
             },
             model: ModelConfig {
                 source: ModelSource::resolve(named, model.revision, model.download_dir),
@@ -501,7 +504,7 @@ fn parse_tokens(text: &str) -> Result<usize, String> {
 }
 
 /// Parses bytes with an optional binary suffix K, M, G or T.
-fn parse_bytes(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
     let trimmed = text.trim_end_matches(['B', 'b']).trim_end_matches('i');
     let (digits, shift) = match trimmed.chars().last() {
         Some('k' | 'K') => (&trimmed[..trimmed.len() - 1], 10),

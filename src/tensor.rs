@@ -312,12 +312,16 @@ impl<'a> View<'a> {
         self.place == Place::Device
     }
 
+    /// Size of the data in bytes.
+    pub fn size_bytes(&self) -> usize {
+        self.shape.len() * self.dtype.size_bytes()
+    }
+
     /// The bytes of all elements; panics when they lie in device memory.
     pub fn bytes(self) -> &'a [u8] {
         self.place.check_host(self.dtype, self.shape);
-        let len_bytes = self.shape.len() * self.dtype.size_bytes();
         // SAFETY: the borrow covers as many bytes, and any byte is a valid u8.
-        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), len_bytes) }
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.size_bytes()) }
     }
 
     /// All elements; panics when `T` is not the view's dtype, or when they lie in device memory.

@@ -71,10 +71,10 @@ fn load(config: &EngineConfig, files: &ModelFiles) -> anyhow::Result<Loaded> {
     let expected = spec.expected_tensors();
     let source = files.weights(config.model.load_format, expected, spec.dtype)?;
     check(&spec, &*source)?;
-    let rank = RankContext::cpu(&config.cache)?;
+    let rank = RankContext::open(&config.device)?;
     info!(family = %spec.family, backend = %rank.ops.name(), "opening the model");
     let free = free_memory_bytes();
-    let threads = config.cache.threads.unwrap_or_else(physical_cores);
+    let threads = config.device.threads.unwrap_or_else(physical_cores);
     let loader =
         Loader::new(&*source).quantized(config.model.quantization, threads).arranged(&*rank.ops);
     let demand = MemoryDemand {

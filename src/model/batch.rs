@@ -79,6 +79,17 @@ pub struct BatchEntry<'a> {
     pub block_ids: &'a [u32],
 }
 
+/// Rows that fill a step up to a shape, each a sequence of its own that nobody reads.
+#[derive(Clone, Copy, Debug)]
+pub struct Padding {
+    /// Sequences when the step is filled up.
+    pub num_seqs: usize,
+    /// Columns of the block tables.
+    pub table_width: usize,
+    /// The first of the blocks that only these rows write; every row has a slot of its own.
+    pub first_block: usize,
+}
+
 impl ForwardBatch {
     /// Allocates for the largest step.
     pub fn new(ops: &dyn Ops, limits: BatchLimits) -> Result<ForwardBatch, OpsError> {
@@ -105,30 +116,51 @@ impl ForwardBatch {
         block_size: usize,
         entries: impl ExactSizeIterator<Item = BatchEntry<'a>> + Clone,
     ) {
-        self.num_seqs = entries.len();
-        self.table_width = entries.clone().map(|e| e.block_ids.len()).max().unwrap_or(0).max(1);
-        assert!(self.num_seqs <= self.limits.max_num_seqs, "the step has too many sequences");
-        assert!(self.table_width <= self.limits.max_blocks_per_seq, "a block table is too long");
-        let to = &mut self.offsets.split(self.buffer.host_mut());
-        let mut next = 0;
-        to.cu_seqlens_q[0] = 0;
-        for (s, entry) in entries.enumerate() {
-            for (i, &token_id) in entry.token_ids.iter().enumerate() {
-                let position = entry.start_position as usize + i;
-                let block = entry.block_ids[position / block_size] as usize;
-                to.token_ids[next] = token_id;
-                to.positions[next] = position as u32;
-                to.slot_mapping[next] = (block * block_size + position % block_size) as u32;
-                next += 1;
-            }
-            let row = &mut to.block_tables[s * self.table_width..][..self.table_width];
-            row[..entry.block_ids.len()].copy_from_slice(entry.block_ids);
-            row[entry.block_ids.len()..].fill(0);
-            to.cu_seqlens_q[s + 1] = next as u32;
-            to.context_lens[s] = entry.start_position + entry.token_ids.len() as u32;
+        let widest = entries.clone().map(|entry| entry.block_ids.len()).max();
+        self.begin(widest.unwrap_or(0).max(1));
+        entries.for_each(|entry| self.push(block_size, entry));
+    }
+
+    /// As [`ForwardBatch::fill`], then filled up with rows of one token each.
+    pub fn fill_padded<'a>(
+        &mut self,
+        block_size: usize,
+        entries: impl ExactSizeIterator<Item = BatchEntry<'a>>,
+        padding: Padding,
+    ) {
+        self.begin(padding.table_width);
+        entries.for_each(|entry| self.push(block_size, entry));
+        for row in 0..padding.num_seqs - self.num_seqs {
+            let block_ids = &[(padding.first_block + row / block_size) as u32];
+            let start_position = (row % block_size) as u32;
+            self.push(block_size, BatchEntry { token_ids: &[0], start_position, block_ids });
         }
-        self.num_tokens = next;
-        self.num_logit_rows = 0;
+    }
+
+    fn begin(&mut self, table_width: usize) {
+        assert!(table_width <= self.limits.max_blocks_per_seq, "a block table is too long");
+        self.table_width = table_width;
+        (self.num_tokens, self.num_seqs, self.num_logit_rows) = (0, 0, 0);
+        self.offsets.split(self.buffer.host_mut()).cu_seqlens_q[0] = 0;
+    }
+
+    fn push(&mut self, block_size: usize, entry: BatchEntry<'_>) {
+        assert!(self.num_seqs < self.limits.max_num_seqs, "the step has too many sequences");
+        let to = self.offsets.split(self.buffer.host_mut());
+        let (s, mut next) = (self.num_seqs, self.num_tokens);
+        for (position, &token_id) in (entry.start_position as usize..).zip(entry.token_ids) {
+            let block = entry.block_ids[position / block_size] as usize;
+            to.token_ids[next] = token_id;
+            to.positions[next] = position as u32;
+            to.slot_mapping[next] = (block * block_size + position % block_size) as u32;
+            next += 1;
+        }
+        let row = &mut to.block_tables[s * self.table_width..][..self.table_width];
+        row[..entry.block_ids.len()].copy_from_slice(entry.block_ids);
+        row[entry.block_ids.len()..].fill(0);
+        to.cu_seqlens_q[s + 1] = next as u32;
+        to.context_lens[s] = entry.start_position + entry.token_ids.len() as u32;
+        (self.num_seqs, self.num_tokens) = (s + 1, next);
     }
 
     /// Says of which of the step's tokens logits are wanted.
@@ -147,6 +179,11 @@ impl ForwardBatch {
     /// Tokens in this step.
     pub fn num_tokens(&self) -> usize {
         self.num_tokens
+    }
+
+    /// Rows whose logits are wanted.
+    pub fn num_logit_rows(&self) -> usize {
+        self.num_logit_rows
     }
 
     /// `[num_tokens]`.
@@ -246,5 +283,21 @@ mod tests {
         assert_eq!(batch.context_lens().as_slice::<u32>(), [6, 1]);
         assert_eq!(batch.logit_rows(0..2).as_slice::<u32>(), [2, 3]);
         assert_eq!(batch.logit_rows(1..2).as_slice::<u32>(), [3]);
+    }
+
+    #[test]
+    fn rows_that_fill_a_step_up_write_slots_of_their_own() {
+        let limits = BatchLimits { max_num_tokens: 8, max_num_seqs: 8, max_blocks_per_seq: 3 };
+        let mut batch = ForwardBatch::new(&ReferenceOps, limits).expect("it is small");
+        let entry = BatchEntry { token_ids: &[7], start_position: 4, block_ids: &[5, 2, 2] };
+        let padding = Padding { num_seqs: 4, table_width: 3, first_block: 9 };
+        batch.fill_padded(2, [entry].into_iter(), padding);
+        assert_eq!(batch.token_ids().as_slice::<u32>(), [7, 0, 0, 0]);
+        assert_eq!(batch.positions().as_slice::<u32>(), [4, 0, 1, 0]);
+        assert_eq!(batch.slot_mapping().as_slice::<u32>(), [4, 18, 19, 20]);
+        let tables = [5, 2, 2, 9, 0, 0, 9, 0, 0, 10, 0, 0];
+        assert_eq!(batch.block_tables().as_slice::<u32>(), tables);
+        assert_eq!(batch.cu_seqlens_q().as_slice::<u32>(), [0, 1, 2, 3, 4]);
+        assert_eq!(batch.context_lens().as_slice::<u32>(), [5, 1, 2, 1]);
     }
 }

@@ -17,6 +17,7 @@ pub mod cuda;
 mod error;
 pub mod kv_tensor;
 pub mod random;
+mod recording;
 pub mod reference;
 pub mod staged;
 
@@ -25,6 +26,7 @@ use crate::output::SampledToken;
 use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
 use args::*;
 pub use error::OpsError;
+pub use recording::Recording;
 
 /// Memory of a device in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,10 +99,33 @@ pub trait Ops: Send + Sync {
         to.reborrow().into_rows(0..from.size(0)).copy_from(from);
     }
 
+    /// Copies a tensor's bytes to the host, once everything before has run. After an error they
+    /// are worthless.
+    fn download(&self, to: &mut [u8], from: View<'_>) {
+        to.copy_from_slice(from.bytes());
+    }
+
     /// Waits for everything that was asked for. An error names the first operation that failed;
     /// what was computed after it is worthless, and so is what will be.
     fn synchronize(&self) -> Result<(), OpsError> {
         Ok(())
+    }
+
+    /// Whether a step can be recorded once and replayed with other inputs.
+    fn can_record(&self) -> bool {
+        false
+    }
+
+    /// Records the operations of a step instead of running them. `None` when one of them failed,
+    /// which [`Ops::synchronize`] reports.
+    fn record(&self, step: &mut dyn FnMut()) -> Option<Recording> {
+        let _ = step;
+        None
+    }
+
+    /// Runs a recorded step on what lies in its tensors now.
+    fn replay(&self, recording: &Recording) {
+        let _ = recording;
     }
 
     /// Bytes that [`Ops::reserve`] will take for steps of this size.

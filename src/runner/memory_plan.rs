@@ -5,16 +5,27 @@
 
 use std::fmt;
 
+use super::recorded::MOST_PADDING;
 use crate::config::{CacheConfig, KvCacheDtype, SchedulerConfig};
 use crate::model::batch::{BatchLimits, ForwardBatch};
 use crate::model::kv_cache::KvCache;
 use crate::model::spec::ModelSpec;
 use crate::model::workspace::Workspace;
-use crate::ops::{Ops, StepLimits};
+use crate::ops::{DeviceMemoryInfo, Ops, OpsError, StepLimits};
 use crate::tensor::DType;
 
 /// Most bytes that one round of logits may take.
 const LOGITS_BYTES: usize = 128 << 20;
+
+/// Bytes that recorded steps may take on a device: some hundred, of some hundred launches each.
+const RECORDINGS_BYTES: usize = 256 << 20;
+
+/// Memory for the KV cache.
+struct Pool {
+    bytes: usize,
+    /// The flag that would change it.
+    flag: &'static str,
+}
 
 /// What is to be served.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +51,8 @@ pub struct MemoryPlan {
     pub workspace_bytes: usize,
     /// KV blocks in the pool.
     pub num_blocks: usize,
+    /// Blocks beside the pool, for the rows with which recorded steps are filled up.
+    pub spare_blocks: usize,
     /// Bytes of one block over all layers.
     pub block_bytes: usize,
     /// Tokens per block.
@@ -60,7 +73,7 @@ pub enum MemoryPlanError {
     /// Not even one sequence of the wanted length fits.
     #[error(
         "--max-model-len {max_model_len} needs {} of KV cache, but only {} is available; lower \
-         --max-model-len to at most {fits} or raise --kv-cache-memory",
+         --max-model-len to at most {fits} or raise --{flag}",
         Bytes(*needed), Bytes(*available)
     )]
     ContextTooLong {
@@ -72,15 +85,42 @@ pub enum MemoryPlanError {
         available: usize,
         /// The longest context that fits.
         fits: usize,
+        /// What decides how much there is.
+        flag: &'static str,
     },
     /// Not even one block fits.
-    #[error("the KV cache has {} but one block needs {}; raise --kv-cache-memory", Bytes(*available), Bytes(*block_bytes))]
+    #[error(
+        "the KV cache has {} but one block needs {}; raise --{flag}",
+        Bytes(*available), Bytes(*block_bytes)
+    )]
     NoBlock {
         /// Bytes for the pool.
         available: usize,
         /// Bytes of one block.
         block_bytes: usize,
+        /// What decides how much there is.
+        flag: &'static str,
     },
+    /// A device is too small even without a cache, or too full.
+    #[error(
+        "weights ({}) and workspace ({}) do not fit into the {} that --gpu-memory-utilization \
+         leaves of {}; quantize the weights (--quantization), lower --max-num-batched-tokens, or \
+         end what else is using the GPU",
+        Bytes(*weights), Bytes(*workspace), Bytes(*usable), Bytes(*total)
+    )]
+    NoRoom {
+        /// Bytes of weights.
+        weights: usize,
+        /// Bytes of activations, logits, step inputs and recorded steps.
+        workspace: usize,
+        /// What this process may take.
+        usable: usize,
+        /// All memory of the device.
+        total: usize,
+    },
+    /// The device does not say what it has.
+    #[error(transparent)]
+    Device(#[from] OpsError),
     /// A context longer than the model's positions.
     #[error(
         "--max-model-len {max_model_len} is longer than the model's {max_position} positions \
@@ -106,41 +146,93 @@ impl MemoryPlan {
         if let Some(max_model_len) = wanted_len.filter(|&len| len > max_position) {
             return Err(MemoryPlanError::BeyondPositions { max_model_len, max_position });
         }
-        let kv_dtype = kv_dtype(cache.dtype, spec.dtype);
+        let kv_dtype = kv_dtype(cache.dtype, spec.dtype, ops.activation_dtype());
         let block_size = cache.block_size;
         let block_bytes = KvCache::block_bytes(spec, block_size, kv_dtype);
         let longest = wanted_len.unwrap_or(max_position);
-        let available = cache.memory_bytes.unwrap_or_else(|| {
-            let most_used = scheduler.max_num_seqs * longest.div_ceil(block_size) * block_bytes;
-            ((free_bytes as f64 * cache.fraction) as u64).min(most_used as u64)
-        }) as usize;
-        let num_blocks = available / block_bytes;
-        let max_model_len = context_that_fits(wanted_len, longest, num_blocks, block_size)
-            .ok_or_else(|| refuse(longest, available, num_blocks, block_size, block_bytes))?;
         let max_num_tokens = scheduler.max_num_batched_tokens;
-        let limits = BatchLimits {
-            max_num_tokens,
-            max_num_seqs: scheduler.max_num_seqs,
-            max_blocks_per_seq: max_model_len.div_ceil(block_size),
-        };
         let max_logit_rows =
             (LOGITS_BYTES / (4 * spec.vocab_size)).clamp(1, max_num_tokens.min(1024));
         let mut plan = MemoryPlan {
             weights_bytes,
             workspace_bytes: 0,
-            num_blocks,
+            num_blocks: 0,
+            spare_blocks: spare_blocks(ops, block_size),
             block_bytes,
             block_size,
             kv_dtype,
-            max_model_len,
-            limits,
+            max_model_len: longest,
+            limits: BatchLimits {
+                max_num_tokens,
+                max_num_seqs: scheduler.max_num_seqs,
+                max_blocks_per_seq: longest.div_ceil(block_size),
+            },
             max_logit_rows,
         };
-        let dtype = ops.activation_dtype();
-        plan.workspace_bytes = Workspace::size_bytes(spec, dtype, max_num_tokens, max_logit_rows)
-            + ForwardBatch::size_bytes(limits)
-            + ops.scratch_bytes(&plan.step_limits(spec));
+        plan.workspace_bytes = plan.workspace(ops, spec);
+        let most_used = scheduler.max_num_seqs * longest.div_ceil(block_size) * block_bytes;
+        let pool = plan.pool(ops.device_memory()?, cache, most_used, free_bytes)?;
+        plan.num_blocks = (pool.bytes / block_bytes).saturating_sub(plan.spare_blocks);
+        plan.max_model_len = context_that_fits(wanted_len, longest, plan.num_blocks, block_size)
+            .ok_or_else(|| plan.refuse(&pool))?;
+        plan.limits.max_blocks_per_seq = plan.max_model_len.div_ceil(block_size);
+        plan.workspace_bytes = plan.workspace(ops, spec);
         Ok(plan)
+    }
+
+    /// Bytes of everything but weights and KV blocks.
+    fn workspace(&self, ops: &dyn Ops, spec: &ModelSpec) -> usize {
+        let (dtype, max_num_tokens) = (ops.activation_dtype(), self.limits.max_num_tokens);
+        let recorded = if ops.can_record() { RECORDINGS_BYTES } else { 0 };
+        Workspace::size_bytes(spec, dtype, max_num_tokens, self.max_logit_rows)
+            + ForwardBatch::size_bytes(self.limits)
+            + ops.scratch_bytes(&self.step_limits(spec))
+            + recorded
+    }
+
+    /// How much the KV cache takes. `most_used` bounds what it could ever need.
+    fn pool(
+        &self,
+        device: Option<DeviceMemoryInfo>,
+        cache: &CacheConfig,
+        most_used: usize,
+        free_bytes: u64,
+    ) -> Result<Pool, MemoryPlanError> {
+        let Some(DeviceMemoryInfo { free, total }) = device else {
+            let share = (free_bytes as f64 * cache.fraction) as u64;
+            let bytes = cache.memory_bytes.unwrap_or(share.min(most_used as u64)) as usize;
+            return Ok(Pool { bytes, flag: "kv-cache-memory" });
+        };
+        let allowed = (total as f64 * cache.gpu_memory_utilization) as u64;
+        let usable = allowed.saturating_sub(total - free) as usize;
+        let (weights, workspace) = (self.weights_bytes, self.workspace_bytes);
+        let Some(rest) = usable.checked_sub(weights + workspace) else {
+            return Err(MemoryPlanError::NoRoom {
+                weights,
+                workspace,
+                usable,
+                total: total as usize,
+            });
+        };
+        let spare = self.spare_blocks * self.block_bytes;
+        Ok(match cache.memory_bytes {
+            Some(wanted) => Pool { bytes: rest.min(wanted as usize), flag: "kv-cache-memory" },
+            None => Pool { bytes: rest.min(most_used + spare), flag: "gpu-memory-utilization" },
+        })
+    }
+
+    fn refuse(&self, pool: &Pool) -> MemoryPlanError {
+        let &Pool { bytes: available, flag } = pool;
+        if self.num_blocks == 0 {
+            return MemoryPlanError::NoBlock { available, block_bytes: self.block_bytes, flag };
+        }
+        MemoryPlanError::ContextTooLong {
+            max_model_len: self.max_model_len,
+            needed: self.max_model_len.div_ceil(self.block_size) * self.block_bytes,
+            available,
+            fits: self.num_blocks * self.block_size,
+            flag,
+        }
     }
 
     /// What operations must have room for.
@@ -173,24 +265,15 @@ fn context_that_fits(
     }
 }
 
-fn refuse(
-    max_model_len: usize,
-    available: usize,
-    num_blocks: usize,
-    block_size: usize,
-    block_bytes: usize,
-) -> MemoryPlanError {
-    if num_blocks == 0 {
-        return MemoryPlanError::NoBlock { available, block_bytes };
-    }
-    let needed = max_model_len.div_ceil(block_size) * block_bytes;
-    let fits = num_blocks * block_size;
-    MemoryPlanError::ContextTooLong { max_model_len, needed, available, fits }
+/// Blocks for the rows that fill a recorded step up: every row writes a slot of its own.
+fn spare_blocks(ops: &dyn Ops, block_size: usize) -> usize {
+    if ops.can_record() { MOST_PADDING.div_ceil(block_size) } else { 0 }
 }
 
-fn kv_dtype(wanted: KvCacheDtype, weights: DType) -> DType {
+/// Exact weights want an exact cache, where activations are exact too.
+fn kv_dtype(wanted: KvCacheDtype, weights: DType, activations: DType) -> DType {
     match wanted {
-        KvCacheDtype::Auto if weights == DType::F32 => DType::F32,
+        KvCacheDtype::Auto if (weights, activations) == (DType::F32, DType::F32) => DType::F32,
         KvCacheDtype::Auto | KvCacheDtype::Bf16 => DType::BF16,
         KvCacheDtype::F16 => DType::F16,
         KvCacheDtype::F32 => DType::F32,

@@ -5,6 +5,7 @@
 
 pub mod memory_plan;
 pub mod model_runner;
+pub mod recorded;
 pub mod scripted;
 
 use crate::scheduler::batch::{ScheduledBatch, StepTokens};

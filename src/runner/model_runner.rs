@@ -1,6 +1,9 @@
 //! The real runner: a planned batch becomes a forward pass and sampled tokens.
 
+use std::sync::Arc;
+
 use super::memory_plan::MemoryPlan;
+use super::recorded::{RecordedSteps, StepShape};
 use super::{RunnerError, StepRunner};
 use crate::device::RankContext;
 use crate::model::batch::{BatchEntry, ForwardBatch};
@@ -19,6 +22,10 @@ pub struct ModelRunner {
     cache: KvCache,
     workspace: Workspace,
     input: ForwardBatch,
+    /// `None` where steps cannot be recorded, or must not.
+    recorded: Option<RecordedSteps>,
+    /// Blocks that the scheduler knows of; the rows that fill recorded steps up write to others.
+    num_blocks: usize,
     max_logit_rows: usize,
 }
 
@@ -42,9 +49,13 @@ impl ModelRunner {
     ) -> Result<ModelRunner, OpsError> {
         let ops = &*rank.ops;
         let MemoryPlan { limits, max_logit_rows, num_blocks, block_size, kv_dtype, .. } = *plan;
+        let all_blocks = num_blocks + plan.spare_blocks;
+        let recorded = || RecordedSteps::new(limits.max_num_seqs, limits.max_blocks_per_seq);
         ops.reserve(&plan.step_limits(spec))?;
         Ok(ModelRunner {
-            cache: KvCache::new(ops, spec, num_blocks, block_size, kv_dtype)?,
+            recorded: ops.can_record().then(recorded),
+            num_blocks,
+            cache: KvCache::new(ops, spec, all_blocks, block_size, kv_dtype)?,
             workspace: Workspace::new(ops, spec, limits.max_num_tokens, max_logit_rows)?,
             input: ForwardBatch::new(ops, limits)?,
             max_logit_rows,
@@ -53,32 +64,55 @@ impl ModelRunner {
         })
     }
 
+    /// Computes the step, and the logits of as many wanted rows as have room at once.
     fn forward(&mut self, batch: &ScheduledBatch, wanted: &[WantedRow]) {
         if !batch.copies.is_empty() {
             self.cache.copy_blocks(&*self.rank.ops, &batch.copies);
         }
-        let entries = batch.sequences.iter().map(|seq| BatchEntry {
-            token_ids: &batch.token_ids[seq.tokens.clone()],
-            start_position: seq.start_position,
-            block_ids: &batch.block_ids[seq.blocks.clone()],
-        });
-        self.input.fill(self.cache.block_size, entries);
-        self.input.select(wanted.iter().map(|w| w.token_row));
-        self.input.upload(&*self.rank.ops);
-        self.decoder.forward(&self.rank, &self.input, &mut self.cache, &mut self.workspace);
+        match self.recorded.as_ref().and_then(|recorded| recorded.shape_for(batch)) {
+            Some(shape) if shape.num_seqs <= self.max_logit_rows => {
+                self.replay(batch, shape);
+            }
+            _ => {
+                self.input.fill(self.cache.block_size, entries(batch));
+                self.input.select(wanted.iter().map(|w| w.token_row));
+                self.input.upload(&*self.rank.ops);
+                self.compute();
+            }
+        }
     }
 
-    /// Logits and sampling for at most `max_logit_rows` of the wanted rows, of which `first` is
-    /// the number of the first.
-    fn sample(
-        &mut self,
-        batch: &ScheduledBatch,
-        first: usize,
-        wanted: &[WantedRow],
-        results: &mut [StepTokens],
-    ) {
-        let selected = first..first + wanted.len();
-        self.decoder.logits(&self.rank, &self.input, selected, &mut self.workspace);
+    /// Computes a step of one token per sequence in a shape that is recorded.
+    fn replay(&mut self, batch: &ScheduledBatch, shape: StepShape) {
+        let padding = shape.padding(self.num_blocks);
+        self.input.fill_padded(self.cache.block_size, entries(batch), padding);
+        self.input.select(0..shape.num_seqs as u32);
+        self.input.upload(&*self.rank.ops);
+        let ops = Arc::clone(&self.rank.ops);
+        if let Some(step) = self.recorded.as_ref().and_then(|recorded| recorded.get(shape)) {
+            return ops.replay(step);
+        }
+        // Computed before it is recorded, because a device may load kernels at their first use,
+        // and that cannot be recorded.
+        self.compute();
+        let recording = ops.record(&mut || self.compute());
+        if let (Some(recorded), Some(recording)) = (&mut self.recorded, recording) {
+            recorded.insert(shape, recording);
+        }
+    }
+
+    /// The forward pass, and the first logits.
+    fn compute(&mut self) {
+        let ModelRunner { decoder, rank, input, cache, workspace, .. } = self;
+        decoder.forward(rank, input, cache, workspace);
+        let num_rows = input.num_logit_rows().min(self.max_logit_rows);
+        if num_rows > 0 {
+            decoder.logits(rank, input, 0..num_rows, workspace);
+        }
+    }
+
+    /// Samples from the logits of the wanted rows, which lie in the workspace.
+    fn sample(&mut self, batch: &ScheduledBatch, wanted: &[WantedRow], results: &mut [StepTokens]) {
         let rows: Vec<SampleRow<'_>> = wanted.iter().map(|w| sample_row(batch, w)).collect();
         let logits = self.workspace.logits.rows_mut(rows.len());
         let sampled = self.rank.ops.sample(SampleArgs { logits, rows: &rows });
@@ -92,6 +126,15 @@ impl ModelRunner {
     }
 }
 
+/// The sequences of a step as the model takes them.
+fn entries(batch: &ScheduledBatch) -> impl ExactSizeIterator<Item = BatchEntry<'_>> + Clone {
+    batch.sequences.iter().map(|seq| BatchEntry {
+        token_ids: &batch.token_ids[seq.tokens.clone()],
+        start_position: seq.start_position,
+        block_ids: &batch.block_ids[seq.blocks.clone()],
+    })
+}
+
 impl StepRunner for ModelRunner {
     fn execute(&mut self, batch: &ScheduledBatch) -> Result<Vec<StepTokens>, RunnerError> {
         if batch.is_empty() {
@@ -101,7 +144,12 @@ impl StepRunner for ModelRunner {
         self.forward(batch, &wanted);
         let mut results = vec![StepTokens::default(); batch.sequences.len()];
         for (i, rows) in wanted.chunks(self.max_logit_rows).enumerate() {
-            self.sample(batch, i * self.max_logit_rows, rows, &mut results);
+            if i > 0 {
+                let first = i * self.max_logit_rows;
+                let ModelRunner { decoder, rank, input, workspace, .. } = self;
+                decoder.logits(rank, input, first..first + rows.len(), workspace);
+            }
+            self.sample(batch, rows, &mut results);
         }
         self.rank.ops.synchronize().map_err(|error| RunnerError::StepFailed {
             step: batch.step,

@@ -29,6 +29,18 @@ pub struct Scheme {
 /// All schemes; the first that holds a layer loads it.
 pub const SCHEMES: [Scheme; 1] = [Scheme { name: "plain", holds: plain::holds, load: plain::load }];
 
+/// The matrix as `--quantization` makes it, on `threads` threads.
+pub fn quantized(
+    matrix: PackedMatrix,
+    wanted: Option<Quantization>,
+    threads: usize,
+) -> PackedMatrix {
+    match wanted {
+        Some(wanted) => quantize::quantize(matrix, wanted, threads),
+        None => matrix,
+    }
+}
+
 /// A tensor cannot be read, or not be brought to the device.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -106,10 +118,7 @@ impl<'a> Loader<'a> {
 
     /// Quantizes and arranges what was read.
     fn prepare(&self, matrix: PackedMatrix) -> Result<PackedMatrix, LoadError> {
-        let matrix = match self.quantization {
-            Some(wanted) => quantize::quantize(matrix, wanted, self.threads),
-            None => matrix,
-        };
+        let matrix = quantized(matrix, self.quantization, self.threads);
         match self.ops {
             Some(ops) => Ok(ops.arrange(matrix)?),
             None => Ok(matrix),

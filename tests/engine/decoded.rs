@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tokenmill::checkpoint::dummy::DummySource;
-use tokenmill::config::{CacheConfig, CpuIsa, KvCacheDtype, SchedulerConfig, SchedulingPolicy};
+use tokenmill::config::{
+    CacheConfig, DeviceConfig, KvCacheDtype, SchedulerConfig, SchedulingPolicy,
+};
 use tokenmill::device::RankContext;
 use tokenmill::model::decoder::Decoder;
 use tokenmill::model::spec::ModelSpec;
@@ -27,17 +29,17 @@ const CONFIG: &str = r#"{
 
 /// How the same requests are to be computed.
 #[derive(Clone, Debug)]
-struct Setting {
-    threads: usize,
-    max_num_seqs: usize,
-    max_num_batched_tokens: usize,
-    num_blocks: usize,
-    block_size: usize,
-    caching: bool,
-    kv_dtype: KvCacheDtype,
+pub struct Setting {
+    pub threads: usize,
+    pub max_num_seqs: usize,
+    pub max_num_batched_tokens: usize,
+    pub num_blocks: usize,
+    pub block_size: usize,
+    pub caching: bool,
+    pub kv_dtype: KvCacheDtype,
 }
 
-const ROOMY: Setting = Setting {
+pub const ROOMY: Setting = Setting {
     threads: 1,
     max_num_seqs: 32,
     max_num_batched_tokens: 512,
@@ -48,9 +50,15 @@ const ROOMY: Setting = Setting {
 };
 
 /// Every token of one continuation, with the bits of its log-probability.
-type Trace = Vec<(u32, u32)>;
+pub type Trace = Vec<(u32, u32)>;
 
 fn runner(setting: &Setting) -> ModelRunner {
+    let rank = RankContext::cpu(&DeviceConfig::cpu(Some(setting.threads)));
+    runner_on(rank.expect("this machine has a CPU"), setting)
+}
+
+/// A runner of the small Llama on any device.
+pub fn runner_on(rank: RankContext, setting: &Setting) -> ModelRunner {
     let spec = ModelSpec::from_config(CONFIG).expect("the config is supported");
     let cache = CacheConfig {
         memory_bytes: None,
@@ -58,8 +66,7 @@ fn runner(setting: &Setting) -> ModelRunner {
         block_size: setting.block_size,
         dtype: setting.kv_dtype,
         enable_prefix_caching: setting.caching,
-        threads: Some(setting.threads),
-        cpu_isa: CpuIsa::Auto,
+        gpu_memory_utilization: 0.9,
     };
     let scheduler = SchedulerConfig {
         max_num_seqs: setting.max_num_seqs,
@@ -67,7 +74,6 @@ fn runner(setting: &Setting) -> ModelRunner {
         max_num_queued_requests: 64,
         policy: SchedulingPolicy::Fcfs,
     };
-    let rank = RankContext::cpu(&cache).expect("this machine has a CPU");
     let demand = MemoryDemand {
         spec: &spec,
         weights_bytes: 0,
@@ -96,7 +102,12 @@ fn scheduler(setting: &Setting) -> Scheduler {
     })
 }
 
-fn request(index: usize, sampling: SamplingParams, max_tokens: u32, n: u32) -> TokenizedRequest {
+pub fn request(
+    index: usize,
+    sampling: SamplingParams,
+    max_tokens: u32,
+    n: u32,
+) -> TokenizedRequest {
     let length = 5 + index * 13 % 70;
     // Half of the prompts share their first 40 tokens, so that prefixes are reused.
     let token = |i: usize| {
@@ -145,7 +156,16 @@ fn run(
     requests: Vec<TokenizedRequest>,
     setting: &Setting,
 ) -> (BTreeMap<(RequestId, u32), Trace>, u64) {
-    let (mut scheduler, mut runner) = (scheduler(setting), runner(setting));
+    run_on(runner(setting), requests, setting)
+}
+
+/// As `run`, with a runner of any device.
+pub fn run_on(
+    mut runner: ModelRunner,
+    requests: Vec<TokenizedRequest>,
+    setting: &Setting,
+) -> (BTreeMap<(RequestId, u32), Trace>, u64) {
+    let mut scheduler = scheduler(setting);
     let expected: usize = requests.iter().map(|r| r.n as usize).sum();
     // Arrivals are spread over steps, so that prefills meet decodes.
     let mut arrivals = requests.into_iter();

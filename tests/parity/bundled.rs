@@ -16,6 +16,7 @@ use tokenmill::model::decoder::Decoder;
 use tokenmill::model::kv_cache::KvCache;
 use tokenmill::model::spec::ModelSpec;
 use tokenmill::model::workspace::Workspace;
+use tokenmill::ops::Ops;
 use tokenmill::ops::cpu::{CpuOps, Isa};
 use tokenmill::tensor::DType;
 use tokenmill::weights::Loader;
@@ -25,7 +26,7 @@ const BLOCK_SIZE: usize = 16;
 const MAX_LEN: usize = 2048;
 
 /// The bundled model with a cache for one sequence.
-struct Greedy {
+pub struct Greedy {
     decoder: Decoder,
     rank: RankContext,
     cache: KvCache,
@@ -35,12 +36,17 @@ struct Greedy {
 }
 
 impl Greedy {
-    fn new(isa: CpuIsa, quantization: Option<Quantization>, kv_dtype: DType) -> Greedy {
+    pub fn new(isa: CpuIsa, quantization: Option<Quantization>, kv_dtype: DType) -> Greedy {
+        let ops: Arc<dyn Ops> = Arc::new(CpuOps::new(None, isa).unwrap());
+        Greedy::on(&ops, quantization, kv_dtype)
+    }
+
+    pub fn on(ops: &Arc<dyn Ops>, quantization: Option<Quantization>, kv_dtype: DType) -> Greedy {
+        let (rank, ops) = (RankContext::solo(Arc::clone(ops)), &**ops);
         let files = ModelFiles::open(&ModelSource::Bundled, Progress::Hidden).unwrap();
         let spec = ModelSpec::from_config(&files.required_text(CONFIG).unwrap()).unwrap();
         let source = files.weights(LoadFormat::Auto, spec.expected_tensors(), spec.dtype).unwrap();
-        let ops = Arc::new(CpuOps::new(None, isa).unwrap());
-        let loader = Loader::new(&*source).quantized(quantization, 2).arranged(&*ops);
+        let loader = Loader::new(&*source).quantized(quantization, 2).arranged(ops);
         let num_blocks = MAX_LEN / BLOCK_SIZE;
         let limits = BatchLimits {
             max_num_tokens: MAX_LEN,
@@ -49,10 +55,10 @@ impl Greedy {
         };
         Greedy {
             decoder: Decoder::load(&spec, &loader, MAX_LEN).unwrap(),
-            rank: RankContext::solo(ops.clone()),
-            cache: KvCache::new(&*ops, &spec, num_blocks, BLOCK_SIZE, kv_dtype).unwrap(),
-            workspace: Workspace::new(&*ops, &spec, MAX_LEN, 1).unwrap(),
-            batch: ForwardBatch::new(&*ops, limits).unwrap(),
+            rank,
+            cache: KvCache::new(ops, &spec, num_blocks, BLOCK_SIZE, kv_dtype).unwrap(),
+            workspace: Workspace::new(ops, &spec, MAX_LEN, 1).unwrap(),
+            batch: ForwardBatch::new(ops, limits).unwrap(),
             block_ids: (0..num_blocks as u32).collect(),
         }
     }
@@ -66,9 +72,25 @@ impl Greedy {
         self.batch.upload(&*self.rank.ops);
         self.decoder.forward(&self.rank, &self.batch, &mut self.cache, &mut self.workspace);
         self.decoder.logits(&self.rank, &self.batch, 0..1, &mut self.workspace);
-        let logits = self.workspace.logits.as_slice::<f32>();
+        let mut bytes = vec![0; self.workspace.logits.size_bytes()];
+        self.rank.ops.download(&mut bytes, self.workspace.logits.view());
+        self.rank.ops.synchronize().unwrap();
+        let logits: Vec<f32> =
+            bytes.as_chunks::<4>().0.iter().map(|word| f32::from_le_bytes(*word)).collect();
         let best = |best: usize, i: usize| if logits[i] > logits[best] { i } else { best };
         (0..logits.len()).fold(0, best) as u32
+    }
+
+    /// As many tokens as wanted after the first recorded prompt.
+    pub fn first_answer(mut self, num_tokens: usize) -> Vec<u32> {
+        let cases: Vec<Value> = serde_json::from_str(SMOKE).unwrap();
+        let prompt = ids(&cases[0]["prompt_ids"]);
+        let mut answer = vec![self.next(&prompt, 0)];
+        while answer.len() < num_tokens {
+            let at = prompt.len() + answer.len() - 1;
+            answer.push(self.next(&[answer[answer.len() - 1]], at));
+        }
+        answer
     }
 }
 

@@ -22,7 +22,7 @@ const BLOCK_SIZE: usize = 8;
 
 /// Logits of every prompt token, computed in chunks of `chunk` tokens in one sequence whose
 /// blocks lie in reverse order.
-fn decode(case: &Case, ops: Arc<dyn Ops>, chunk: usize, kv_dtype: DType) -> Vec<f32> {
+pub fn decode(case: &Case, ops: Arc<dyn Ops>, chunk: usize, kv_dtype: DType) -> Vec<f32> {
     let rank = RankContext::solo(ops);
     let spec = ModelSpec::from_config(&case.config_json).unwrap();
     let source = Checkpoint::open(&case.folder).unwrap();
@@ -46,7 +46,11 @@ fn decode(case: &Case, ops: Arc<dyn Ops>, chunk: usize, kv_dtype: DType) -> Vec<
         batch.upload(ops);
         decoder.forward(&rank, &batch, &mut cache, &mut workspace);
         decoder.logits(&rank, &batch, 0..token_ids.len(), &mut workspace);
-        logits.extend_from_slice(workspace.logits.rows(token_ids.len()).as_slice::<f32>());
+        let rows = workspace.logits.rows(token_ids.len());
+        let mut bytes = vec![0; rows.size_bytes()];
+        ops.download(&mut bytes, rows);
+        ops.synchronize().unwrap();
+        logits.extend(bytes.as_chunks::<4>().0.iter().map(|word| f32::from_le_bytes(*word)));
     }
     logits
 }
@@ -77,7 +81,7 @@ fn the_referee_computes_the_recorded_logits() {
 const TILE_TOLERANCE: f64 = 0.02;
 
 /// The root mean square of the differences, relative to that of the recorded logits.
-fn relative_error(case: &Case, got: &[f32]) -> f64 {
+pub fn relative_error(case: &Case, got: &[f32]) -> f64 {
     let expected = case.logits.as_slice::<f32>();
     let square = |x: f32| f64::from(x) * f64::from(x);
     let errors: f64 = got.iter().zip(expected).map(|(a, b)| square(a - b)).sum();

@@ -75,7 +75,7 @@ impl InProcess {
 
 /// Threads that compute.
 pub(super) fn num_threads(config: &EngineConfig) -> usize {
-    config.cache.threads.unwrap_or_else(physical_cores)
+    config.device.threads.unwrap_or_else(physical_cores)
 }
 
 /// What a record says about the model.

@@ -9,7 +9,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
-use crate::ops::{DeviceMemoryInfo, OpsError};
+use crate::ops::{DeviceMemoryInfo, OpsError, Recording};
 use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
 
 /// How many threads run a kernel, and the shared memory that a block gets beside its static one.
@@ -91,6 +91,12 @@ impl KernelArg<'_> {
     /// Which parameters take it.
     pub fn kind(&self) -> ArgKind {
         self.kind
+    }
+
+    /// The same bits without the borrow, for recordings: whoever replays them keeps what they
+    /// point to alive.
+    pub fn detached(self) -> KernelArg<'static> {
+        KernelArg::new(self.kind, self.bits)
     }
 
     /// Its bits; those of a shorter parameter are the low ones.
@@ -249,6 +255,15 @@ pub trait Launcher: Send + Sync {
 
     /// Runs a kernel; `args` are its parameters in order.
     fn launch(&self, kernel: &'static str, launch: Launch, args: &[KernelArg<'_>]);
+
+    /// Records launches, copies and clears from now on instead of running them.
+    fn begin_recording(&self);
+
+    /// Ends a recording; `None` after an error.
+    fn end_recording(&self) -> Option<Recording>;
+
+    /// Runs what was recorded, on what lies in its tensors now.
+    fn replay(&self, recording: &Recording);
 
     /// Waits for everything that was asked for.
     fn synchronize(&self) -> Result<(), CudaError>;

@@ -2,6 +2,7 @@
 //!
 //! | file | what |
 //! |---|---|
+//! | `driver`, `image` | the real launcher, and the kernels that it loads |
 //! | `launcher` | the seam: names, shapes and arguments of launches; memory; errors |
 //! | `memory` | tensors on the device |
 //! | `rows` | embedding, norms, rotary embedding, activations, gathers, cache writes |
@@ -13,6 +14,8 @@
 //! SIMT machine's.
 
 mod attention;
+pub mod driver;
+mod image;
 pub mod launcher;
 mod matmul;
 mod memory;
@@ -20,22 +23,29 @@ mod rows;
 mod sample;
 
 use super::args::*;
-use super::{DeviceMemoryInfo, Ops, OpsError};
+use super::{DeviceMemoryInfo, Ops, OpsError, Recording};
 use crate::formats::PackedMatrix;
 use crate::output::SampledToken;
 use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
+pub use image::KERNELS;
 use launcher::{DeviceFacts, KernelArg, Launch, Launcher};
 
 /// Implements [`Ops`] with kernels that `L` launches.
 pub struct CudaOps<L> {
     launcher: L,
     facts: DeviceFacts,
+    records: bool,
 }
 
 impl<L: Launcher> CudaOps<L> {
     /// Operations on the launcher's device.
     pub fn new(launcher: L) -> CudaOps<L> {
-        CudaOps { facts: launcher.facts(), launcher }
+        CudaOps { facts: launcher.facts(), launcher, records: true }
+    }
+
+    /// The same, launching every kernel of every step.
+    pub fn eager(self) -> CudaOps<L> {
+        CudaOps { records: false, ..self }
     }
 
     /// The device.
@@ -99,6 +109,24 @@ impl<L: Launcher> Ops for CudaOps<L> {
 
     fn upload(&self, to: ViewMut<'_>, from: View<'_>) {
         self.upload_rows(to, from);
+    }
+
+    fn download(&self, to: &mut [u8], from: View<'_>) {
+        self.launcher.download(to, from);
+    }
+
+    fn can_record(&self) -> bool {
+        self.records
+    }
+
+    fn record(&self, step: &mut dyn FnMut()) -> Option<Recording> {
+        self.launcher.begin_recording();
+        step();
+        self.launcher.end_recording()
+    }
+
+    fn replay(&self, recording: &Recording) {
+        self.launcher.replay(recording);
     }
 
     fn synchronize(&self) -> Result<(), OpsError> {

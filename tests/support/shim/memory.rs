@@ -42,6 +42,24 @@ impl Memory {
         self.lock().values().sum()
     }
 
+    /// Copies bytes from one allocation to another, both checked to be there.
+    pub fn copy(&self, to: usize, from: usize, bytes: usize) {
+        let [to, from] = [to, from].map(|address| self.pointer(address, bytes));
+        // SAFETY: both ranges lie in live allocations; `copy` allows them to overlap.
+        unsafe { to.copy_from(from, bytes) }
+    }
+
+    /// Fills bytes of an allocation with zeros.
+    pub fn clear(&self, to: usize, bytes: usize) {
+        // SAFETY: the range lies in a live allocation.
+        unsafe { self.pointer(to, bytes).write_bytes(0, bytes) }
+    }
+
+    fn pointer(&self, address: usize, bytes: usize) -> *mut u8 {
+        assert!(self.contains(address) && self.contains(address + bytes), "not device memory");
+        std::ptr::with_exposed_provenance_mut(address)
+    }
+
     /// Names an allocation that was written beyond its ends.
     pub fn check_guards(&self) -> Result<(), String> {
         for (&start, &len_bytes) in &*self.lock() {

@@ -18,10 +18,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex, PoisonError};
 
 use libloading::Library;
-use tokenmill::ops::DeviceMemoryInfo;
 use tokenmill::ops::cuda::launcher::{
     ArgKind, CudaError, DeviceFacts, KernelArg, Launch, Launcher,
 };
+use tokenmill::ops::{DeviceMemoryInfo, Recording};
 use tokenmill::tensor::{DType, Shape, Tensor, View, ViewMut};
 
 use memory::Memory;
@@ -132,7 +132,17 @@ pub struct Shim {
     launches: AtomicU64,
     memory: Memory,
     error: Mutex<Option<CudaError>>,
+    /// What was asked for since recording began.
+    recorded: Mutex<Option<Vec<Recorded>>>,
     facts: DeviceFacts,
+}
+
+/// One thing of a recording, with addresses of device memory.
+#[derive(Clone)]
+enum Recorded {
+    Launch(&'static str, Launch, Vec<KernelArg<'static>>),
+    Copy { to: usize, from: usize, bytes: usize },
+    Clear { to: usize, bytes: usize },
 }
 
 impl Shim {
@@ -151,11 +161,27 @@ impl Shim {
         let given = std::env::var(SEED_VARIABLE).ok();
         let seed = given.map_or_else(random_seed, |seed| seed.parse().expect(SEED_VARIABLE));
         let (launches, memory, error) = (AtomicU64::new(0), Memory::default(), Mutex::new(None));
-        Shim { seed, launches, memory, error, facts }
+        Shim { seed, launches, memory, error, recorded: Mutex::new(None), facts }
     }
 
     fn keep(&self, error: CudaError) {
         self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    }
+
+    /// Keeps it when a recording is going on; false when it must run now.
+    fn records(&self, what: impl FnOnce() -> Recorded) -> bool {
+        let mut recorded = self.recorded.lock().unwrap_or_else(PoisonError::into_inner);
+        recorded.as_mut().map(|recorded| recorded.push(what())).is_some()
+    }
+
+    /// What the host reads or writes cannot be recorded.
+    fn refuses(&self, what: &str) -> bool {
+        let recorded = self.recorded.lock().unwrap_or_else(PoisonError::into_inner);
+        if recorded.is_some() {
+            let reason = "a copy between host and device cannot be recorded".to_owned();
+            self.keep(CudaError::Device { what: what.to_owned(), reason });
+        }
+        recorded.is_some()
     }
 
     fn has_failed(&self) -> bool {
@@ -209,27 +235,58 @@ impl Launcher for Shim {
     }
 
     fn clear(&self, mut to: ViewMut<'_>) {
-        memory::bytes_mut(&mut to).fill(0);
+        let bytes = to.as_view().size_bytes();
+        if !self.records(|| Recorded::Clear { to: to.address().addr(), bytes }) {
+            memory::bytes_mut(&mut to).fill(0);
+        }
     }
 
     fn upload(&self, mut to: ViewMut<'_>, from: &[u8]) {
-        memory::bytes_mut(&mut to).copy_from_slice(from);
+        if !self.refuses("an upload") {
+            memory::bytes_mut(&mut to).copy_from_slice(from);
+        }
     }
 
     fn download(&self, to: &mut [u8], from: View<'_>) {
-        to.copy_from_slice(memory::bytes(&from));
+        if !self.refuses("a download") {
+            to.copy_from_slice(memory::bytes(&from));
+        }
     }
 
     fn copy(&self, mut to: ViewMut<'_>, from: View<'_>) {
-        memory::bytes_mut(&mut to).copy_from_slice(memory::bytes(&from));
+        let bytes = from.size_bytes();
+        let addresses = (to.address().addr(), from.address().addr());
+        if !self.records(|| Recorded::Copy { to: addresses.0, from: addresses.1, bytes }) {
+            memory::bytes_mut(&mut to).copy_from_slice(memory::bytes(&from));
+        }
     }
 
     fn launch(&self, kernel: &'static str, launch: Launch, args: &[KernelArg<'_>]) {
-        if self.has_failed() {
+        let detached = || args.iter().map(|arg| arg.detached()).collect();
+        if self.has_failed() || self.records(|| Recorded::Launch(kernel, launch, detached())) {
             return;
         }
         if let Err(reason) = self.try_launch(kernel, launch, args) {
             self.keep(CudaError::Kernel { kernel: kernel.into(), launch, reason });
+        }
+    }
+
+    fn begin_recording(&self) {
+        *self.recorded.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
+    }
+
+    fn end_recording(&self) -> Option<Recording> {
+        let recorded = self.recorded.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        (!self.has_failed()).then(|| Recording::new(recorded))
+    }
+
+    fn replay(&self, recording: &Recording) {
+        for recorded in recording.get::<Vec<Recorded>>() {
+            match recorded {
+                Recorded::Launch(kernel, launch, args) => self.launch(kernel, *launch, args),
+                &Recorded::Copy { to, from, bytes } => self.memory.copy(to, from, bytes),
+                &Recorded::Clear { to, bytes } => self.memory.clear(to, bytes),
+            }
         }
     }
 
