@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod chat;
+pub mod doctor;
 pub mod open;
 pub mod serve;
 
@@ -18,6 +19,7 @@ Examples:
   tokenmill serve ./my-model --port 9000 serve a folder with config.json and safetensors
   tokenmill serve owner/name             download from the hub, then serve
   tokenmill chat                         talk to the bundled model in this terminal
+  tokenmill doctor --verify              what this machine has, and whether it computes right
   tokenmill bench latency ./my-model     measure it, here and now
 
 Environment:
@@ -51,6 +53,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Talk to a model in this terminal
     Chat(Box<chat::ChatArgs>),
+    /// Report devices, drivers and limits of this machine, and whether it computes right
+    Doctor(doctor::DoctorArgs),
     /// Measure latency and throughput, of this engine or of any server
     Bench(bench::BenchArgs),
 }
@@ -61,6 +65,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         None => serve::run(cli.serve),
         Some(Command::Serve(args)) => serve::run(*args),
         Some(Command::Chat(args)) => chat::run(*args),
+        Some(Command::Doctor(args)) => doctor::run(args),
         Some(Command::Bench(args)) => bench::run(args),
     }
 }

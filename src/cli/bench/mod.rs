@@ -5,6 +5,7 @@
 //! | `latency`, `throughput` | the engine in this process, without HTTP |
 //! | `serve` | the load generator, against any server that speaks the OpenAI API |
 //! | `steps` | single forward passes over a range of batches and contexts |
+//! | `kernels` | single operations of a device beside its ceilings |
 //! | `report` | records to a table and plots |
 //! | `workload`, `load`, `figures` | prompts, how they are sent, what is computed from the answers |
 //! | `limits`, `record` | what the machine can do; the JSON that a run leaves |
@@ -16,6 +17,7 @@
 mod client;
 mod figures;
 mod in_process;
+pub mod kernels;
 pub mod latency;
 pub mod limits;
 mod load;
@@ -51,6 +53,8 @@ pub enum Benchmark {
     Serve(Box<serve::ServeBenchArgs>),
     /// Single decode steps over a range of batch sizes and context lengths
     Steps(Box<steps::StepsArgs>),
+    /// Single operations of a device, beside how fast it copies and multiplies
+    Kernels(Box<kernels::KernelsArgs>),
     /// A Markdown table and SVG plots from the records of the other commands
     Report(report::ReportArgs),
 }
@@ -63,6 +67,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         Benchmark::Throughput(args) => throughput::run(*args),
         Benchmark::Serve(args) => serve::run(&args),
         Benchmark::Steps(args) => steps::run(*args),
+        Benchmark::Kernels(args) => kernels::run(&args),
         Benchmark::Report(args) => report::run(&args),
     }
 }

@@ -44,6 +44,8 @@ pub enum Kind {
     Serve,
     /// `bench steps`.
     Steps,
+    /// `bench kernels`.
+    Kernels,
 }
 
 /// One run.
@@ -82,7 +84,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    fn here() -> Machine {
+    /// This machine.
+    pub(in crate::cli) fn here() -> Machine {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let memory = field(&read("/proc/meminfo"), "MemTotal");
         let kib = memory.and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok());
