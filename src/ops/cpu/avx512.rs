@@ -238,6 +238,11 @@ impl Simd for Avx512 {
         unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v))) }
     }
     #[inline(always)]
+    unsafe fn stream_f32(self, to: *mut f32, v: __m512) {
+        // SAFETY: see `load_f32`; the caller vouches for the alignment.
+        unsafe { _mm512_stream_ps(to, v) }
+    }
+    #[inline(always)]
     unsafe fn store_bf16(self, to: *mut bf16, v: __m512) {
         // Not the AVX-512 BF16 conversion: that one flushes subnormals, the referee does not.
         // SAFETY: see `load_f32`.

@@ -12,7 +12,7 @@ use super::lines::{CodedLines, FillBf16, FillCodes, LineBuffers, Lines};
 use super::matmul::{Operands, PANEL, multiply_columns};
 use super::partition::{Layout, PAIR_COLS, Sizes};
 use super::rows::Convert;
-use super::share::{Parts, Scratch};
+use super::share::{Parts, Scratch, settle_stores};
 use super::simd::Kernel;
 #[cfg(target_arch = "x86_64")]
 use super::tile_blocks::{self, BlockTask, Finish, ScaleSums};
@@ -347,6 +347,7 @@ impl CpuOps {
             let Planned { kernel, num_cols, cols_per_task } = found.expect("tasks were counted");
             let cols = task * cols_per_task..*num_cols.min(&((task + 1) * cols_per_task));
             kernel.run(cols, &mut self.scratch.lock(thread));
+            settle_stores();
         });
     }
 

@@ -10,9 +10,15 @@ use super::weight_blocks::Place;
 use crate::formats::ROW_ALIGN;
 use crate::ops::args::{GatedMatmulArgs, GatedMlpArgs};
 use crate::ops::mlp_in_steps;
+use crate::tensor::{ALIGNMENT, ViewMut};
 
 /// Up to this many rows, activations fit the caches in any order.
 const FEW_ROWS: usize = 32;
+
+/// Whether a tensor begins with a cache line, as the engine's own do.
+fn is_aligned(tensor: &ViewMut<'_>) -> bool {
+    tensor.as_view().as_slice::<f32>().as_ptr().align_offset(ALIGNMENT) == 0
+}
 
 impl CpuOps {
     pub(super) fn multiply_mlp(&self, args: GatedMlpArgs<'_>) {
@@ -52,6 +58,7 @@ impl CpuOps {
         let in_lines = |weight| matches!(Form::of(self.isa, weight), Form::Bf16 | Form::Codes(_));
         x.size(0) > FEW_ROWS
             && out.size(1).is_multiple_of(ROW_ALIGN)
+            && is_aligned(out)
             && self.fuses(gate.0, up.0)
             && in_lines(gate.0)
             && in_lines(args.down.weight)

@@ -3,7 +3,8 @@
 //! It is by far the widest of all activations, is written a block of sixteen columns at a time and
 //! read once, so it lies in the order in which it is written: for every sixteen rows, the block of
 //! their first sixteen columns, then the next. Row-major, each sixteen results would go to another
-//! page; writing them took as long as half the products.
+//! page; writing them took as long as half the products. It is written past the caches, which it
+//! would sweep, because it is read only when all of it is there.
 
 use super::lines::{FillRows, LINE_BYTES, TILE_ROWS, inverse_scale};
 use super::share::Parts;
@@ -27,6 +28,7 @@ impl<'a> Middle<'a> {
     pub fn new(values: &'a mut [f32], num_rows: usize) -> Middle<'a> {
         let num_blocks = values.len() / num_rows / BLOCK_COLS;
         assert_eq!(values.len(), num_rows * num_blocks * BLOCK_COLS, "whole blocks");
+        assert_eq!(values.as_ptr().align_offset(LINE_BYTES), 0, "blocks begin with a cache line");
         Middle { values: Parts::new(values), num_rows, num_blocks }
     }
 

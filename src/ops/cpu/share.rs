@@ -36,6 +36,15 @@ impl<'a, T> Parts<'a, T> {
     }
 }
 
+/// Makes what this thread wrote past the caches visible before it says that it is done.
+pub fn settle_stores() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every such processor has the instruction.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
+
 /// A cache line of f32.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]

@@ -111,6 +111,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// They must be writable.
     unsafe fn store_f32(self, to: *mut f32, v: Self::V);
+    /// Writes `LANES` elements past the caches, where the machine can: they are read only much
+    /// later.
+    ///
+    /// # Safety
+    /// They must be writable and aligned to a vector.
+    #[inline(always)]
+    unsafe fn stream_f32(self, to: *mut f32, v: Self::V) {
+        // SAFETY: the same contract.
+        unsafe { self.store_f32(to, v) }
+    }
     /// Rounds to nearest even and writes `LANES` elements.
     ///
     /// # Safety

@@ -226,7 +226,7 @@ impl BlockColumns<'_> {
                     }
                 }
                 Place::Middle(middle) => {
-                    simd.store_f32(middle.part(row, block).as_mut_ptr().add(at), value);
+                    simd.stream_f32(middle.part(row, block).as_mut_ptr().add(at), value);
                 }
                 Place::Lines(lines) => {
                     simd.store_bf16(lines.half_line(row, block).as_mut_ptr().add(at), value);
