@@ -3,19 +3,23 @@
 //! Sums of integers are exact, so that neither order nor instructions can change them; what is
 //! done to them in f32 has one order, which the tiles of `tile_groups` keep too. Every line of
 //! weights is read once per [`ByteSimd::MAX_ROWS`] rows of activations: one row is bound by
-//! memory, more find the block in a cache.
+//! memory, more find the block in a cache, and activations stay in one while blocks pass. Loops over
+//! rows are loops, not closures: with sixteen rows a closure is no longer inlined, and without the
+//! instructions of its caller every intrinsic is a call.
 
 use std::ops::Range;
 
 use half::f16;
 
 use super::byte_simd::{ByteKernel, ByteSimd};
-use super::lines::{CodedLines, LINE_BYTES};
+use super::lines::{CodedLines, LINE_BYTES, TILE_ROWS};
 use super::weight_blocks::{BlockOutput, Blocks, GroupScales, RowScales};
 use crate::formats::blocks::{BLOCK_ROWS, WORD_BYTES};
 use crate::formats::int4::MIDDLE;
 use crate::formats::{Format, PackedMatrix};
 
+/// Bytes of activations that stay in the second-level cache while blocks pass.
+const KEPT_BYTES: usize = 512 << 10;
 /// Lines of weights that a line of activations is multiplied by.
 const LINES_PER_STEP: usize = LINE_BYTES / WORD_BYTES;
 /// The same for folded codes.
@@ -73,40 +77,81 @@ pub struct ByteBlocks<'a> {
 impl ByteKernel for ByteBlocks<'_> {
     #[inline(always)]
     fn run<S: ByteSimd>(self, simd: S) {
-        let num_rows = self.task.x.lines.num_rows;
-        for block in self.blocks {
-            for row in (0..num_rows).step_by(S::MAX_ROWS) {
-                match S::MAX_ROWS.min(num_rows - row) {
-                    1 => write_rows::<S, 1>(simd, self.task, block, row),
-                    2 => write_rows::<S, 2>(simd, self.task, block, row),
-                    3 => write_rows::<S, 3>(simd, self.task, block, row),
-                    4 => write_rows::<S, 4>(simd, self.task, block, row),
-                    _ => unreachable!("at most four rows share a pass"),
-                }
+        let ByteBlocks { task, blocks } = self;
+        let num_rows = task.x.lines.num_rows;
+        let most_rows = match task.main.scales {
+            ByteScales::Rows(_) => S::MAX_ROWS,
+            ByteScales::Groups(_) => S::MAX_GROUP_ROWS,
+        };
+        let tile_bytes = task.x.lines.steps * TILE_ROWS * LINE_BYTES;
+        let rows_kept = (KEPT_BYTES / tile_bytes).max(1) * TILE_ROWS;
+        for first in (0..num_rows).step_by(rows_kept) {
+            let rows = first..num_rows.min(first + rows_kept);
+            for block in blocks.clone() {
+                write_block(simd, task, block, rows.clone(), most_rows);
             }
         }
     }
 }
 
+/// Computes a block for some rows, in powers of two of them, largest first, so that the rows of a
+/// pass lie in one tile.
 #[inline(always)]
-fn write_rows<S: ByteSimd, const R: usize>(simd: S, task: &ByteTask<'_>, block: usize, row: usize) {
-    let pass = Pass::<R>::new(task.x, row);
-    let main = pass.multiply(simd, task.main, block);
-    let up = task.up.map(|up| pass.multiply(simd, up, block));
-    let columns = task.out.columns(block);
-    for (i, &main) in main.iter().enumerate() {
-        let up = up.map(|up| simd.lanes(up[i]));
-        // SAFETY: this task alone has the block.
-        unsafe { columns.write(simd.base(), row + i, &simd.lanes(main), up.as_ref()) }
+fn write_block<S: ByteSimd>(
+    simd: S,
+    task: &ByteTask<'_>,
+    block: usize,
+    rows: Range<usize>,
+    most_rows: usize,
+) {
+    let mut row = rows.start;
+    while row < rows.end {
+        row += match most_rows.min(rows.end - row) {
+            16.. => write_rows::<S, 16>(simd, task, block, row),
+            8.. => write_rows::<S, 8>(simd, task, block, row),
+            4.. => write_rows::<S, 4>(simd, task, block, row),
+            2.. => write_rows::<S, 2>(simd, task, block, row),
+            _ => write_rows::<S, 1>(simd, task, block, row),
+        };
     }
 }
 
-/// `R` rows of activations.
+/// Computes a block for `R` rows; returns their number.
+#[inline(always)]
+fn write_rows<S: ByteSimd, const R: usize>(
+    simd: S,
+    task: &ByteTask<'_>,
+    block: usize,
+    row: usize,
+) -> usize {
+    if R > S::MAX_ROWS {
+        unreachable!("no pass has more rows than registers allow");
+    }
+    let pass = Pass::<R>::new(task.x, row);
+    let main = pass.multiply(simd, task.main, block);
+    let columns = task.out.columns(block);
+    let Some(up) = task.up else {
+        for (i, &main) in main.iter().enumerate() {
+            // SAFETY: this task alone has the block.
+            unsafe { columns.write(simd.base(), row + i, &simd.lanes(main), None) }
+        }
+        return R;
+    };
+    let up = pass.multiply(simd, up, block);
+    for (i, (&main, &up)) in main.iter().zip(&up).enumerate() {
+        let (main, up) = (simd.lanes(main), simd.lanes(up));
+        // SAFETY: as above.
+        unsafe { columns.write(simd.base(), row + i, &main, Some(&up)) }
+    }
+    R
+}
+
+/// `R` rows of activations of one tile.
 struct Pass<'a, const R: usize> {
     x: CodedLines<'a>,
     row: usize,
-    /// Their first lines.
-    lines: [*const i8; R],
+    /// The first line of the first of them; those of the others follow.
+    first: *const i8,
     /// Bytes from a line of a row to its next.
     step_bytes: usize,
 }
@@ -114,14 +159,24 @@ struct Pass<'a, const R: usize> {
 impl<'a, const R: usize> Pass<'a, R> {
     #[inline(always)]
     fn new(x: CodedLines<'a>, row: usize) -> Pass<'a, R> {
-        let lines = std::array::from_fn(|i| x.lines.line(row + i, 0));
-        Pass { x, row, lines, step_bytes: x.lines.rows_per_tile() * LINE_BYTES }
+        assert!(row % TILE_ROWS + R <= TILE_ROWS && row + R <= x.lines.num_rows);
+        Pass {
+            x,
+            row,
+            first: x.lines.line(row, 0),
+            step_bytes: x.lines.rows_per_tile() * LINE_BYTES,
+        }
     }
 
     /// Word `word` of the rows' lines at a step.
     #[inline(always)]
     fn words(&self, step: usize, word: usize) -> [*const i8; R] {
-        self.lines.map(|line| line.wrapping_add(step * self.step_bytes + word * WORD_BYTES))
+        let first = self.first.wrapping_add(step * self.step_bytes + word * WORD_BYTES);
+        let mut words = [first; R];
+        for (i, word) in words.iter_mut().enumerate() {
+            *word = first.wrapping_add(i * LINE_BYTES);
+        }
+        words
     }
 
     #[inline(always)]
@@ -158,8 +213,7 @@ impl<'a, const R: usize> Pass<'a, R> {
         codes: *const u8,
         scales: &[f32; BLOCK_ROWS],
     ) -> [S::Floats; R] {
-        let mut sums: [S::Ints; R] =
-            std::array::from_fn(|i| simd.ints(-S::BYTES_OFFSET * self.x.sum(self.row + i, 0)));
+        let mut sums = self.without_offset(simd, 0);
         for step in 0..self.x.lines.steps {
             for word in 0..LINES_PER_STEP {
                 let line = codes.wrapping_add((step * LINES_PER_STEP + word) * LINE_BYTES);
@@ -167,10 +221,22 @@ impl<'a, const R: usize> Pass<'a, R> {
                 unsafe { simd.add_bytes(&mut sums, line, self.words(step, word)) }
             }
         }
-        // SAFETY: a block has sixteen scales.
-        std::array::from_fn(|i| unsafe {
-            simd.scaled(sums[i], self.x.scale(self.row + i, 0), scales.as_ptr())
-        })
+        let mut out = [simd.no_floats(); R];
+        for (i, (out, sums)) in out.iter_mut().zip(sums).enumerate() {
+            // SAFETY: a block has sixteen scales.
+            *out = unsafe { simd.scaled(sums, self.x.scale(self.row + i, 0), scales.as_ptr()) };
+        }
+        out
+    }
+
+    /// Sums of a group before anything is added: less what the codes' offset will add.
+    #[inline(always)]
+    fn without_offset<S: ByteSimd>(&self, simd: S, group: usize) -> [S::Ints; R] {
+        let mut sums = [simd.ints(0); R];
+        for (i, sums) in sums.iter_mut().enumerate() {
+            *sums = simd.ints(-S::BYTES_OFFSET * self.x.sum(self.row + i, group));
+        }
+        sums
     }
 
     /// Bytes in groups of half a step.
@@ -185,9 +251,7 @@ impl<'a, const R: usize> Pass<'a, R> {
         let lines_per_group = scales.size / WORD_BYTES;
         let mut acc = [simd.no_floats(); R];
         for group in 0..scales.groups {
-            let mut sums: [S::Ints; R] = std::array::from_fn(|i| {
-                simd.ints(-S::BYTES_OFFSET * self.x.sum(self.row + i, group))
-            });
+            let mut sums = self.without_offset(simd, group);
             let first = group * lines_per_group;
             let last = (first + lines_per_group).min(self.x.lines.steps * LINES_PER_STEP);
             for line in first..last {
@@ -222,11 +286,19 @@ impl<'a, const R: usize> Pass<'a, R> {
             }
             if scales.size < LINE_BYTES {
                 for half in 0..2 {
-                    let sums = std::array::from_fn(|i| sums[i][half]);
+                    let mut of_half = [simd.ints(0); R];
+                    for (to, sums) in of_half.iter_mut().zip(sums) {
+                        *to = sums[half];
+                    }
+                    let sums = of_half;
                     self.add_codes(simd, &mut acc, sums, 2 * step + half, (scales, block));
                 }
             } else if ((step + 1) * LINE_BYTES).is_multiple_of(scales.size) || step + 1 == steps {
-                let sums = std::array::from_fn(|i| simd.add_ints(sums[i][0], sums[i][1]));
+                let mut of_both = [simd.ints(0); R];
+                for (to, [low, high]) in of_both.iter_mut().zip(sums) {
+                    *to = simd.add_ints(low, high);
+                }
+                let sums = of_both;
                 let group = step * LINE_BYTES / scales.size;
                 self.add_codes(simd, &mut acc, sums, group, (scales, block));
             } else {
@@ -243,20 +315,18 @@ impl<'a, const R: usize> Pass<'a, R> {
         &self,
         simd: S,
         acc: &mut [S::Floats; R],
-        sums: [S::Ints; R],
+        mut sums: [S::Ints; R],
         group: usize,
         (scales, block): (GroupScales<'_>, usize),
     ) {
-        let x_sum = |i: usize| self.x.sum(self.row + i, group);
-        let sums = match scales.zeros(block, group) {
-            // SAFETY: a group has sixteen zero points.
-            Some(zeros) => std::array::from_fn(|i| unsafe {
-                simd.sub_zeros(sums[i], zeros.as_ptr(), x_sum(i))
-            }),
-            None => std::array::from_fn(|i| {
-                simd.add_ints(sums[i], simd.ints(-i32::from(MIDDLE) * x_sum(i)))
-            }),
-        };
+        for (i, sums) in sums.iter_mut().enumerate() {
+            let x_sum = self.x.sum(self.row + i, group);
+            *sums = match scales.zeros(block, group) {
+                // SAFETY: a group has sixteen zero points.
+                Some(zeros) => unsafe { simd.sub_zeros(*sums, zeros.as_ptr(), x_sum) },
+                None => simd.add_ints(*sums, simd.ints(-i32::from(MIDDLE) * x_sum)),
+            };
+        }
         self.add_group(simd, acc, sums, group, scales.scales(block, group));
     }
 

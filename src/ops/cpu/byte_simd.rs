@@ -17,8 +17,11 @@ pub trait ByteSimd: Copy + Send + Sync + 'static {
     type Ints: Copy;
     /// Sixteen f32.
     type Floats: Copy;
-    /// Most rows of activations that share a pass over weights without spilling.
+    /// Most rows of activations that share a pass over weights without spilling: a power of two
+    /// up to sixteen.
     const MAX_ROWS: usize;
+    /// The same where groups are scaled.
+    const MAX_GROUP_ROWS: usize;
     /// What [`ByteSimd::add_bytes`] adds to every code of the weights.
     const BYTES_OFFSET: i32;
 
@@ -90,6 +93,7 @@ impl ByteSimd for Scalar {
     type Ints = [i32; BLOCK_ROWS];
     type Floats = [f32; BLOCK_ROWS];
     const MAX_ROWS: usize = 1;
+    const MAX_GROUP_ROWS: usize = 1;
     const BYTES_OFFSET: i32 = 0;
 
     #[inline(always)]

@@ -84,7 +84,8 @@ impl ByteSimd for Vnni {
     type Base = Avx512;
     type Ints = __m512i;
     type Floats = __m512;
-    const MAX_ROWS: usize = 4;
+    const MAX_ROWS: usize = 16;
+    const MAX_GROUP_ROWS: usize = 8;
     const BYTES_OFFSET: i32 = 128;
 
     sixteen_lanes!();
@@ -134,7 +135,8 @@ impl ByteSimd for Avx512 {
     type Base = Avx512;
     type Ints = __m512i;
     type Floats = __m512;
-    const MAX_ROWS: usize = 4;
+    const MAX_ROWS: usize = 8;
+    const MAX_GROUP_ROWS: usize = 8;
     const BYTES_OFFSET: i32 = 0;
 
     sixteen_lanes!();
@@ -220,7 +222,8 @@ impl ByteSimd for Avx2 {
     type Base = Avx2;
     type Ints = [__m256i; 2];
     type Floats = [__m256; 2];
-    const MAX_ROWS: usize = 2;
+    const MAX_ROWS: usize = 4;
+    const MAX_GROUP_ROWS: usize = 2;
     const BYTES_OFFSET: i32 = 0;
 
     #[inline(always)]
