@@ -54,11 +54,11 @@ pub type Trace = Vec<(u32, u32)>;
 
 fn runner(setting: &Setting) -> ModelRunner {
     let rank = RankContext::cpu(&DeviceConfig::cpu(Some(setting.threads)));
-    runner_on(rank.expect("this machine has a CPU"), setting)
+    runner_on(&rank.expect("this machine has a CPU"), setting)
 }
 
 /// A runner of the small Llama on any device.
-pub fn runner_on(rank: RankContext, setting: &Setting) -> ModelRunner {
+pub fn runner_on(rank: &RankContext, setting: &Setting) -> ModelRunner {
     let spec = ModelSpec::from_config(CONFIG).expect("the config is supported");
     let cache = CacheConfig {
         memory_bytes: None,
