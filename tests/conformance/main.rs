@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
 mod attention;
+mod attention_kernels;
 mod candle;
 mod invariance;
 mod matmul;
@@ -42,6 +43,17 @@ fn matmul_agrees_with_the_referee() {
 #[test]
 fn attention_agrees_with_the_referee() {
     attention::check(&backends());
+}
+
+#[test]
+fn attention_kernels_agree_with_the_referee() {
+    attention_kernels::check(&simt(DType::BF16));
+    attention_kernels::check_empty_contexts(&simt(DType::BF16));
+}
+
+#[test]
+fn no_bit_of_attention_kernels_depends_on_how_work_is_cut() {
+    attention_kernels::check_invariance(&simt(DType::BF16), &simt(DType::BF16));
 }
 
 #[test]

@@ -7,11 +7,11 @@
 
 use half::{bf16, f16};
 use tokenmill::formats::{PackedMatrix, Quantized};
-use tokenmill::ops::Ops;
 use tokenmill::ops::args::*;
 use tokenmill::ops::cuda::CudaOps;
 use tokenmill::ops::cuda::launcher::Launcher;
 use tokenmill::ops::kv_tensor::{KvTensor, KvView, KvViewMut};
+use tokenmill::ops::{Ops, OpsError, StepLimits};
 use tokenmill::output::SampledToken;
 use tokenmill::tensor::{DType, Shape, Tensor, View, ViewMut};
 
@@ -112,6 +112,10 @@ impl<L: Launcher> Ops for OnDevice<L> {
 
     fn activation_dtype(&self) -> DType {
         self.activations
+    }
+
+    fn reserve(&self, limits: &StepLimits) -> Result<(), OpsError> {
+        self.ops.reserve(limits)
     }
 
     fn embed(&self, args: EmbedArgs<'_>) {

@@ -23,7 +23,7 @@ mod rows;
 mod sample;
 
 use super::args::*;
-use super::{DeviceMemoryInfo, Ops, OpsError, Recording};
+use super::{DeviceMemoryInfo, Ops, OpsError, Recording, StepLimits};
 use crate::formats::PackedMatrix;
 use crate::output::SampledToken;
 use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
@@ -35,12 +35,14 @@ pub struct CudaOps<L> {
     launcher: L,
     facts: DeviceFacts,
     records: bool,
+    partials: attention::Partials,
 }
 
 impl<L: Launcher> CudaOps<L> {
     /// Operations on the launcher's device.
     pub fn new(launcher: L) -> CudaOps<L> {
-        CudaOps { facts: launcher.facts(), launcher, records: true }
+        let partials = attention::Partials::default();
+        CudaOps { facts: launcher.facts(), launcher, records: true, partials }
     }
 
     /// The same, launching every kernel of every step.
@@ -131,6 +133,14 @@ impl<L: Launcher> Ops for CudaOps<L> {
 
     fn synchronize(&self) -> Result<(), OpsError> {
         self.named(self.launcher.synchronize())
+    }
+
+    fn scratch_bytes(&self, limits: &StepLimits) -> usize {
+        attention::Partials::size_bytes(limits)
+    }
+
+    fn reserve(&self, limits: &StepLimits) -> Result<(), OpsError> {
+        self.named(self.partials.reserve(&self.launcher, limits))
     }
 
     fn arrange(&self, matrix: PackedMatrix) -> Result<PackedMatrix, OpsError> {
