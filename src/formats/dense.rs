@@ -2,6 +2,7 @@
 //! blocks of sixteen rows.
 
 use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 
 use super::blocks::{BLOCK_ROWS, interleave};
 use super::{Format, PackedMatrix, ROW_ALIGN, for_parts};
@@ -48,6 +49,28 @@ pub fn into_blocks(matrix: PackedMatrix, threads: usize) -> PackedMatrix {
     PackedMatrix { format: Format::DenseBlocks, data, ..matrix }
 }
 
+/// A row-major matrix of floats in another 16-bit dtype, every element rounded to nearest; any
+/// other matrix stays as it is.
+pub fn into_dtype(matrix: PackedMatrix, dtype: DType) -> PackedMatrix {
+    let from = matrix.data.dtype();
+    if matrix.format != Format::Dense || from == dtype {
+        return matrix;
+    }
+    let PackedMatrix { num_rows, num_cols, .. } = matrix;
+    let mut data = Tensor::zeros_on_large_pages(dtype, [num_rows, num_cols]);
+    let mut wide = vec![0.0; num_cols];
+    for row in 0..num_rows {
+        read_row(&matrix, row, &mut wide);
+        let to = data.view_mut().into_rows(row..row + 1);
+        match dtype {
+            DType::BF16 => to.into_mut_slice::<bf16>().convert_from_f32_slice(&wide),
+            DType::F16 => to.into_mut_slice::<f16>().convert_from_f32_slice(&wide),
+            other => panic!("a dense matrix in {other}"),
+        }
+    }
+    PackedMatrix { data, ..matrix }
+}
+
 /// Bytes that a matrix of bf16 of this shape takes in blocks.
 pub fn blocks_bytes([num_rows, num_cols]: [usize; 2]) -> usize {
     2 * num_rows.next_multiple_of(BLOCK_ROWS) * num_cols.next_multiple_of(ROW_ALIGN)
@@ -58,17 +81,25 @@ pub(super) fn read_row(matrix: &PackedMatrix, row: usize, to: &mut [f32]) {
     let row = matrix.data.view().rows(row..row + 1);
     match row.dtype() {
         DType::F32 => to.copy_from_slice(row.as_slice()),
-        DType::BF16 => row.as_slice::<half::bf16>().convert_to_f32_slice(to),
-        DType::F16 => row.as_slice::<half::f16>().convert_to_f32_slice(to),
+        DType::BF16 => row.as_slice::<bf16>().convert_to_f32_slice(to),
+        DType::F16 => row.as_slice::<f16>().convert_to_f32_slice(to),
         other => panic!("a dense matrix of {other}"),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use half::bf16;
-
     use super::*;
+
+    #[test]
+    fn another_dtype_holds_the_nearest_numbers() {
+        let values: Vec<f16> = (0..12).map(|i| f16::from_f32(1.0 + i as f32 / 1024.0)).collect();
+        let matrix = into_dtype(pack(Tensor::from_slice(&values, [3, 4])), DType::BF16);
+        assert_eq!(matrix.data.dtype(), DType::BF16);
+        for (got, want) in matrix.row(2).iter().zip(&values[8..]) {
+            assert_eq!(*got, bf16::from_f32(want.to_f32()).to_f32());
+        }
+    }
 
     #[test]
     fn blocks_hold_the_same_rows() {

@@ -9,6 +9,7 @@
 mod attention;
 mod attention_kernels;
 mod candle;
+mod cuda_matmul;
 mod invariance;
 mod matmul;
 mod on_device;
@@ -32,6 +33,36 @@ fn row_operations_agree_with_the_referee() {
 fn row_kernels_agree_with_the_referee() {
     rows::check_norms(&simt(DType::BF16));
     rows::check_norms(&simt(DType::F16));
+}
+
+#[test]
+fn matmul_kernels_agree_with_the_referee() {
+    cuda_matmul::check();
+}
+
+#[test]
+fn dense_matmul_kernels_agree_with_the_referee() {
+    cuda_matmul::check_dense();
+}
+
+#[test]
+fn bits_of_a_row_of_a_matmul_kernel_depend_on_the_kernel_alone() {
+    cuda_matmul::check_invariance();
+}
+
+#[test]
+fn projections_of_one_launch_equal_projections_alone() {
+    cuda_matmul::check_projections();
+}
+
+#[test]
+fn fused_gated_matmuls_agree_with_their_steps() {
+    cuda_matmul::check_gated();
+}
+
+#[test]
+fn matmul_kernels_take_no_memory_after_reserve() {
+    cuda_matmul::check_scratch();
 }
 
 #[test]

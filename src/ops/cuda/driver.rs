@@ -26,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
+use super::cublas::{CublasLt, WORKSPACE_BYTES};
 use super::launcher::{ArgKind, CudaError, DeviceFacts, KernelArg, Launch, Launcher};
 use super::{CudaOps, KERNELS};
 use crate::ops::{DeviceMemoryInfo, Recording};
@@ -113,6 +114,14 @@ impl Driver {
             .map_err(refused("making a stream"))?;
         let pinned = Pinned::new().map_err(refused("pinning memory of the host"))?;
         Ok(Driver { gpu, context, module, stream, pinned, state: Mutex::default() })
+    }
+
+    /// cuBLASLt on this GPU, where it is installed and there is room for it.
+    fn dense_products(&self) -> Option<CublasLt> {
+        self.context.enter().ok()?;
+        let workspace = self.allocate(DType::U8, Shape::from([WORKSPACE_BYTES])).ok()?;
+        // SAFETY: the stream's context is current, and `CudaOps` drops the library before the driver.
+        unsafe { CublasLt::open(self.stream.cast(), workspace) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -444,7 +453,13 @@ impl Launcher for Driver {
 impl CudaOps<Driver> {
     /// Operations on the GPU of this number.
     pub fn on_gpu(ordinal: usize) -> Result<CudaOps<Driver>, Unavailable> {
-        Ok(CudaOps::new(Driver::open(ordinal, KERNELS)?))
+        let driver = Driver::open(ordinal, KERNELS)?;
+        let library = driver.dense_products();
+        let ops = CudaOps::new(driver);
+        Ok(match library {
+            Some(library) => ops.with_dense_products(Box::new(library)),
+            None => ops,
+        })
     }
 }
 

@@ -1,12 +1,339 @@
-//! Products with weights of every format.
+//! Products with weights of every format: what kernels are told, and what happens before.
+//!
+//! Projections of one format that read the same activations are one launch, and so are gate, up
+//! and activation. INT8 quantizes the activations first, once for all of them; rows whose length
+//! is not a multiple of eight elements are copied to one that is. Dense products of more rows
+//! than the skinny kernels take go to a library of the device's vendor where there is one
+//! ([`DenseProducts`]). `product` chooses kernels; where results depend on its choice is said there.
 
-use super::CudaOps;
-use super::launcher::Launcher;
-use crate::ops::args::MatmulArgs;
+use std::sync::{MutexGuard, PoisonError};
+
+use super::launcher::{CudaError, KernelArg, Launch, Launcher, args};
+use super::product::{Kind, MAX_SKINNY_ROWS, PARTIAL_BYTES, Problem, SPLIT_TILES};
+use super::{CudaOps, by_activation};
+use crate::formats::PackedMatrix;
+use crate::formats::blocks::BLOCK_ROWS;
+use crate::ops::args::{Activation, GatedMatmulArgs, MatmulArgs, Projection, WeightAndBias};
+use crate::ops::{StepLimits, gated_in_steps};
+use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
+
+/// Weights of a launch.
+const MAX_WEIGHTS: usize = 3;
+/// Parameters of a kernel: seven per weight, sixteen of the product, and its panels.
+const MAX_PARAMETERS: usize = 7 * MAX_WEIGHTS + 17;
+/// Elements to which the length of copied activation rows is rounded up: a step of codes.
+const PITCH_ELEMENTS: usize = 128;
+/// Threads of a kernel that prepares a row.
+const PREPARE_THREADS: usize = 256;
+/// Outputs of a block of the plain kernel.
+const PLAIN_COLUMNS: usize = 4;
+
+/// A library's dense products: `out = x · weightᵀ (+ bias)` with 16-bit operands of one dtype.
+pub trait DenseProducts: Send + Sync {
+    /// Whether it was done; if not, our own kernels do it.
+    fn multiply(
+        &self,
+        out: ViewMut<'_>,
+        x: View<'_>,
+        weight: View<'_>,
+        bias: Option<View<'_>>,
+    ) -> bool;
+}
+
+/// Device memory for what is between activations and sums.
+#[derive(Default)]
+pub(super) struct Scratch {
+    /// Codes, or rows of another pitch.
+    x: Option<Tensor>,
+    /// A scale per row of codes.
+    x_scales: Option<Tensor>,
+    /// Sums of parts of k.
+    partial: Option<Tensor>,
+    /// How many parts of a tile are done; zero between launches.
+    arrived: Option<Tensor>,
+}
+
+/// Bytes of the parts of [`Scratch`], in order.
+struct ScratchBytes([usize; 4]);
+
+impl ScratchBytes {
+    fn new(rows: usize, width: usize, multiprocessors: u32) -> ScratchBytes {
+        let multiprocessors = multiprocessors as usize;
+        ScratchBytes([
+            rows * width.next_multiple_of(PITCH_ELEMENTS) * 2,
+            rows * 4,
+            multiprocessors * PARTIAL_BYTES,
+            multiprocessors * SPLIT_TILES * 4,
+        ])
+    }
+}
+
+/// Activations as the kernels read them.
+struct Operand<'a> {
+    x: KernelArg<'a>,
+    scales: KernelArg<'a>,
+    /// Bytes of a row.
+    pitch: usize,
+}
+
+/// One weight of a launch.
+struct Factor<'a> {
+    weight: &'a PackedMatrix,
+    bias: Option<View<'a>>,
+    out: KernelArg<'a>,
+}
+
+/// Parameters of a kernel, in order.
+struct Parameters<'a> {
+    args: [KernelArg<'a>; MAX_PARAMETERS],
+    len: usize,
+}
+
+impl<'a> Parameters<'a> {
+    fn push(&mut self, arg: impl Into<KernelArg<'a>>) {
+        self.args[self.len] = arg.into();
+        self.len += 1;
+    }
+
+    /// `WEIGHT_PARAMETERS` of `product.cuh`.
+    fn push_factor(&mut self, factor: Option<&Factor<'a>>) {
+        let quantized = factor.and_then(|factor| factor.weight.quantized.as_ref());
+        let zeros = quantized.and_then(|quantized| quantized.zero_points.as_ref());
+        let bias = factor.and_then(|factor| factor.bias);
+        self.push(factor.map(|factor| factor.weight.data.view()));
+        self.push(quantized.map(|quantized| quantized.scales.view()));
+        self.push(zeros.map(Tensor::view));
+        self.push(bias);
+        self.push(factor.map_or(KernelArg::null(), |factor| factor.out));
+        self.push(factor.map_or(0, |factor| factor.weight.num_rows));
+        self.push(bias.map_or(0, |bias| element_type(bias.dtype())));
+    }
+}
 
 impl<L: Launcher> CudaOps<L> {
-    /// See [`crate::ops::Ops::matmul`].
-    pub(super) fn multiply(&self, _: MatmulArgs<'_>) {
-        panic!("no CUDA kernel yet for matmul on {} multiprocessors", self.facts().multiprocessors);
+    /// Bytes that [`CudaOps::reserve_products`] takes.
+    pub(super) fn product_scratch_bytes(&self, limits: &StepLimits) -> usize {
+        let (rows, multiprocessors) = (limits.max_num_tokens, self.facts().multiprocessors);
+        ScratchBytes::new(rows, limits.max_width, multiprocessors).0.iter().sum()
     }
+
+    /// Makes room for steps of this size.
+    pub(super) fn reserve_products(&self, limits: &StepLimits) -> Result<(), CudaError> {
+        self.scratch(limits.max_num_tokens, limits.max_width).map(|_| ())
+    }
+
+    /// The scratch memory, for as many rows and columns; grows when nothing was reserved.
+    fn scratch(&self, rows: usize, width: usize) -> Result<MutexGuard<'_, Scratch>, CudaError> {
+        let mut scratch = self.product_scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let ScratchBytes(bytes) = ScratchBytes::new(rows, width, self.facts().multiprocessors);
+        let Scratch { x, x_scales, partial, arrived } = &mut *scratch;
+        for (tensor, bytes) in [x, x_scales, partial, arrived].into_iter().zip(bytes) {
+            if tensor.as_ref().is_none_or(|tensor| tensor.size_bytes() < bytes) {
+                // The old one goes first: they would not fit beside each other.
+                *tensor = None;
+                let mut larger = self.launcher().allocate(DType::U8, Shape::from([bytes]))?;
+                self.launcher().clear(larger.view_mut());
+                *tensor = Some(larger);
+            }
+        }
+        Ok(scratch)
+    }
+
+    /// See [`crate::ops::Ops::matmul`].
+    pub(super) fn multiply(&self, args: MatmulArgs<'_>) {
+        let MatmulArgs { x, mut projections } = args;
+        if x.shape().is_empty() {
+            return;
+        }
+        let mut rest = &mut projections[..];
+        while let Some(first) = rest.first() {
+            let (kind, out) = (Kind::of(first.weight, x.dtype()), first.out.dtype());
+            let weight = first.weight;
+            let joins = |p: &&Projection<'_>| p.out.dtype() == out && are_alike(weight, p.weight);
+            let len = rest.iter().take(MAX_WEIGHTS).take_while(joins).count();
+            let (run, others) = rest.split_at_mut(len);
+            match kind {
+                Some(kind) => self.multiply_run(kind, x, run),
+                None => run.iter_mut().for_each(|projection| self.multiply_plainly(x, projection)),
+            }
+            rest = others;
+        }
+    }
+
+    /// Projections of one kind.
+    fn multiply_run(&self, kind: Kind, x: View<'_>, run: &mut [Projection<'_>]) {
+        if let Some(library) = self.library_for(kind, x) {
+            for p in run {
+                if !library.multiply(p.out.reborrow(), x, p.weight.data.view(), p.bias) {
+                    self.launch_run(kind, x, std::slice::from_mut(p));
+                }
+            }
+        } else {
+            self.launch_run(kind, x, run);
+        }
+    }
+
+    /// The library that takes products of this kind with these rows.
+    fn library_for(&self, kind: Kind, x: View<'_>) -> Option<&dyn DenseProducts> {
+        let is_dense = matches!(kind, Kind::Bf16 | Kind::F16);
+        self.dense_products().filter(|_| is_dense && x.size(0) > MAX_SKINNY_ROWS)
+    }
+
+    fn launch_run(&self, kind: Kind, x: View<'_>, run: &mut [Projection<'_>]) {
+        let Some(out) = run.first().map(|p| p.out.dtype()) else { return };
+        let mut factors: [Option<Factor<'_>>; MAX_WEIGHTS] = [const { None }; MAX_WEIGHTS];
+        for (factor, p) in factors.iter_mut().zip(run) {
+            let (weight, bias) = (p.weight, p.bias);
+            *factor = Some(Factor { weight, bias, out: KernelArg::from(&mut p.out) });
+        }
+        self.launch_product(kind, x, &factors, None, out);
+    }
+
+    /// See [`crate::ops::Ops::gated_matmul`].
+    pub(super) fn multiply_gated(&self, args: GatedMatmulArgs<'_>) {
+        let ((gate, gate_bias), (up, up_bias)): (WeightAndBias<'_>, WeightAndBias<'_>) =
+            (args.gate, args.up);
+        let kind = Kind::of(gate, args.x.dtype()).filter(|_| are_alike(gate, up));
+        let Some(kind) = kind.filter(|kind| self.library_for(*kind, args.x).is_none()) else {
+            return gated_in_steps(self, args);
+        };
+        let GatedMatmulArgs { mut out, x, activation, .. } = args;
+        if x.shape().is_empty() {
+            return;
+        }
+        let dtype = out.dtype();
+        let out = KernelArg::from(&mut out);
+        let gate = Factor { weight: gate, bias: gate_bias, out };
+        let up = Factor { weight: up, bias: up_bias, out: KernelArg::null() };
+        self.launch_product(kind, x, &[Some(gate), Some(up), None], Some(activation), dtype);
+    }
+
+    /// One launch for all factors.
+    fn launch_product(
+        &self,
+        kind: Kind,
+        x: View<'_>,
+        factors: &[Option<Factor<'_>>; MAX_WEIGHTS],
+        activation: Option<Activation>,
+        out: DType,
+    ) {
+        let (rows, k) = (x.size(0), x.size(1));
+        let columns = factors.each_ref().map(|f| f.as_ref().map_or(0, |f| f.weight.num_rows));
+        let num_factors = factors.iter().flatten().count();
+        let is_gated = activation.is_some();
+        let columns = &columns[..num_factors];
+        let plan = Problem { kind, rows, k, columns, is_gated }.plan(self.facts());
+        let mut scratch = self.scratch(rows, k).unwrap_or_else(|error| {
+            panic!("a step is larger than what was reserved, and there is no room: {error}")
+        });
+        let Scratch { x: prepared, x_scales, partial, arrived } = &mut *scratch;
+        let operand = self.operand(kind, x, prepared, x_scales);
+        let mut parameters = Parameters { args: [KernelArg::null(); MAX_PARAMETERS], len: 0 };
+        factors.iter().for_each(|factor| parameters.push_factor(factor.as_ref()));
+        parameters.push(operand.x);
+        parameters.push(operand.scales);
+        parameters.push(pointer(partial));
+        parameters.push(pointer(arrived));
+        parameters.push(activation.map_or(-1, activation_kind));
+        let Some(Factor { weight, .. }) = factors[0].as_ref() else { return };
+        let [scale_type, group_shift, groups] = scales_of(weight);
+        let block_bytes = BLOCK_ROWS * weight.row_bytes();
+        let element_type = element_type(out);
+        for size in
+            [rows, k, operand.pitch, block_bytes, scale_type, group_shift, groups, plan.steps]
+        {
+            parameters.push(size);
+        }
+        for size in [plan.splits, plan.stages, element_type] {
+            parameters.push(size);
+        }
+        if let Some(panels) = plan.panels {
+            parameters.push(panels);
+        }
+        self.launch(plan.kernel, plan.launch, &parameters.args[..parameters.len]);
+    }
+
+    /// Activations for the kernels, prepared in scratch memory where they must be.
+    fn operand<'a>(
+        &self,
+        kind: Kind,
+        x: View<'a>,
+        prepared: &'a mut Option<Tensor>,
+        scales: &'a mut Option<Tensor>,
+    ) -> Operand<'a> {
+        let (rows, k) = (x.size(0), x.size(1));
+        let launch = Launch::new(rows, PREPARE_THREADS);
+        let pitch = k.next_multiple_of(PITCH_ELEMENTS);
+        if kind == Kind::Int8 {
+            let kernel = by_activation!(x.dtype(), "quantize_rows");
+            let arguments = [pointer(prepared), pointer(scales), x.into(), k.into(), pitch.into()];
+            self.launch(kernel, launch, &arguments);
+            return Operand { x: pointer(prepared), scales: pointer(scales), pitch };
+        }
+        if k.is_multiple_of(8) {
+            return Operand { x: x.into(), scales: KernelArg::null(), pitch: 2 * k };
+        }
+        self.launch("pad_rows", launch, &[pointer(prepared), x.into(), k.into(), pitch.into()]);
+        Operand { x: pointer(prepared), scales: KernelArg::null(), pitch: 2 * pitch }
+    }
+
+    /// Dense weights that no other kernel takes.
+    fn multiply_plainly(&self, x: View<'_>, projection: &mut Projection<'_>) {
+        let Projection { out, weight, bias } = projection;
+        let kernel = by_activation!(x.dtype(), "matmul_plain");
+        let types = [weight.data.dtype(), bias.map_or(DType::F32, |b| b.dtype()), out.dtype()];
+        let [weight_type, bias_type, out_type] = types.map(element_type);
+        let (columns, k) = (weight.num_rows, weight.num_cols);
+        let launch = Launch::new(columns.div_ceil(PLAIN_COLUMNS), 32 * PLAIN_COLUMNS);
+        let (data, bias) = (&weight.data, *bias);
+        self.launch(
+            kernel,
+            launch.by(x.size(0)),
+            &args![out, x, data, bias, columns, k, weight_type, bias_type, out_type],
+        );
+    }
+}
+
+/// Where a scratch tensor lies.
+fn pointer(tensor: &mut Option<Tensor>) -> KernelArg<'_> {
+    tensor.as_mut().map_or(KernelArg::null(), KernelArg::from)
+}
+
+/// Whether one kernel multiplies by both.
+fn are_alike(a: &PackedMatrix, b: &PackedMatrix) -> bool {
+    let scales = |matrix: &PackedMatrix| {
+        let quantized = matrix.quantized.as_ref()?;
+        let has_zeros = quantized.zero_points.is_some();
+        Some((quantized.grid, quantized.scales.dtype(), has_zeros))
+    };
+    a.format == b.format && a.data.dtype() == b.data.dtype() && scales(a) == scales(b)
+}
+
+/// `ElementType` of `product.cuh`.
+fn element_type(dtype: DType) -> usize {
+    match dtype {
+        DType::F32 => 0,
+        DType::BF16 => 1,
+        DType::F16 => 2,
+        other => panic!("a matmul of {other}"),
+    }
+}
+
+/// `ActivationKind` of `activation.cuh`.
+fn activation_kind(activation: Activation) -> i32 {
+    match activation {
+        Activation::Silu => 0,
+        Activation::GeluTanh => 1,
+        Activation::Gelu => 2,
+    }
+}
+
+/// Type of the scales, logarithm of the elements of a row that share one, scales of a row.
+fn scales_of(weight: &PackedMatrix) -> [usize; 3] {
+    let Some(quantized) = &weight.quantized else { return [0, 0, 0] };
+    let (groups, group) = (quantized.scales.shape().sizes()[1], quantized.grid.cols);
+    assert!(groups == 1 || group.is_power_of_two(), "groups of {group}: not a power of two");
+    // One group takes a shift that leaves nothing of any column.
+    let shift = if groups == 1 { 31 } else { group.ilog2() as usize };
+    [element_type(quantized.scales.dtype()), shift, groups]
 }

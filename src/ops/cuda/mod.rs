@@ -14,40 +14,63 @@
 //! SIMT machine's.
 
 mod attention;
+pub mod cublas;
 pub mod driver;
 mod image;
 pub mod launcher;
 mod matmul;
 mod memory;
+mod product;
 mod rows;
 mod sample;
 
+use std::sync::Mutex;
+
 use super::args::*;
 use super::{DeviceMemoryInfo, Ops, OpsError, Recording, StepLimits};
-use crate::formats::PackedMatrix;
+use crate::formats::{PackedMatrix, dense};
 use crate::output::SampledToken;
 use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
 pub use image::KERNELS;
 use launcher::{DeviceFacts, KernelArg, Launch, Launcher};
+pub use matmul::DenseProducts;
 
 /// Implements [`Ops`] with kernels that `L` launches.
 pub struct CudaOps<L> {
+    // Dropped before the launcher, on whose stream it computes.
+    dense_products: Option<Box<dyn DenseProducts>>,
     launcher: L,
     facts: DeviceFacts,
     records: bool,
     partials: attention::Partials,
+    product_scratch: Mutex<matmul::Scratch>,
 }
 
 impl<L: Launcher> CudaOps<L> {
     /// Operations on the launcher's device.
     pub fn new(launcher: L) -> CudaOps<L> {
-        let partials = attention::Partials::default();
-        CudaOps { facts: launcher.facts(), launcher, records: true, partials }
+        CudaOps {
+            facts: launcher.facts(),
+            launcher,
+            records: true,
+            partials: attention::Partials::default(),
+            product_scratch: Mutex::default(),
+            dense_products: None,
+        }
     }
 
     /// The same, launching every kernel of every step.
     pub fn eager(self) -> CudaOps<L> {
         CudaOps { records: false, ..self }
+    }
+
+    /// The same with a library's dense products in place of our own, where it has them.
+    pub fn with_dense_products(self, library: Box<dyn DenseProducts>) -> CudaOps<L> {
+        CudaOps { dense_products: Some(library), ..self }
+    }
+
+    fn dense_products(&self) -> Option<&dyn DenseProducts> {
+        self.dense_products.as_deref()
     }
 
     /// The device.
@@ -136,15 +159,20 @@ impl<L: Launcher> Ops for CudaOps<L> {
     }
 
     fn scratch_bytes(&self, limits: &StepLimits) -> usize {
-        attention::Partials::size_bytes(limits)
+        attention::Partials::size_bytes(limits) + self.product_scratch_bytes(limits)
     }
 
     fn reserve(&self, limits: &StepLimits) -> Result<(), OpsError> {
-        self.named(self.partials.reserve(&self.launcher, limits))
+        self.named(self.partials.reserve(&self.launcher, limits))?;
+        self.named(self.reserve_products(limits))
     }
 
     fn arrange(&self, matrix: PackedMatrix) -> Result<PackedMatrix, OpsError> {
-        self.placed_matrix(matrix)
+        self.placed_matrix(dense::into_dtype(matrix, self.activation_dtype()))
+    }
+
+    fn arranged_bytes(&self, _: DType, shape: [usize; 2]) -> usize {
+        shape.iter().product::<usize>() * self.activation_dtype().size_bytes()
     }
 
     fn embed(&self, args: EmbedArgs<'_>) {
@@ -170,6 +198,11 @@ impl<L: Launcher> Ops for CudaOps<L> {
     fn matmul(&self, args: MatmulArgs<'_>) {
         args.check();
         self.multiply(args);
+    }
+
+    fn gated_matmul(&self, args: GatedMatmulArgs<'_>) {
+        args.check();
+        self.multiply_gated(args);
     }
 
     fn gated_activation(&self, args: GatedActivationArgs<'_>) {

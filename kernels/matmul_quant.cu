@@ -1,0 +1,29 @@
+// Products of more than sixteen rows with quantized weights: see include/matmul_tiles.cuh.
+//
+// `few` is for up to 64 rows, whose time is that of the weights' bytes: tiles of 64 × 128, and k is
+// split so that all multiprocessors load. `many` has tiles of 128 × 128, whose time is that of the
+// tensor cores. A warp owns 64 × 64 where sums of groups need no second set of registers, else 64 × 32.
+#include "matmul_tiles.cuh"
+
+#define MATMUL_TILES(size, format, W, BLOCKS, TOKENS, WARPS_M, WARPS_N, PANELS, STAGES)                                   \
+  extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, BLOCKS) matmul_##size##_##format(PRODUCT_PARAMETERS) { \
+    const Product product = PRODUCT;                                                                                  \
+    matmul_tiles<Shape<W, TOKENS, WARPS_M, WARPS_N, PANELS, STAGES>>(product);                                                   \
+  }                                                                                                                   \
+  SIMT_EXPORT(matmul_##size##_##format)
+
+MATMUL_TILES(few, int8, Int8, 2, 8, 1, 4, 1, 4)
+MATMUL_TILES(few, w8a16, W8A16, 2, 8, 1, 4, 1, 4)
+MATMUL_TILES(few, q8, Q8, 2, 8, 1, 4, 1, 4)
+MATMUL_TILES(few, int4, Int4By64, 2, 8, 1, 4, 1, 5)
+MATMUL_TILES(few, int4_g32, Int4By32, 2, 8, 1, 4, 1, 5)
+MATMUL_TILES(few, fp8, Fp8, 2, 8, 1, 4, 1, 4)
+MATMUL_TILES(few, fp8_groups, Fp8Groups, 2, 8, 1, 4, 1, 4)
+
+MATMUL_TILES(many, int8, Int8, 2, 8, 2, 2, 2, 3)
+MATMUL_TILES(many, w8a16, W8A16, 2, 8, 2, 2, 2, 4)
+MATMUL_TILES(many, q8, Q8, 1, 8, 2, 4, 1, 3)
+MATMUL_TILES(many, int4, Int4By64, 1, 8, 2, 4, 1, 4)
+MATMUL_TILES(many, int4_g32, Int4By32, 1, 8, 2, 4, 1, 4)
+MATMUL_TILES(many, fp8, Fp8, 2, 8, 2, 2, 2, 4)
+MATMUL_TILES(many, fp8_groups, Fp8Groups, 1, 8, 2, 4, 1, 3)

@@ -1,0 +1,323 @@
+//! Dense products through cuBLASLt, which is opened at run time and may be missing.
+//!
+//! Our tensors are row-major and cuBLASLt's are column-major, so it is asked for the transposed
+//! product: `outᵀ [columns, rows] = weight · xᵀ`, where both operands lie as they are.
+//!
+//! Which of its algorithms is fastest is a question of microseconds, so it is asked once per shape
+//! and per power of two of rows, and the answer is kept: there are few of them however many rows
+//! steps have, and neighbouring numbers of rows are summed alike. NVIDIA promises the same bits for
+//! the same shape, not for a row whatever stands beside it: that is why the skinny kernels, which
+//! decode few sequences, are ours.
+//!
+//! FP8 weights do not go here: cuBLASLt multiplies them by FP8 activations only, and ours keep
+//! their precision.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Mutex, PoisonError};
+
+use cudarc::cublaslt::result::{self, CublasError};
+use cudarc::cublaslt::sys;
+
+use super::matmul::DenseProducts;
+use crate::tensor::{DType, Tensor, View, ViewMut};
+
+/// `CUBLAS_OP_T` of cuBLAS's `cublasOperation_t`, which the bindings leave out.
+const TRANSPOSED: i32 = 1;
+/// Alignment of operands that algorithms may count on: rows of sixteen bytes or a multiple.
+const MIN_ALIGNMENT: u32 = 16;
+/// Memory for an algorithm's own sums, as NVIDIA recommends for its largest GPUs.
+pub const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// Everything that an algorithm is chosen by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Shape {
+    rows: usize,
+    columns: usize,
+    k: usize,
+    operands: DType,
+    out: DType,
+    bias: Option<DType>,
+}
+
+impl Shape {
+    /// The shape that stands for this one where algorithms are chosen.
+    fn bucket(self) -> Shape {
+        Shape { rows: self.rows.next_power_of_two(), ..self }
+    }
+}
+
+/// cuBLASLt on one stream.
+pub struct CublasLt {
+    handle: sys::cublasLtHandle_t,
+    stream: sys::cudaStream_t,
+    workspace: Mutex<Tensor>,
+    /// `None` where cuBLASLt has none.
+    algorithms: Mutex<HashMap<Shape, Option<sys::cublasLtMatmulAlgo_t>>>,
+}
+
+// SAFETY: a handle may be used from any thread; what changes is behind locks.
+unsafe impl Send for CublasLt {}
+// SAFETY: as above.
+unsafe impl Sync for CublasLt {}
+
+impl Drop for CublasLt {
+    fn drop(&mut self) {
+        // SAFETY: the handle was made in `open` and is destroyed once. An error would come too late.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+impl CublasLt {
+    /// Opens the library; none when it is not there or refuses.
+    ///
+    /// # Safety
+    /// `stream` is one of the driver's that outlives this, its context is current on the calling
+    /// thread, and `workspace` ([`WORKSPACE_BYTES`]) lies in memory of the same GPU.
+    pub unsafe fn open(stream: *mut c_void, workspace: Tensor) -> Option<CublasLt> {
+        // SAFETY: opening NVIDIA's library runs nothing but its own initialisation.
+        if !unsafe { sys::is_culib_present() } {
+            tracing::info!("cuBLASLt is not installed: dense products run on our own kernels");
+            return None;
+        }
+        let handle = result::create_handle();
+        let handle = handle.inspect_err(|error| tracing::warn!(%error, "cuBLASLt cannot start"));
+        Some(CublasLt {
+            handle: handle.ok()?,
+            stream: stream.cast(),
+            workspace: Mutex::new(workspace),
+            algorithms: Mutex::default(),
+        })
+    }
+
+    /// The fastest algorithm, asked for once.
+    fn algorithm(&self, shape: Shape, call: &Call) -> Option<sys::cublasLtMatmulAlgo_t> {
+        let mut algorithms = self.algorithms.lock().unwrap_or_else(PoisonError::into_inner);
+        let bucket = shape.bucket();
+        *algorithms.entry(bucket).or_insert_with(|| {
+            // The bias is only looked at by a product, so that any address will do here.
+            let bucketed = Call::new(bucket, call.bias);
+            let found = bucketed.and_then(|call| call.fastest(self.handle));
+            let found = found.inspect_err(|error| {
+                tracing::debug!(?bucket, %error, "cuBLASLt has no algorithm");
+            });
+            found.ok()
+        })
+    }
+
+    fn run(
+        &self,
+        shape: Shape,
+        mut out: ViewMut<'_>,
+        x: View<'_>,
+        weight: View<'_>,
+        bias: Option<View<'_>>,
+    ) -> Result<bool, CublasError> {
+        let call = Call::new(shape, bias.map(|bias| bias.address().cast()))?;
+        let Some(algorithm) = self.algorithm(shape, &call) else { return Ok(false) };
+        let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = workspace.size_bytes();
+        let (one, zero, to) = (1f32, 0f32, out.address().cast::<c_void>());
+        // SAFETY: the layouts are those of the views, which lie in memory of the stream's GPU, out
+        // and the workspace borrowed exclusively; factors are f32, as the call's scale type says.
+        unsafe {
+            result::matmul(
+                self.handle,
+                call.product.0,
+                std::ptr::from_ref(&one).cast(),
+                std::ptr::from_ref(&zero).cast(),
+                weight.address().cast(),
+                call.weight.0,
+                x.address().cast(),
+                call.x.0,
+                to,
+                call.out.0,
+                to,
+                call.out.0,
+                &raw const algorithm,
+                workspace.view_mut().address().cast(),
+                bytes,
+                self.stream,
+            )
+        }?;
+        Ok(true)
+    }
+}
+
+impl DenseProducts for CublasLt {
+    fn multiply(
+        &self,
+        out: ViewMut<'_>,
+        x: View<'_>,
+        weight: View<'_>,
+        bias: Option<View<'_>>,
+    ) -> bool {
+        let shape = Shape {
+            rows: x.size(0),
+            columns: weight.size(0),
+            k: x.size(1),
+            operands: x.dtype(),
+            out: out.dtype(),
+            bias: bias.map(|bias| bias.dtype()),
+        };
+        self.run(shape, out, x, weight, bias).unwrap_or_else(|error| {
+            // Faults of the device show again in whatever runs next; the rest our kernels can do.
+            tracing::warn!(?shape, %error, "cuBLASLt refused a product");
+            let mut algorithms = self.algorithms.lock().unwrap_or_else(PoisonError::into_inner);
+            algorithms.insert(shape.bucket(), None);
+            false
+        })
+    }
+}
+
+/// A matrix of column-major elements.
+struct Layout(sys::cublasLtMatrixLayout_t);
+
+impl Layout {
+    fn new(dtype: DType, rows: usize, columns: usize) -> Result<Layout, CublasError> {
+        result::create_matrix_layout(cuda_type(dtype), rows as u64, columns as u64, rows as i64)
+            .map(Layout)
+    }
+}
+
+impl Drop for Layout {
+    fn drop(&mut self) {
+        // SAFETY: made once, destroyed once.
+        let _ = unsafe { result::destroy_matrix_layout(self.0) };
+    }
+}
+
+/// What is computed: f32 sums of transposed weights times activations, and perhaps a bias.
+struct Product(sys::cublasLtMatmulDesc_t);
+
+impl Product {
+    fn set<T>(
+        &self,
+        attribute: sys::cublasLtMatmulDescAttributes_t,
+        value: &T,
+    ) -> Result<(), CublasError> {
+        let value = std::ptr::from_ref(value);
+        // SAFETY: the value has the size that is given with it.
+        unsafe {
+            result::set_matmul_desc_attribute(self.0, attribute, value.cast(), size_of::<T>())
+        }
+    }
+}
+
+impl Drop for Product {
+    fn drop(&mut self) {
+        // SAFETY: made once, destroyed once.
+        let _ = unsafe { result::destroy_matmul_desc(self.0) };
+    }
+}
+
+/// How algorithms are chosen.
+struct Preference(sys::cublasLtMatmulPreference_t);
+
+impl Preference {
+    fn set<T>(
+        &self,
+        attribute: sys::cublasLtMatmulPreferenceAttributes_t,
+        value: &T,
+    ) -> Result<(), CublasError> {
+        let value = std::ptr::from_ref(value);
+        // SAFETY: the value has the size that is given with it.
+        unsafe {
+            result::set_matmul_pref_attribute(self.0, attribute, value.cast(), size_of::<T>())
+        }
+    }
+}
+
+impl Drop for Preference {
+    fn drop(&mut self) {
+        // SAFETY: made once, destroyed once.
+        let _ = unsafe { result::destroy_matmul_pref(self.0) };
+    }
+}
+
+/// A product and the layouts of what it reads and writes.
+struct Call {
+    product: Product,
+    weight: Layout,
+    x: Layout,
+    out: Layout,
+    bias: Option<*const c_void>,
+}
+
+impl Call {
+    fn new(shape: Shape, bias: Option<*const c_void>) -> Result<Call, CublasError> {
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        let Shape { rows, columns, k, operands, out, .. } = shape;
+        let sums = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
+        let product = Product(result::create_matmul_desc(sums, cuda_type(DType::F32))?);
+        product.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
+        if let (Some(address), Some(dtype)) = (bias, shape.bias) {
+            let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
+            product.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+            product.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &address)?;
+            product.set(Attribute::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &cuda_type(dtype))?;
+        }
+        Ok(Call {
+            product,
+            weight: Layout::new(operands, k, columns)?,
+            x: Layout::new(operands, k, rows)?,
+            out: Layout::new(out, columns, rows)?,
+            bias,
+        })
+    }
+
+    fn fastest(
+        &self,
+        handle: sys::cublasLtHandle_t,
+    ) -> Result<sys::cublasLtMatmulAlgo_t, CublasError> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
+        let preference = Preference(result::create_matmul_pref()?);
+        preference.set(Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES)?;
+        for operand in [
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+        ] {
+            preference.set(operand, &MIN_ALIGNMENT)?;
+        }
+        let Call { product, weight, x, out, .. } = self;
+        // SAFETY: all descriptions are alive.
+        let found = unsafe {
+            let (weight, x, out, by) = (weight.0, x.0, out.0, preference.0);
+            result::get_matmul_algo_heuristic(handle, product.0, weight, x, out, out, by)
+        };
+        found.map(|found| found.algo)
+    }
+}
+
+fn cuda_type(dtype: DType) -> sys::cudaDataType {
+    match dtype {
+        DType::F32 => sys::cudaDataType::CUDA_R_32F,
+        DType::BF16 => sys::cudaDataType::CUDA_R_16BF,
+        DType::F16 => sys::cudaDataType::CUDA_R_16F,
+        other => panic!("a dense product of {other}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn algorithms_are_chosen_for_few_numbers_of_rows() {
+        let shape = |rows| Shape {
+            rows,
+            columns: 64,
+            k: 64,
+            operands: DType::BF16,
+            out: DType::BF16,
+            bias: None,
+        };
+        assert_eq!(shape(17).bucket(), shape(32).bucket());
+        assert_eq!(shape(257).bucket(), shape(512));
+        let buckets: std::collections::HashSet<_> =
+            (17..=8192).map(|rows| shape(rows).bucket()).collect();
+        assert_eq!(buckets.len(), 9);
+    }
+}
