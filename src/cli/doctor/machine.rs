@@ -84,7 +84,7 @@ impl Machine {
 
 impl Cuda {
     fn here() -> Cuda {
-        let kernels_bytes = KERNELS.len();
+        let kernels_bytes = KERNELS.iter().map(|image| image.fatbin.len()).sum();
         let survey = match Survey::take() {
             Ok(survey) => survey,
             Err(error) => {

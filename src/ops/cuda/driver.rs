@@ -28,7 +28,7 @@ use cudarc::driver::sys;
 
 use super::cublas::{CublasLt, WORKSPACE_BYTES};
 use super::launcher::{ArgKind, CudaError, DeviceFacts, KernelArg, Launch, Launcher};
-use super::{CudaOps, KERNELS};
+use super::{CudaOps, Image, KERNELS};
 use crate::ops::{DeviceMemoryInfo, Recording};
 use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
 use context::{Context, refused, words};
@@ -40,7 +40,8 @@ pub use unavailable::Unavailable;
 pub struct Driver {
     gpu: Gpu,
     context: Arc<Context>,
-    module: sys::CUmodule,
+    /// One per file of kernels.
+    modules: Vec<sys::CUmodule>,
     stream: sys::CUstream,
     pinned: Pinned,
     // One thread computes; the lock is there for the one that drops or asks in between.
@@ -99,21 +100,23 @@ impl Drop for Graph {
 }
 
 impl Driver {
-    /// Opens a GPU and loads `image`, the kernels as nvcc made them, onto it.
-    pub fn open(ordinal: usize, image: &'static [u8]) -> Result<Driver, Unavailable> {
+    /// Opens a GPU and loads the kernels, as nvcc made them, onto it.
+    pub fn open(ordinal: usize, images: &'static [Image]) -> Result<Driver, Unavailable> {
         let gpu = Survey::take()?.usable(ordinal)?.clone();
-        if image.is_empty() {
+        if images.is_empty() {
             return Err(Unavailable::NoKernels);
         }
         let context = Arc::new(Context::open(ordinal).map_err(refused("opening the GPU"))?);
         context.enter().map_err(refused("entering the GPU's context"))?;
-        // SAFETY: the image is a whole fatbin of nvcc's, which says itself where it ends.
-        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }
-            .map_err(refused("loading the kernels"))?;
+        // SAFETY: an image is a whole fatbin of nvcc's, which says itself where it ends.
+        let load =
+            |image: &Image| unsafe { result::module::load_data(image.fatbin.as_ptr().cast()) };
+        let modules: Result<Vec<_>, _> = images.iter().map(load).collect();
+        let modules = modules.map_err(refused("loading the kernels"))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(refused("making a stream"))?;
         let pinned = Pinned::new().map_err(refused("pinning memory of the host"))?;
-        Ok(Driver { gpu, context, module, stream, pinned, state: Mutex::default() })
+        Ok(Driver { gpu, context, modules, stream, pinned, state: Mutex::default() })
     }
 
     /// cuBLASLt on this GPU, where it is installed and there is room for it.
@@ -169,13 +172,25 @@ impl Driver {
         if let Some(kernel) = state.kernels.get(name) {
             return Ok(kernel.clone());
         }
-        let symbol = CString::new(name).expect("kernels are named by identifiers");
-        // SAFETY: the module lives as long as `self`.
-        let function = unsafe { result::module::get_function(self.module, symbol) }?;
+        let function = self.function(name)?;
         self.allow_shared_memory(function)?;
         let kernel = Kernel { function, parameters: parameters(function).into() };
         state.kernels.insert(name, kernel.clone());
         Ok(kernel)
+    }
+
+    /// Looks for a kernel in all modules.
+    fn function(&self, name: &str) -> Result<sys::CUfunction, DriverError> {
+        let symbol = CString::new(name).expect("kernels are named by identifiers");
+        let mut outcome = Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND));
+        for &module in &self.modules {
+            // SAFETY: modules live as long as `self`.
+            outcome = unsafe { result::module::get_function(module, symbol.clone()) };
+            if outcome.as_ref().err() != Some(&DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND)) {
+                break;
+            }
+        }
+        outcome
     }
 
     /// Lets a kernel use all the dynamic shared memory that the GPU has beside its static one.
@@ -481,7 +496,9 @@ impl Drop for Driver {
             }
             let _ = result::free_host(self.pinned.start);
             let _ = result::stream::destroy(self.stream);
-            let _ = result::module::unload(self.module);
+            for &module in &self.modules {
+                let _ = result::module::unload(module);
+            }
         }
     }
 }

@@ -31,7 +31,7 @@ use super::{DeviceMemoryInfo, Ops, OpsError, Recording, StepLimits};
 use crate::formats::{PackedMatrix, dense};
 use crate::output::SampledToken;
 use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
-pub use image::KERNELS;
+pub use image::{Image, KERNELS};
 use launcher::{DeviceFacts, KernelArg, Launch, Launcher};
 pub use matmul::DenseProducts;
 
