@@ -432,6 +432,17 @@ impl<'a> ViewMut<'a> {
         unsafe { from.copy_to(to, row.len() * self.dtype.size_bytes()) }
     }
 
+    /// Two rows of the outermost axis, one to read and one to write; panics when either is not
+    /// there or both are the same.
+    pub fn two_rows(&mut self, read: usize, write: usize) -> (View<'_>, ViewMut<'_>) {
+        assert_ne!(read, write, "two rows of {:?}", self.shape);
+        let &mut ViewMut { dtype, place, .. } = self;
+        let (from, shape) = narrow(self.ptr, dtype, self.shape, &(read..read + 1));
+        let (to, _) = narrow(self.ptr, dtype, self.shape, &(write..write + 1));
+        let from = View { ptr: from, dtype, shape, place, _borrow: PhantomData };
+        (from, ViewMut { ptr: to, dtype, shape, place, _borrow: PhantomData })
+    }
+
     /// All elements, mutable; panics when `T` is not the view's dtype, or when they lie in device
     /// memory.
     pub fn into_mut_slice<T: Element>(self) -> &'a mut [T] {

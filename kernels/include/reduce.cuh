@@ -16,6 +16,11 @@ struct Max {
   __device__ __forceinline__ T operator()(T a, T b) const { return a > b ? a : b; }
 };
 
+struct Min {
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const { return b < a ? b : a; }
+};
+
 // Every lane gets the result. All 32 lanes call it.
 template <class T, class Combine>
 __device__ __forceinline__ T warp_reduce(T x, Combine combine) {

@@ -11,58 +11,23 @@ mod attention_kernels;
 mod candle;
 mod cuda_matmul;
 mod invariance;
+mod kernels;
 mod matmul;
 mod on_device;
 mod rows;
 mod sample;
 #[path = "../support/shim/mod.rs"]
 mod shim;
+mod simt;
 mod support;
 
-use support::{backends, for_each_backend, simt};
+use support::{backends, for_each_backend};
 use tokenmill::config::CpuIsa;
 use tokenmill::ops::cpu::{CpuError, CpuOps, Isa};
-use tokenmill::tensor::DType;
 
 #[test]
 fn row_operations_agree_with_the_referee() {
     for_each_backend(rows::check);
-}
-
-#[test]
-fn row_kernels_agree_with_the_referee() {
-    rows::check_norms(&simt(DType::BF16));
-    rows::check_norms(&simt(DType::F16));
-}
-
-#[test]
-fn matmul_kernels_agree_with_the_referee() {
-    cuda_matmul::check();
-}
-
-#[test]
-fn dense_matmul_kernels_agree_with_the_referee() {
-    cuda_matmul::check_dense();
-}
-
-#[test]
-fn bits_of_a_row_of_a_matmul_kernel_depend_on_the_kernel_alone() {
-    cuda_matmul::check_invariance();
-}
-
-#[test]
-fn projections_of_one_launch_equal_projections_alone() {
-    cuda_matmul::check_projections();
-}
-
-#[test]
-fn fused_gated_matmuls_agree_with_their_steps() {
-    cuda_matmul::check_gated();
-}
-
-#[test]
-fn matmul_kernels_take_no_memory_after_reserve() {
-    cuda_matmul::check_scratch();
 }
 
 #[test]
@@ -74,17 +39,6 @@ fn matmul_agrees_with_the_referee() {
 #[test]
 fn attention_agrees_with_the_referee() {
     attention::check(&backends());
-}
-
-#[test]
-fn attention_kernels_agree_with_the_referee() {
-    attention_kernels::check(&simt(DType::BF16));
-    attention_kernels::check_empty_contexts(&simt(DType::BF16));
-}
-
-#[test]
-fn no_bit_of_attention_kernels_depends_on_how_work_is_cut() {
-    attention_kernels::check_invariance(&simt(DType::BF16), &simt(DType::BF16));
 }
 
 #[test]

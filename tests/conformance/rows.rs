@@ -19,6 +19,7 @@ pub fn check(ops: &dyn Ops) {
                 embed(ops, rng, (rows, width), dtype);
                 norms(ops, rng, (rows, width), dtype);
             }
+            embed_packed(ops, rng, (rows, width));
             gated_activation(ops, rng, (rows, width));
             gather_rows(ops, rng, (rows, width));
         }
@@ -27,17 +28,6 @@ pub fn check(ops: &dyn Ops) {
             rope(ops, rng, rows, head_dim);
             for &dtype in caches(ops) {
                 kv_writes_and_copies(ops, rng, rows, head_dim, dtype);
-            }
-        }
-    }
-}
-
-pub fn check_norms(ops: &dyn Ops) {
-    for (seed, rows) in ROWS.into_iter().enumerate() {
-        for width in WIDTHS {
-            let rng = &mut Rng::new((seed * 1000 + width) as u64);
-            for dtype in FLOATS {
-                norms(ops, rng, (rows, width), dtype);
             }
         }
     }
@@ -59,7 +49,25 @@ fn embed(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize), dtype: DTy
         ops.embed(EmbedArgs { out: out.view(), table, token_ids: token_ids.view() });
         out.finish(&what)
     };
-    assert_same(&what, &run(ops, &arranged), &run(&ReferenceOps, &table));
+    assert_outputs(ops, &what, &run(ops, &arranged), &run(&ReferenceOps, &table), (0.0, 0.0));
+}
+
+/// Tables in every packed format; a product of code and scale is rounded once.
+fn embed_packed(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize)) {
+    let vocab = 50;
+    let mut tables = quantized(rng, vocab, width);
+    let in_blocks = dense::into_blocks(rng.matrix(DType::BF16, vocab, width), 1);
+    tables.push(("bf16 in blocks", in_blocks));
+    let token_ids = ids(&(0..rows).map(|_| rng.below(vocab) as u32).collect::<Vec<_>>());
+    for (name, table) in &tables {
+        let what = format!("{} embed {rows} x {width} {name}", ops.name());
+        let (got, want) = both(ops, |ops| {
+            let mut out = Guarded::poisoned([rows, width]);
+            ops.embed(EmbedArgs { out: out.view(), table, token_ids: token_ids.view() });
+            out.finish(&what)
+        });
+        assert_outputs(ops, &what, &got, &want, (0.0, 0.0));
+    }
 }
 
 fn norms(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize), dtype: DType) {
@@ -91,8 +99,8 @@ fn norms(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize), dtype: DTy
 
 fn gated_activation(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize)) {
     let wide: Vec<f32> = rng.floats(rows * width).iter().map(|x| 12.0 * x).collect();
-    let gate = Tensor::from_slice(&wide, [rows, width]);
-    let up = rng.tensor(DType::F32, [rows, width]);
+    let gate = Tensor::from_slice(&as_activations(ops, &wide), [rows, width]);
+    let up = rng.activations(ops, [rows, width]);
     for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu] {
         let what = format!("{} {activation:?} {rows} x {width}", ops.name());
         let (got, want) = both(ops, |ops| {
@@ -102,13 +110,13 @@ fn gated_activation(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize))
             out.finish(&what)
         });
         // GELU subtracts nearly equal numbers where it is small, hence the absolute part.
-        assert_close(&what, &got, &want, (2e-6, 2e-6));
+        assert_outputs(ops, &what, &got, &want, (2e-6, 2e-6));
     }
 }
 
 fn gather_rows(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize)) {
     let what = format!("{} gather_rows {rows} x {width}", ops.name());
-    let x = rng.tensor(DType::F32, [rows, width]);
+    let x = rng.activations(ops, [rows, width]);
     let wanted = ids(&(0..rows + 3).map(|_| rng.below(rows) as u32).collect::<Vec<_>>());
     let (got, want) = both(ops, |ops| {
         let mut out = Guarded::poisoned([rows + 3, width]);
@@ -125,7 +133,8 @@ fn rope(ops: &dyn Ops, rng: &mut Rng, tokens: usize, head_dim: usize) {
             rng.tensor(DType::F32, [100, rotary_dim / 2]),
             rng.tensor(DType::F32, [100, rotary_dim / 2]),
         );
-        let (q, k) = (rng.floats(tokens * 4 * head_dim), rng.floats(tokens * 2 * head_dim));
+        let mut heads = |count: usize| as_activations(ops, &rng.floats(tokens * count * head_dim));
+        let (q, k) = (heads(4), heads(2));
         for style in [RopeStyle::Halves, RopeStyle::Interleaved] {
             let what = format!("{} rope {tokens} x {head_dim} {rotary_dim} {style:?}", ops.name());
             let (got, want) = both(ops, |ops| {
@@ -139,7 +148,7 @@ fn rope(ops: &dyn Ops, rng: &mut Rng, tokens: usize, head_dim: usize) {
                 both
             });
             // One rounding more or less, of products below 1.
-            assert_close(&what, &got, &want, (2e-7, 0.0));
+            assert_outputs(ops, &what, &got, &want, (2e-7, 0.0));
         }
     }
 }
@@ -164,7 +173,7 @@ fn kv_writes_and_copies(
             for (i, x) in values.iter_mut().enumerate() {
                 *x *= 2f32.powi((i % 24) as i32 - 12);
             }
-            Tensor::from_slice(&values, [tokens, heads, head_dim])
+            Tensor::from_slice(&as_activations(ops, &values), [tokens, heads, head_dim])
         };
         let (k, v) = (values(), values());
         let old = rng.floats(num_blocks * heads * block_size * head_dim);

@@ -10,9 +10,6 @@ use tokenmill::ops::cpu::{CpuOps, Isa};
 use tokenmill::ops::kv_tensor::KvTensor;
 use tokenmill::tensor::{DType, Fp8, Shape, Tensor, ViewMut};
 
-use crate::on_device::OnDevice;
-use crate::shim::Shim;
-
 pub const FLOATS: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 /// What a KV cache may hold.
 pub const CACHES: [DType; 5] = [DType::F32, DType::BF16, DType::F16, DType::I8, DType::Fp8];
@@ -21,11 +18,6 @@ pub const CACHES: [DType; 5] = [DType::F32, DType::BF16, DType::F16, DType::I8, 
 pub fn backends() -> Vec<CpuOps> {
     let on = |isa: Isa| [1, 2].map(|threads| CpuOps::new(Some(threads), isa.choice()).unwrap());
     Isa::supported().into_iter().flat_map(on).collect()
-}
-
-/// The CUDA kernels on the SIMT machine, with activations of bf16 or f16.
-pub fn simt(activations: DType) -> OnDevice<Shim> {
-    OnDevice::new(Shim::new(), activations)
 }
 
 pub fn for_each_backend(check: impl Fn(&dyn Ops)) {

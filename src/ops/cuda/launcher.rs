@@ -123,6 +123,12 @@ impl<'a> From<&'a mut ViewMut<'_>> for KernelArg<'a> {
     }
 }
 
+impl<'a> From<Option<&'a mut ViewMut<'_>>> for KernelArg<'a> {
+    fn from(view: Option<&'a mut ViewMut<'_>>) -> Self {
+        view.map_or(KernelArg::null(), KernelArg::from)
+    }
+}
+
 impl<'a> From<&'a Tensor> for KernelArg<'a> {
     fn from(tensor: &'a Tensor) -> Self {
         KernelArg::from(tensor.view())
@@ -285,7 +291,7 @@ mod tests {
             (ArgKind::Int64, 1 << 40),
             (ArgKind::Float32, 0x3fc0_0000),
         ];
-        let args = args![view, None, -2i32, 7usize, 1u64 << 40, 1.5f32];
+        let args = args![view, None::<View<'_>>, -2i32, 7usize, 1u64 << 40, 1.5f32];
         assert_eq!(args.map(|arg| (arg.kind(), arg.bits())), expected);
     }
 

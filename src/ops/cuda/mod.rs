@@ -42,6 +42,7 @@ pub struct CudaOps<L> {
     launcher: L,
     facts: DeviceFacts,
     records: bool,
+    sampler: sample::Sampler,
     partials: attention::Partials,
     product_scratch: Mutex<matmul::Scratch>,
 }
@@ -53,6 +54,7 @@ impl<L: Launcher> CudaOps<L> {
             facts: launcher.facts(),
             launcher,
             records: true,
+            sampler: sample::Sampler::default(),
             partials: attention::Partials::default(),
             product_scratch: Mutex::default(),
             dense_products: None,
@@ -159,10 +161,14 @@ impl<L: Launcher> Ops for CudaOps<L> {
     }
 
     fn scratch_bytes(&self, limits: &StepLimits) -> usize {
-        attention::Partials::size_bytes(limits) + self.product_scratch_bytes(limits)
+        sample::Sampler::bytes(limits.max_logit_rows, limits.vocab_size)
+            + attention::Partials::size_bytes(limits)
+            + self.product_scratch_bytes(limits)
     }
 
     fn reserve(&self, limits: &StepLimits) -> Result<(), OpsError> {
+        let (rows, vocab_size) = (limits.max_logit_rows, limits.vocab_size);
+        self.named(self.sampler.reserve(&self.launcher, rows, vocab_size))?;
         self.named(self.partials.reserve(&self.launcher, limits))?;
         self.named(self.reserve_products(limits))
     }

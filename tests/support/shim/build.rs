@@ -33,8 +33,17 @@ pub fn kernel_libraries() -> Vec<Library> {
     libraries_of(&sources(&folder, "cu"), &folder.join("include"))
 }
 
-/// As [`kernel_libraries`], for any kernel files.
-pub fn libraries_of(kernels: &[PathBuf], include: &Path) -> Vec<Library> {
+/// The kernels that test the machine itself.
+pub fn test_libraries() -> Vec<Library> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    libraries_of(
+        &sources(&root.join("tests/conformance/broken"), "cu"),
+        &root.join("kernels/include"),
+    )
+}
+
+/// One library per file.
+fn libraries_of(kernels: &[PathBuf], include: &Path) -> Vec<Library> {
     let extra = std::env::var(FLAGS_VARIABLE).unwrap_or_default();
     let flags: Vec<&str> = FLAGS.iter().copied().chain(extra.split_whitespace()).collect();
     let mut headers = Sha256::new();

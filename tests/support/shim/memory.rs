@@ -160,6 +160,11 @@ static SANITIZER: LazyLock<Option<Sanitizer>> = LazyLock::new(|| {
     }
 });
 
+/// Whether a sanitizer watches this process.
+pub fn has_sanitizer() -> bool {
+    SANITIZER.is_some()
+}
+
 /// The bytes of a tensor of this device.
 pub fn bytes<'a>(view: &View<'a>) -> &'a [u8] {
     let len_bytes = view.shape().len() * view.dtype().size_bytes();

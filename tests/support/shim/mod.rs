@@ -40,6 +40,15 @@ static KERNELS: LazyLock<BTreeMap<String, Kernel>> = LazyLock::new(|| {
     libraries.into_iter().flat_map(Kernel::all_of).collect()
 });
 
+/// Kernels of the tests of the machine itself.
+static TEST_KERNELS: LazyLock<BTreeMap<String, Kernel>> =
+    LazyLock::new(|| build::test_libraries().into_iter().flat_map(Kernel::all_of).collect());
+
+/// Whether the address sanitizer watches this process.
+pub fn has_sanitizer() -> bool {
+    memory::has_sanitizer()
+}
+
 /// Names of all kernels under `kernels/`.
 pub fn exported_kernels() -> BTreeSet<String> {
     KERNELS.keys().cloned().collect()
@@ -135,6 +144,7 @@ pub struct Shim {
     /// What was asked for since recording began.
     recorded: Mutex<Option<Vec<Recorded>>>,
     facts: DeviceFacts,
+    kernels: &'static BTreeMap<String, Kernel>,
 }
 
 /// One thing of a recording, with addresses of device memory.
@@ -156,12 +166,18 @@ impl Shim {
         })
     }
 
+    /// A device with the kernels of the tests of the machine itself.
+    pub fn with_test_kernels() -> Shim {
+        Shim { kernels: &TEST_KERNELS, ..Shim::new() }
+    }
+
     /// A device with other limits.
     pub fn with_facts(facts: DeviceFacts) -> Shim {
         let given = std::env::var(SEED_VARIABLE).ok();
         let seed = given.map_or_else(random_seed, |seed| seed.parse().expect(SEED_VARIABLE));
         let (launches, memory, error) = (AtomicU64::new(0), Memory::default(), Mutex::new(None));
-        Shim { seed, launches, memory, error, recorded: Mutex::new(None), facts }
+        let recorded = Mutex::new(None);
+        Shim { seed, launches, memory, error, recorded, facts, kernels: &KERNELS }
     }
 
     fn keep(&self, error: CudaError) {
@@ -189,7 +205,8 @@ impl Shim {
     }
 
     fn try_launch(&self, name: &str, launch: Launch, args: &[KernelArg<'_>]) -> Result<(), String> {
-        let (kernel_name, kernel) = KERNELS.get_key_value(name).ok_or("there is no such kernel")?;
+        let (kernel_name, kernel) =
+            self.kernels.get_key_value(name).ok_or("there is no such kernel")?;
         if launch.shared_bytes > self.facts.shared_bytes_per_block {
             return Err("more shared memory than a block may have".into());
         }
