@@ -9,7 +9,7 @@ use tokenmill::tensor::DType;
 
 use crate::on_device::OnDevice;
 use crate::shim::{self, Shim};
-use crate::{rows, sample};
+use crate::{attention_kernels, cuda_matmul, rows, sample};
 
 /// A device with activations of bf16 or f16.
 fn simt(activations: DType) -> OnDevice<Shim> {
@@ -38,9 +38,18 @@ static ROWS: Table = Table::new(|| {
     rows::check(&simt(DType::F16));
 });
 static SAMPLE: Table = Table::new(|| sample::check(&simt(DType::BF16)));
+static ATTENTION: Table = Table::new(|| {
+    attention_kernels::check(&simt(DType::BF16));
+    attention_kernels::check_empty_contexts(&simt(DType::BF16));
+});
+static MATMUL: Table = Table::new(|| {
+    cuda_matmul::check();
+    cuda_matmul::check_gated();
+});
+static DENSE_MATMUL: Table = Table::new(cuda_matmul::check_dense);
 
 /// All of them.
-static TABLES: [&Table; 2] = [&ROWS, &SAMPLE];
+static TABLES: [&Table; 5] = [&ROWS, &SAMPLE, &ATTENTION, &MATMUL, &DENSE_MATMUL];
 
 #[test]
 fn row_kernels_agree_with_the_referee() {
@@ -53,6 +62,56 @@ fn the_sampling_kernel_agrees_with_the_referee() {
 }
 
 #[test]
+fn attention_kernels_agree_with_the_referee() {
+    ATTENTION.pass();
+}
+
+#[test]
+fn no_bit_of_attention_kernels_depends_on_how_work_is_cut() {
+    attention_kernels::check_invariance(&simt(DType::BF16), &simt(DType::BF16));
+}
+
+#[test]
+fn matmul_kernels_agree_with_the_referee_and_fused_ones_with_their_steps() {
+    MATMUL.pass();
+}
+
+#[test]
+fn dense_matmul_kernels_agree_with_the_referee() {
+    DENSE_MATMUL.pass();
+}
+
+#[test]
+fn bits_of_a_row_of_a_matmul_kernel_depend_on_the_kernel_alone() {
+    cuda_matmul::check_invariance();
+}
+
+#[test]
+fn projections_of_one_launch_of_a_matmul_kernel_equal_projections_alone() {
+    cuda_matmul::check_projections();
+}
+
+#[test]
+fn matmul_kernels_take_no_memory_after_reserve() {
+    cuda_matmul::check_scratch();
+}
+
+/// Kernels that no launch code can reach yet: FP8 and W8A16 are not packed into blocks of sixteen
+/// rows so far, and INT8 models compute with activations of bf16.
+const WAITING: [&str; 10] = [
+    "matmul_few_fp8",
+    "matmul_few_fp8_groups",
+    "matmul_few_w8a16",
+    "matmul_many_fp8",
+    "matmul_many_fp8_groups",
+    "matmul_many_w8a16",
+    "matmul_skinny_fp8",
+    "matmul_skinny_fp8_groups",
+    "matmul_skinny_w8a16",
+    "quantize_rows_f16",
+];
+
+#[test]
 fn every_kernel_has_a_case() {
     for table in TABLES {
         table.pass();
@@ -60,9 +119,13 @@ fn every_kernel_has_a_case() {
     let launched = shim::launched_kernels();
     let exported = shim::exported_kernels();
     assert!(!exported.is_empty());
+    let is_launched = |name: &str| launched.contains(name);
+    let is_waiting = |name: &str| WAITING.contains(&name);
     let missing: Vec<_> =
-        exported.iter().filter(|name| !launched.contains(name.as_str())).collect();
+        exported.iter().filter(|name| !is_launched(name) && !is_waiting(name)).collect();
     assert!(missing.is_empty(), "no case launches {missing:?}");
+    let late: Vec<_> = WAITING.into_iter().filter(|name| is_launched(name)).collect();
+    assert!(late.is_empty(), "{late:?} have cases now");
 }
 
 /// What is not exported would not be missed above.

@@ -6,7 +6,7 @@
 //! and after every operation the device is asked whether it failed.
 
 use half::{bf16, f16};
-use tokenmill::formats::{PackedMatrix, Quantized};
+use tokenmill::formats::{Format, PackedMatrix, Quantized};
 use tokenmill::ops::args::*;
 use tokenmill::ops::cuda::CudaOps;
 use tokenmill::ops::cuda::launcher::Launcher;
@@ -55,6 +55,11 @@ impl<L: Launcher> OnDevice<L> {
             zero_points: quantized.zero_points.as_ref().map(Tensor::to_owned_memory),
         });
         let data = matrix.data.to_owned_memory();
+        // What is dense would get the dtype of the device's activations then; tables are read as
+        // they are.
+        if matrix.format == Format::Dense {
+            return PackedMatrix { data: self.copy(data.view()), quantized, ..*matrix };
+        }
         self.ops.arrange(PackedMatrix { data, quantized, ..*matrix }).unwrap()
     }
 
