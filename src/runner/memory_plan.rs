@@ -337,6 +337,74 @@ pub fn free_memory_bytes() -> u64 {
 mod tests {
     use super::*;
 
+    const GIB: usize = 1 << 30;
+
+    /// A plan of 10 GiB of weights and 1 GiB of workspace.
+    fn plan() -> MemoryPlan {
+        MemoryPlan {
+            weights_bytes: 10 * GIB,
+            workspace_bytes: GIB,
+            num_blocks: 0,
+            spare_blocks: 2,
+            block_bytes: 1 << 20,
+            block_size: 16,
+            kv_dtype: DType::BF16,
+            max_model_len: 4096,
+            limits: BatchLimits { max_num_tokens: 64, max_num_seqs: 8, max_blocks_per_seq: 256 },
+            max_logit_rows: 64,
+        }
+    }
+
+    fn config(memory_bytes: Option<u64>) -> CacheConfig {
+        CacheConfig {
+            memory_bytes,
+            fraction: 0.5,
+            gpu_memory_utilization: 0.75,
+            block_size: 16,
+            dtype: KvCacheDtype::Auto,
+            enable_prefix_caching: true,
+        }
+    }
+
+    /// Bytes of the pool on a GPU of 32 GiB, of which others have taken some.
+    fn on_gpu(taken: usize, wanted: Option<u64>, most_used: usize) -> Result<usize, String> {
+        let device = DeviceMemoryInfo { free: (32 * GIB - taken) as u64, total: 32 << 30 };
+        let pool = plan().pool(Some(device), &config(wanted), most_used, 0);
+        pool.map(|pool| pool.bytes).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn on_a_gpu_the_cache_takes_what_weights_workspace_and_others_leave() {
+        assert_eq!(on_gpu(0, None, 100 * GIB), Ok(13 * GIB));
+        assert_eq!(on_gpu(2 * GIB, None, 100 * GIB), Ok(11 * GIB));
+        assert_eq!(on_gpu(0, None, GIB), Ok(GIB + (2 << 20)), "and blocks to fill steps up");
+        assert_eq!(on_gpu(0, Some(4 << 30), 100 * GIB), Ok(4 * GIB));
+        assert_eq!(on_gpu(0, Some(40 << 30), 100 * GIB), Ok(13 * GIB));
+    }
+
+    #[test]
+    fn a_gpu_that_is_too_full_is_refused_with_numbers() {
+        let refusal = on_gpu(20 * GIB, None, GIB).unwrap_err();
+        assert!(
+            refusal.starts_with(
+                "weights (10.0 GiB) and workspace (1.0 GiB) do not fit into the 4.0 GiB that \
+                 --gpu-memory-utilization leaves of 32.0 GiB"
+            ),
+            "{refusal}"
+        );
+    }
+
+    #[test]
+    fn on_a_cpu_the_cache_takes_a_fraction_of_what_is_free() {
+        let pool = |wanted, most_used| {
+            let free = 8 << 30;
+            plan().pool(None, &config(wanted), most_used, free).map(|pool| pool.bytes).unwrap()
+        };
+        assert_eq!(pool(None, 100 * GIB), 4 * GIB);
+        assert_eq!(pool(None, GIB), GIB);
+        assert_eq!(pool(Some(6 << 30), GIB), 6 * GIB);
+    }
+
     #[test]
     fn bytes_are_short_to_read() {
         assert_eq!(Bytes(512).to_string(), "512 B");

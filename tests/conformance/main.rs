@@ -14,6 +14,7 @@ mod invariance;
 mod kernels;
 mod matmul;
 mod on_device;
+mod recording;
 mod rows;
 mod sample;
 #[path = "../support/shim/mod.rs"]

@@ -5,7 +5,10 @@ mod support;
 
 mod decoded;
 mod oracle;
+mod replayed;
 mod scheduler;
 mod served;
+#[path = "../support/shim/mod.rs"]
+mod shim;
 mod simulation;
 mod workload;

@@ -10,4 +10,7 @@ mod bundled;
 mod candle_referee;
 mod decoding;
 mod loading;
+mod on_device;
 mod recorded;
+#[path = "../support/shim/mod.rs"]
+mod shim;

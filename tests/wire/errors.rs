@@ -2,7 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::support::{MAX_MODEL_LEN, Setup, TestServer, has_answer, read_answer, wait_until};
+use super::support::{
+    BreakingDevice, MAX_MODEL_LEN, Setup, TestServer, has_answer, read_answer, wait_until,
+};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
@@ -167,6 +169,25 @@ fn an_engine_that_fails_during_a_stream_ends_it_with_an_error_event() {
     assert_eq!(error["error"]["code"], 500);
     assert_eq!(error["error"]["type"], "InternalServerError");
     assert!(!reply.body.contains("the script says so"), "the reason is for the log");
+}
+
+#[test]
+fn a_gpu_that_breaks_ends_its_requests_and_is_unhealthy() {
+    // After the prompt and a few tokens.
+    let runner = BreakingDevice::after(100).runner();
+    let server = Setup::default().start_with(Box::new(runner));
+    let body = chat(json!({"stream": true, "max_tokens": 100, "ignore_eos": true}));
+    let reply = server.client().post(CHAT, &body);
+    let events = reply.events();
+    assert!(events.len() > 2, "tokens came before: {events:?}");
+    let error = &events.last().expect("an event")["error"];
+    assert_eq!((&error["code"], &error["type"]), (&json!(500), &json!("InternalServerError")));
+    let health = server.client().get("/health");
+    assert_eq!(health.status, 503);
+    for part in ["0 Breaking GPU failed", "kernel ", "(grid [", "an illegal memory access"] {
+        assert!(health.body.contains(part), "{part:?} is not in {}", health.body);
+    }
+    assert_eq!(server.client().post(CHAT, &chat(json!({}))).status, 503);
 }
 
 #[test]

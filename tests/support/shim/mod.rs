@@ -8,6 +8,7 @@
 //! which is part of what failures print, says which it was.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
 mod build;
 mod memory;

@@ -1,6 +1,7 @@
 //! A server with a scripted model, and a client that writes down what it sees.
 
 mod client;
+mod device;
 mod model;
 
 use std::net::SocketAddr;
@@ -11,12 +12,14 @@ use std::time::{Duration, Instant};
 use tokenmill::config::{SchedulingPolicy, ServerConfig};
 use tokenmill::engine::{Engine, EngineOptions, ModelInfo};
 use tokenmill::request::SamplingDefaults;
+use tokenmill::runner::StepRunner;
 use tokenmill::scheduler::SchedulerParams;
 use tokenmill::server;
 use tokenmill::telemetry::Metrics;
 use tokio::sync::oneshot;
 
 pub use client::{Client, has_answer, read_answer};
+pub use device::BreakingDevice;
 pub use model::END_OF_TURN;
 use model::{Recital, VOCAB_SIZE, text_pipeline};
 
@@ -149,10 +152,17 @@ impl Setup {
     /// Starts the server.
     pub fn start(self) -> TestServer {
         let (permits, gate) = channel();
-        let runner =
-            Recital::new(self.says, self.endless, self.gated.then_some(gate), self.fails_at);
+        let gate = self.gated.then_some(gate);
+        let runner = Recital::new(self.says, self.endless, gate, self.fails_at);
+        let mut server = self.start_with(Box::new(runner));
+        server.permits = self.gated.then_some(permits);
+        server
+    }
+
+    /// Starts the server with a model of another kind.
+    pub fn start_with(&self, runner: Box<dyn StepRunner>) -> TestServer {
         let metrics = Arc::new(Metrics::new("scripted", MAX_MODEL_LEN));
-        let engine = Engine::start(Box::new(runner), text_pipeline(), self.options(metrics));
+        let engine = Engine::start(runner, text_pipeline(), self.options(metrics));
         let config = self.server_config();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -172,7 +182,7 @@ impl Setup {
         TestServer {
             address,
             runtime: Some(runtime),
-            permits: self.gated.then_some(permits),
+            permits: None,
             shutdown: Some(shutdown),
             stopped,
         }
