@@ -31,8 +31,7 @@ use super::weight_rows::{Bytes, Coded, Dense, E4m3, WeightRows, with_rows};
 use super::{CpuOps, with_float};
 use crate::formats::blocks::BLOCK_ROWS;
 use crate::formats::{Format, PackedMatrix};
-use crate::ops::args::{Activation, GatedMatmulArgs, MatmulArgs, Projection, WeightAndBias};
-use crate::ops::gated_in_steps;
+use crate::ops::args::{Activation, MatmulArgs, Projection};
 use crate::tensor::{DType, View};
 
 /// Rows of activations that one task prepares.
@@ -155,29 +154,21 @@ impl<'a> Inputs<'a> {
 
 /// A matrix and its widened bias.
 #[derive(Clone, Copy)]
-struct Weighted<'a> {
-    weight: &'a PackedMatrix,
-    bias: Option<&'a [f32]>,
-}
-
-/// The matrices of a gated product.
-#[derive(Clone, Copy)]
-pub(super) struct Gated<'a> {
-    pub(super) gate: WeightAndBias<'a>,
-    pub(super) up: WeightAndBias<'a>,
-    pub(super) activation: Activation,
+pub(super) struct Weighted<'a> {
+    pub(super) weight: &'a PackedMatrix,
+    pub(super) bias: Option<&'a [f32]>,
 }
 
 /// What a kernel computes: a matrix, or a gate and what it multiplies.
 #[derive(Clone, Copy)]
-struct Product<'a> {
-    main: Weighted<'a>,
-    up: Option<(Weighted<'a>, Activation)>,
+pub(super) struct Product<'a> {
+    pub(super) main: Weighted<'a>,
+    pub(super) up: Option<(Weighted<'a>, Activation)>,
 }
 
 impl<'a> Product<'a> {
     /// Output columns: rows of the weights.
-    fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         self.main.weight.num_rows
     }
 
@@ -194,7 +185,7 @@ impl<'a> Product<'a> {
 }
 
 /// One projection, ready to be computed by ranges of columns.
-struct Planned<'a> {
+pub(super) struct Planned<'a> {
     kernel: Box<dyn ColumnKernel + 'a>,
     num_cols: usize,
     cols_per_task: usize,
@@ -207,7 +198,7 @@ impl Planned<'_> {
 }
 
 /// Computes output columns for all rows; calls with different columns may run at once.
-trait ColumnKernel: Sync {
+pub(super) trait ColumnKernel: Sync {
     fn run(&self, cols: Range<usize>, scratch: &mut Scratch);
 }
 
@@ -296,45 +287,7 @@ impl CpuOps {
         self.run_planned(&planned.collect::<Vec<Planned<'_>>>());
     }
 
-    /// A gated product in one pass where a kernel takes both halves, else in steps.
-    pub(super) fn multiply_gated(&self, args: GatedMatmulArgs<'_>) {
-        if !self.fuses(args.gate.0, args.up.0) {
-            return gated_in_steps(self, args);
-        }
-        let GatedMatmulArgs { out, x, gate, up, activation, .. } = args;
-        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = Place::Rows(Parts::new(out.into_mut_slice::<f32>()));
-        self.run_gated(&mut prepared.x, x, Gated { gate, up, activation }, place);
-    }
-
-    /// A gated product in one pass.
-    pub(super) fn run_gated(
-        &self,
-        buffers: &mut InputBuffers,
-        x: View<'_>,
-        gated: Gated<'_>,
-        place: Place<'_>,
-    ) {
-        let Gated { gate, up, activation } = gated;
-        assert!(x.size(1) > 0, "matmul: nothing to sum over");
-        let inputs = self.prepare(buffers, x, &[gate.0]);
-        let biases = [gate.1, up.1].map(|bias| bias.map(|bias| self.widened(bias)));
-        let main = Weighted { weight: gate.0, bias: biases[0].as_deref() };
-        let up = Weighted { weight: up.0, bias: biases[1].as_deref() };
-        let product = Product { main, up: Some((up, activation)) };
-        self.run_planned(&[self.plan(&inputs, product, place, product.width())]);
-    }
-
-    /// Whether a kernel takes both halves of a gated product.
-    pub(super) fn fuses(&self, gate: &PackedMatrix, up: &PackedMatrix) -> bool {
-        let grid = |weight: &PackedMatrix| weight.quantized.as_ref().map(|q| q.grid);
-        gate.format == up.format
-            && gate.data.dtype() == up.data.dtype()
-            && grid(gate) == grid(up)
-            && Form::of(self.isa, gate) != Form::Floats
-    }
-
-    fn run_planned(&self, planned: &[Planned<'_>]) {
+    pub(super) fn run_planned(&self, planned: &[Planned<'_>]) {
         let num_tasks = planned.iter().map(Planned::num_tasks).sum();
         self.pool.run(num_tasks, |thread, mut task| {
             let found = planned.iter().find(|planned| {
@@ -352,7 +305,7 @@ impl CpuOps {
     }
 
     /// Plans a product of an operation whose matrices have `all_cols` columns in all.
-    fn plan<'a>(
+    pub(super) fn plan<'a>(
         &self,
         inputs: &Inputs<'a>,
         product: Product<'a>,
@@ -401,7 +354,7 @@ impl CpuOps {
     }
 
     /// Brings activations into the forms that the matrices want.
-    fn prepare<'a>(
+    pub(super) fn prepare<'a>(
         &self,
         buffers: &'a mut InputBuffers,
         x: View<'a>,
@@ -507,7 +460,7 @@ impl CpuOps {
     }
 
     /// In single precision, padded to whole blocks.
-    fn widened(&self, from: View<'_>) -> Vec<f32> {
+    pub(super) fn widened(&self, from: View<'_>) -> Vec<f32> {
         let len = from.shape().len();
         let mut out = vec![0.0; len.next_multiple_of(BLOCK_ROWS)];
         with_float!(from.dtype(), E =>

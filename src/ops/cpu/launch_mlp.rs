@@ -1,16 +1,18 @@
-//! How a gated MLP of many rows runs: what the gated product yields goes straight into the form that
-//! the next product reads (bf16), or into one that is fast to write and to quantize (`middle`).
+//! How gated products and gated MLPs run. In an MLP of many rows, what the gated product yields
+//! goes straight into the form that the next product reads (bf16), or into one that is fast to
+//! write and to quantize (`middle`).
 
 use std::sync::PoisonError;
 
 use super::CpuOps;
-use super::launch_matmul::{Form, Gated, Input, Inputs, Prepared};
+use super::launch_matmul::{Form, Input, InputBuffers, Inputs, Prepared, Product, Weighted};
 use super::middle::{CodeMiddle, Middle};
+use super::share::Parts;
 use super::weight_blocks::Place;
-use crate::formats::ROW_ALIGN;
-use crate::ops::args::{GatedMatmulArgs, GatedMlpArgs};
-use crate::ops::mlp_in_steps;
-use crate::tensor::{ALIGNMENT, ViewMut};
+use crate::formats::{PackedMatrix, ROW_ALIGN};
+use crate::ops::args::{Activation, GatedMatmulArgs, GatedMlpArgs, WeightAndBias};
+use crate::ops::{gated_in_steps, mlp_in_steps};
+use crate::tensor::{ALIGNMENT, View, ViewMut};
 
 /// Up to this many rows, activations fit the caches in any order.
 const FEW_ROWS: usize = 32;
@@ -18,6 +20,14 @@ const FEW_ROWS: usize = 32;
 /// Whether a tensor begins with a cache line, as the engine's own do.
 fn is_aligned(tensor: &ViewMut<'_>) -> bool {
     tensor.as_view().as_slice::<f32>().as_ptr().align_offset(ALIGNMENT) == 0
+}
+
+/// The matrices of a gated product.
+#[derive(Clone, Copy)]
+pub(super) struct Gated<'a> {
+    pub(super) gate: WeightAndBias<'a>,
+    pub(super) up: WeightAndBias<'a>,
+    pub(super) activation: Activation,
 }
 
 impl CpuOps {
@@ -50,6 +60,44 @@ impl CpuOps {
         };
         let inputs = Inputs { x: &[], k, num_rows, forms: vec![(form, input)] };
         self.project(&inputs, vec![args.down]);
+    }
+
+    /// A gated product in one pass where a kernel takes both halves, else in steps.
+    pub(super) fn multiply_gated(&self, args: GatedMatmulArgs<'_>) {
+        if !self.fuses(args.gate.0, args.up.0) {
+            return gated_in_steps(self, args);
+        }
+        let GatedMatmulArgs { out, x, gate, up, activation, .. } = args;
+        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = Place::Rows(Parts::new(out.into_mut_slice::<f32>()));
+        self.run_gated(&mut prepared.x, x, Gated { gate, up, activation }, place);
+    }
+
+    /// A gated product in one pass.
+    pub(super) fn run_gated(
+        &self,
+        buffers: &mut InputBuffers,
+        x: View<'_>,
+        gated: Gated<'_>,
+        place: Place<'_>,
+    ) {
+        let Gated { gate, up, activation } = gated;
+        assert!(x.size(1) > 0, "matmul: nothing to sum over");
+        let inputs = self.prepare(buffers, x, &[gate.0]);
+        let biases = [gate.1, up.1].map(|bias| bias.map(|bias| self.widened(bias)));
+        let main = Weighted { weight: gate.0, bias: biases[0].as_deref() };
+        let up = Weighted { weight: up.0, bias: biases[1].as_deref() };
+        let product = Product { main, up: Some((up, activation)) };
+        self.run_planned(&[self.plan(&inputs, product, place, product.width())]);
+    }
+
+    /// Whether a kernel takes both halves of a gated product.
+    pub(super) fn fuses(&self, gate: &PackedMatrix, up: &PackedMatrix) -> bool {
+        let grid = |weight: &PackedMatrix| weight.quantized.as_ref().map(|q| q.grid);
+        gate.format == up.format
+            && gate.data.dtype() == up.data.dtype()
+            && grid(gate) == grid(up)
+            && Form::of(self.isa, gate) != Form::Floats
     }
 
     /// Whether the gated product can go straight to the next one.
