@@ -29,18 +29,14 @@ constexpr int MIDDLE = 8;
 // Columns of a thread: the codes of a word.
 constexpr int WORD = 4;
 
-enum class Layout { BF16_BLOCKS, BYTE_BLOCKS, NIBBLE_BLOCKS, BYTE_ROWS, FP8_ROWS };
+enum class Layout { BF16_BLOCKS, BYTE_BLOCKS, NIBBLE_BLOCKS, FP8_BLOCKS };
 
-template <Layout LAYOUT>
-constexpr bool IN_BLOCKS = LAYOUT <= Layout::NIBBLE_BLOCKS;
-
-// A table that is not row-major floats. Scales: [rows of cells, groups], or in blocks
-// [blocks, groups, BLOCK_ROWS]; a cell is grid_rows × grid_cols elements.
+// A table in blocks. Scales: [blocks, groups, BLOCK_ROWS]; a group is group_cols elements of a row.
 struct Packed {
-  const uint8_t* data;   // [num_rows or blocks, row_bytes · (1 or BLOCK_ROWS)]
+  const uint8_t* data;   // [blocks, BLOCK_ROWS · row_bytes]
   const void* scales;    // f16 or f32; null for BF16_BLOCKS
   const uint8_t* zeros;  // as the scales, or null
-  int row_bytes, groups, grid_rows, grid_cols;
+  int row_bytes, groups, group_cols;
   bool scales_are_f16;
 };
 
@@ -62,12 +58,11 @@ __device__ __forceinline__ void load_codes(float (&x)[WORD], const Packed& table
 #pragma unroll
     for (int i = 0; i < WORD; i++) x[i] = static_cast<int>(word >> (8 * i + (high ? 4 : 0)) & 15) - zero;
   } else {
-    const uint8_t* from = IN_BLOCKS<LAYOUT> ? block + at / 4 * LINE_BYTES + in_block * 4 : table.data + row * table.row_bytes + at;
-    const uint32_t word = *reinterpret_cast<const uint32_t*>(from);
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(block + at / 4 * LINE_BYTES + in_block * 4);
 #pragma unroll
     for (int i = 0; i < WORD; i++) {
       const uint8_t code = word >> (8 * i) & 255;
-      x[i] = LAYOUT == Layout::FP8_ROWS ? to_float(fp8{code}) : static_cast<float>(static_cast<int8_t>(code));
+      x[i] = LAYOUT == Layout::FP8_BLOCKS ? to_float(fp8{code}) : static_cast<float>(static_cast<int8_t>(code));
     }
   }
 }
@@ -80,9 +75,8 @@ __device__ __forceinline__ void gather_packed(T* __restrict__ out, const Packed&
     float x[WORD], scale = 1.0f;
     int zero = MIDDLE;
     if (LAYOUT != Layout::BF16_BLOCKS) {
-      const size_t group = at / table.grid_cols;
-      const size_t cell = IN_BLOCKS<LAYOUT> ? (row / BLOCK_ROWS * table.groups + group) * BLOCK_ROWS + row % BLOCK_ROWS
-                                               : row / table.grid_rows * table.groups + group;
+      const size_t group = row / BLOCK_ROWS * table.groups + at / table.group_cols;
+      const size_t cell = group * BLOCK_ROWS + row % BLOCK_ROWS;
       scale = table.scales_are_f16 ? to_float(static_cast<const f16*>(table.scales)[cell]) : static_cast<const float*>(table.scales)[cell];
       if (table.zeros) zero = table.zeros[cell];
     }
@@ -101,9 +95,9 @@ __device__ __forceinline__ void gather_packed(T* __restrict__ out, const Packed&
 
 #define GATHER_PACKED(name, T, LAYOUT)                                                                                 \
   extern "C" __global__ void gather_##name(T* out, const uint8_t* data, const void* scales, const uint8_t* zeros,      \
-                                           const uint32_t* ids, int width, int row_bytes, int groups, int grid_rows,   \
-                                           int grid_cols, int scales_are_f16) {                                        \
-    const Packed table{data, scales, zeros, row_bytes, groups, grid_rows, grid_cols, scales_are_f16 != 0};             \
+                                           const uint32_t* ids, int width, int row_bytes, int groups, int group_cols,  \
+                                           int scales_are_f16) {                                                       \
+    const Packed table{data, scales, zeros, row_bytes, groups, group_cols, scales_are_f16 != 0};                       \
     gather_packed<T, Layout::LAYOUT>(out, table, ids, width);                                                          \
   }                                                                                                                    \
   SIMT_EXPORT(gather_##name)
@@ -115,8 +109,7 @@ __device__ __forceinline__ void gather_packed(T* __restrict__ out, const Packed&
   GATHER_PACKED(bf16_blocks_##suffix, T, BF16_BLOCKS)     \
   GATHER_PACKED(byte_blocks_##suffix, T, BYTE_BLOCKS)     \
   GATHER_PACKED(nibble_blocks_##suffix, T, NIBBLE_BLOCKS) \
-  GATHER_PACKED(byte_rows_##suffix, T, BYTE_ROWS)         \
-  GATHER_PACKED(fp8_rows_##suffix, T, FP8_ROWS)
+  GATHER_PACKED(fp8_blocks_##suffix, T, FP8_BLOCKS)
 
 GATHERS(bf16, bf16)
 GATHERS(f16, f16)

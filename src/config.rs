@@ -32,12 +32,12 @@ pub enum Quantization {
     /// 8-bit weights with a scale per row, activations as they are.
     #[value(name = "w8a16")]
     W8A16,
-    /// 4-bit weights with a scale per 64.
+    /// 4-bit weights with a scale and a zero point per 64.
     Int4,
-    /// 4-bit weights with a scale per 32.
+    /// 4-bit weights with a scale and a zero point per 32.
     #[value(name = "int4-g32")]
     Int4G32,
-    /// 4-bit weights with a scale per 128.
+    /// 4-bit weights with a scale and a zero point per 128.
     #[value(name = "int4-g128")]
     Int4G128,
     /// FP8 E4M3 weights with a scale per row.
@@ -45,7 +45,7 @@ pub enum Quantization {
     /// 8-bit weights with a scale per 32.
     #[value(name = "q8_0")]
     Q8_0,
-    /// 4-bit weights with a scale per 32, as `int4-g32`.
+    /// 4-bit weights with a scale per 32, without zero points.
     #[value(name = "q4_0")]
     Q4_0,
 }

@@ -26,6 +26,8 @@ pub enum CpuIsa {
     Avx2,
     /// AVX-512.
     Avx512,
+    /// AVX-512 with products of bf16.
+    Avx512Bf16,
     /// AMX tiles beside AVX-512.
     Amx,
 }

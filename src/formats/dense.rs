@@ -29,23 +29,18 @@ pub fn into_blocks(matrix: PackedMatrix, threads: usize) -> PackedMatrix {
     let mut data =
         Tensor::zeros_on_large_pages(DType::U8, [num_rows.div_ceil(BLOCK_ROWS), block_bytes]);
     let from = matrix.data.bytes();
-    for_parts(
-        data.as_mut_slice::<u8>(),
-        &mut [(); 0],
-        [block_bytes, 0],
-        threads,
-        |first, blocks, _| {
-            let mut rows = vec![0; block_bytes];
-            for (block, to) in blocks.chunks_exact_mut(block_bytes).enumerate() {
-                rows.fill(0);
-                let from = from[(first + block) * BLOCK_ROWS * row_bytes..].chunks_exact(row_bytes);
-                for (to, from) in rows.chunks_exact_mut(padded_bytes).zip(from) {
-                    to[..row_bytes].copy_from_slice(from);
-                }
-                interleave(&rows, to);
+    let to = (data.as_mut_slice::<u8>(), &mut [(); 0][..], &mut [(); 0][..]);
+    for_parts(to, [block_bytes, 0, 0], threads, |first, (blocks, ..)| {
+        let mut rows = vec![0; block_bytes];
+        for (block, to) in blocks.chunks_exact_mut(block_bytes).enumerate() {
+            rows.fill(0);
+            let from = from[(first + block) * BLOCK_ROWS * row_bytes..].chunks_exact(row_bytes);
+            for (to, from) in rows.chunks_exact_mut(padded_bytes).zip(from) {
+                to[..row_bytes].copy_from_slice(from);
             }
-        },
-    );
+            interleave(&rows, to);
+        }
+    });
     PackedMatrix { format: Format::DenseBlocks, data, ..matrix }
 }
 

@@ -1,10 +1,11 @@
-//! FP8 E4M3 (the variant without infinities): a byte per weight and a scale per block, which may
-//! be a row, 128 × 128 elements or the whole matrix.
+//! FP8 E4M3 (the variant without infinities): a byte per weight, in blocks of sixteen rows (see
+//! `blocks`), and a scale per row or per group of 128 elements of a row. Where a checkpoint has a
+//! scale per 128 × 128 elements, its rows repeat it.
 //!
 //! `value = e4m3 · scale`. The two codes that mean "not a number" do not occur in weights: they
 //! would read as ±480 here.
 
-use super::{Format, RowQuantizer, ScaleGrid, largest_magnitude, round};
+use super::{Format, RowQuantizer, ScaleGrid, largest_magnitude, round_to_byte};
 
 /// Largest finite value.
 pub const MAX_VALUE: f32 = 448.0;
@@ -20,16 +21,21 @@ pub fn decode(code: u8) -> f32 {
 }
 
 /// The nearest code, ties to even; values beyond the largest become the largest.
+#[inline(always)]
 pub fn encode(value: f32) -> u8 {
-    let sign = if value.is_sign_negative() { 0x80 } else { 0 };
-    let magnitude = value.abs().min(MAX_VALUE);
-    // Adding this rounds to a multiple of the step between codes: 2⁻³ of the power of two
-    // below, but never finer than the subnormal step 2⁻⁹.
-    let exponent = ((magnitude.to_bits() >> 23) as i32 - 127).max(-6);
-    let step = 2f32.powi(exponent - 3);
-    let steps = round(magnitude / step) as i32;
-    // Sixteen steps are the next power of two, which the exponent field counts by itself.
-    sign | (steps + 8 * (exponent + 6)) as u8
+    /// Bits of an f32's mantissa beyond the three of a code.
+    const REST: u32 = 20;
+    const LEAST_NORMAL: f32 = 1.0 / 64.0;
+    const STEPS_PER_ONE: f32 = 512.0;
+    let magnitude = value.abs();
+    let magnitude = if magnitude < MAX_VALUE { magnitude } else { MAX_VALUE };
+    let bits = magnitude.to_bits();
+    let rounded = bits + (1 << (REST - 1)) - 1 + (bits >> REST & 1);
+    // The exponent's bias shrinks from 127 to 7; numbers below the least normal one are steps.
+    let normal = (rounded >> REST).wrapping_sub(120 << 3) as u8;
+    let steps = round_to_byte(magnitude * STEPS_PER_ONE);
+    let code = if magnitude < LEAST_NORMAL { steps } else { normal };
+    code | (value.to_bits() >> 24) as u8 & 0x80
 }
 
 /// Quantizes every row with its own scale.
@@ -47,12 +53,13 @@ impl RowQuantizer for PerRow {
     }
 
     #[inline(always)]
-    fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f32]) {
+    fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f32], _: &mut [u8]) {
         let largest = largest_magnitude(values);
         codes.fill(0);
         scales[0] = if largest > 0.0 { largest / MAX_VALUE } else { 1.0 };
+        let scale = scales[0];
         for (code, value) in codes.iter_mut().zip(values) {
-            *code = encode(value / scales[0]);
+            *code = encode(value / scale);
         }
     }
 }
@@ -78,5 +85,11 @@ mod tests {
         assert_eq!(decode(encode(1.1875)), 1.25, "a tie goes to the even code");
         assert_eq!(decode(encode(1e9)), MAX_VALUE);
         assert_eq!(decode(encode(-0.0007)), 0.0);
+        for code in 0..0x7e {
+            let (low, high) = (decode(code), decode(code + 1));
+            assert_eq!(encode(low + (high - low) * 0.49), code);
+            assert_eq!(encode(low + (high - low) * 0.51), code + 1);
+            assert_eq!(encode((low + high) / 2.0) & 1, 0, "between {low} and {high}");
+        }
     }
 }

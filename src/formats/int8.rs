@@ -26,7 +26,7 @@ impl RowQuantizer for PerRow {
     }
 
     #[inline(always)]
-    fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f32]) {
+    fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f32], _: &mut [u8]) {
         codes.fill(0);
         let (scale, inverse) = scale_of(values);
         for (code, value) in codes.iter_mut().zip(values) {

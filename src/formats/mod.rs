@@ -3,9 +3,8 @@
 //! One layout per file. A checkpoint scheme (`weights`) or an online quantization produces a
 //! [`PackedMatrix`]; `ops` multiplies by it. Knows nothing of files or models.
 //!
-//! What is multiplied as integers (and, where the machine has tiles, bf16) lies in blocks of
-//! sixteen rows, see [`blocks`]; the other layouts are row-major, a row's codes padded to
-//! [`ROW_ALIGN`] elements. Scales lie apart, one per [`ScaleGrid`] cell.
+//! Codes (and, where the machine multiplies it, bf16) lie in blocks of sixteen rows, see
+//! [`blocks`]; what else is dense is row-major. Scales lie apart, one per [`ScaleGrid`] cell.
 
 pub mod blocks;
 pub mod dense;
@@ -35,9 +34,9 @@ pub enum Format {
     /// Four bits in folded blocks with a scale, and perhaps a zero point, per group of a row;
     /// activations are quantized per group.
     Int4,
-    /// Row-major bytes with a scale per row; activations keep their precision.
+    /// Bytes in blocks with a scale per row; activations keep their precision.
     W8A16,
-    /// Row-major FP8 E4M3 with a scale per block of rows and columns; activations keep their
+    /// FP8 E4M3 in blocks with a scale per row or per group of one; activations keep their
     /// precision.
     Fp8,
 }
@@ -45,7 +44,7 @@ pub enum Format {
 impl Format {
     /// Whether sixteen rows lie together.
     pub fn is_in_blocks(self) -> bool {
-        !matches!(self, Format::Dense | Format::W8A16 | Format::Fp8)
+        self != Format::Dense
     }
 
     /// Whether groups of activations have scales of their own.
@@ -54,33 +53,26 @@ impl Format {
     }
 }
 
-/// Which elements share a scale: blocks of `rows` × `cols`.
+/// Which elements of a row share a scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScaleGrid {
-    /// Rows of a block.
-    pub rows: usize,
-    /// Columns of a block; a multiple of 32, or at least a whole row.
+    /// How many that follow each other; a multiple of 32, or at least a whole row.
     pub cols: usize,
 }
 
 impl ScaleGrid {
     /// One scale per row.
     pub fn per_row(num_cols: usize) -> ScaleGrid {
-        ScaleGrid { rows: 1, cols: num_cols.next_multiple_of(ROW_ALIGN) }
+        ScaleGrid { cols: num_cols.next_multiple_of(ROW_ALIGN) }
     }
 
     /// One scale per `cols` elements of a row.
     pub fn groups(cols: usize) -> ScaleGrid {
-        ScaleGrid { rows: 1, cols }
+        ScaleGrid { cols }
     }
 
-    /// Shape of the scales of a row-major `[num_rows, num_cols]` matrix: a row per row of cells.
-    pub fn shape(self, num_rows: usize, num_cols: usize) -> [usize; 2] {
-        [num_rows.div_ceil(self.rows), num_cols.div_ceil(self.cols)]
-    }
-
-    /// Shape of the scales of a matrix in blocks: those of a block's rows lie together, group by
-    /// group, up to the end of the padded rows.
+    /// Shape of the scales of a matrix: those of a block's rows lie together, group by group, up
+    /// to the end of the padded rows.
     pub fn blocks_shape(self, num_rows: usize, num_cols: usize) -> [usize; 3] {
         let groups = num_cols.next_multiple_of(ROW_ALIGN).div_ceil(self.cols);
         [num_rows.div_ceil(BLOCK_ROWS), groups, BLOCK_ROWS]
@@ -107,7 +99,7 @@ pub struct PackedMatrix {
 pub struct Quantized {
     /// Which elements share a scale.
     pub grid: ScaleGrid,
-    /// `grid.shape(…)`, or `grid.blocks_shape(…)` of blocks: f32, or f16 where groups are small.
+    /// `grid.blocks_shape(…)`: f32, or f16 where groups are small.
     pub scales: Tensor,
     /// Zero points of the same shape, bytes from 0 to 15 (int4).
     pub zero_points: Option<Tensor>,
@@ -144,41 +136,43 @@ impl PackedMatrix {
     /// As [`PackedMatrix::row`], into `to`.
     pub fn read_row(&self, row: usize, to: &mut [f32]) {
         assert!(row < self.num_rows, "row {row} of {}", self.num_rows);
-        let (bytes, row_bytes) = (self.data.bytes(), self.row_bytes());
-        let block_bytes = BLOCK_ROWS * row_bytes;
         match self.format {
             Format::Dense => dense::read_row(self, row, to),
             Format::DenseBlocks => {
-                let block = &bytes[row / BLOCK_ROWS * block_bytes..][..block_bytes];
+                let block = self.block(row);
                 for (col, to) in to.iter_mut().enumerate() {
                     let at = blocks::position(row % BLOCK_ROWS, 2 * col);
                     *to = half::bf16::from_le_bytes([block[at], block[at + 1]]).to_f32();
                 }
             }
-            Format::Int8 | Format::Q8 | Format::Int4 => {
+            Format::Fp8 => self.scaled(row, to, |col| fp8::decode(self.byte(row, col))),
+            Format::Int8 | Format::Q8 | Format::Int4 | Format::W8A16 => {
                 self.scaled(row, to, |col| self.code(row, col) as f32);
-            }
-            Format::W8A16 => {
-                let codes = &bytes[row * row_bytes..][..row_bytes];
-                self.scaled(row, to, |col| f32::from(codes[col] as i8));
-            }
-            Format::Fp8 => {
-                let codes = &bytes[row * row_bytes..][..row_bytes];
-                self.scaled(row, to, |col| fp8::decode(codes[col]));
             }
         }
     }
 
-    /// The code of an element of a matrix of integers in blocks, less its zero point.
+    /// The code of an element of a matrix of integers, less its zero point.
     pub fn code(&self, row: usize, col: usize) -> i32 {
-        let block_bytes = BLOCK_ROWS * self.row_bytes();
-        let block = &self.data.bytes()[row / BLOCK_ROWS * block_bytes..][..block_bytes];
-        if self.format == Format::Int4 {
-            let code = blocks::unfolded(block, row % BLOCK_ROWS, col);
-            return i32::from(code) - i32::from(self.zero_point(row, col));
+        match self.format {
+            Format::Int4 => {
+                let code = blocks::unfolded(self.block(row), row % BLOCK_ROWS, col);
+                i32::from(code) - i32::from(self.zero_point(row, col))
+            }
+            Format::Int8 | Format::Q8 | Format::W8A16 => i32::from(self.byte(row, col) as i8),
+            other => panic!("{other:?} holds no integers"),
         }
-        assert!(matches!(self.format, Format::Int8 | Format::Q8), "integers in blocks");
-        i32::from(block[blocks::position(row % BLOCK_ROWS, col)] as i8)
+    }
+
+    /// The byte that codes an element.
+    fn byte(&self, row: usize, col: usize) -> u8 {
+        self.block(row)[blocks::position(row % BLOCK_ROWS, col)]
+    }
+
+    /// The block of a row.
+    fn block(&self, row: usize) -> &[u8] {
+        let block_bytes = BLOCK_ROWS * self.row_bytes();
+        &self.data.bytes()[row / BLOCK_ROWS * block_bytes..][..block_bytes]
     }
 
     fn scaled(&self, row: usize, to: &mut [f32], value: impl Fn(usize) -> f32) {
@@ -207,13 +201,8 @@ impl PackedMatrix {
     fn cell(&self, row: usize, col: usize) -> (&Quantized, usize) {
         let quantized = self.quantized.as_ref().expect("a quantized matrix has scales");
         let groups = quantized.scales.shape().sizes()[1];
-        let ScaleGrid { rows, cols } = quantized.grid;
-        let cell = if self.format.is_in_blocks() {
-            (row / BLOCK_ROWS * groups + col / cols) * BLOCK_ROWS + row % BLOCK_ROWS
-        } else {
-            row / rows * groups + col / cols
-        };
-        (quantized, cell)
+        let group = row / BLOCK_ROWS * groups + col / quantized.grid.cols;
+        (quantized, group * BLOCK_ROWS + row % BLOCK_ROWS)
     }
 }
 
@@ -228,18 +217,27 @@ pub trait RowQuantizer: Sync {
     /// Which elements of a matrix with `num_cols` columns share a scale; rows do not.
     fn grid(&self, num_cols: usize) -> ScaleGrid;
 
-    /// Quantizes one row to a byte per element, the row's padding included. Inlined always, so
-    /// that it is compiled for the machine's vectors.
-    fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [Self::Scale]);
+    /// Whether every scale has a zero point beside it.
+    fn has_zero_points(&self) -> bool {
+        false
+    }
+
+    /// Quantizes one row to a byte per element, the row's padding included; `zeros` is empty
+    /// without zero points. Inlined always, so that it is compiled for the machine's vectors.
+    fn quantize_row(
+        &self,
+        values: &[f32],
+        codes: &mut [u8],
+        scales: &mut [Self::Scale],
+        zeros: &mut [u8],
+    );
 }
 
-/// Sizes of a quantized matrix and its blocks, or its rows where they do not lie in blocks.
+/// Sizes of the blocks of a quantized matrix.
 struct Packing {
-    /// Rows that lie together.
-    rows: usize,
     /// Codes of a padded row before they are packed.
     width: usize,
-    /// Bytes of the packed codes of `rows` rows.
+    /// Bytes of the packed codes of a block.
     bytes: usize,
     /// Scales of a row.
     groups: usize,
@@ -247,18 +245,18 @@ struct Packing {
 
 impl Packing {
     fn of(format: Format, grid: ScaleGrid, num_cols: usize) -> Packing {
-        let rows = if format.is_in_blocks() { BLOCK_ROWS } else { 1 };
         let width = num_cols.next_multiple_of(ROW_ALIGN);
-        let bytes = rows * width / if format == Format::Int4 { 2 } else { 1 };
-        Packing { rows, width, bytes, groups: width.div_ceil(grid.cols) }
+        let bytes = BLOCK_ROWS * width / if format == Format::Int4 { 2 } else { 1 };
+        Packing { width, bytes, groups: width.div_ceil(grid.cols) }
     }
 }
 
 /// Bytes of codes and scales of a quantized matrix of this shape.
 pub fn quantized_bytes<Q: RowQuantizer>(quantizer: &Q, [rows, cols]: [usize; 2]) -> usize {
     let packing = Packing::of(quantizer.format(), quantizer.grid(cols), cols);
-    let scales_bytes = packing.rows * packing.groups * size_of::<Q::Scale>();
-    rows.div_ceil(packing.rows) * (packing.bytes + scales_bytes)
+    let scale_bytes = size_of::<Q::Scale>() + usize::from(quantizer.has_zero_points());
+    let scales_bytes = BLOCK_ROWS * packing.groups * scale_bytes;
+    rows.div_ceil(BLOCK_ROWS) * (packing.bytes + scales_bytes)
 }
 
 /// Quantizes a matrix on `threads` threads; `read(row, to)` fills `to` with a row's elements.
@@ -270,25 +268,26 @@ pub fn quantize<Q: RowQuantizer>(
 ) -> PackedMatrix {
     let (format, grid) = (quantizer.format(), quantizer.grid(num_cols));
     let packing = Packing::of(format, grid, num_cols);
-    let Packing { rows, bytes, groups, .. } = packing;
-    let num_blocks = num_rows.div_ceil(rows);
+    let Packing { bytes, groups, .. } = packing;
+    let num_blocks = num_rows.div_ceil(BLOCK_ROWS);
     let mut data = Tensor::zeros_on_large_pages(DType::U8, [num_blocks, bytes]);
-    let mut scales = match rows {
-        1 => Tensor::zeros(Q::Scale::DTYPE, [num_blocks, groups]),
-        _ => Tensor::zeros(Q::Scale::DTYPE, [num_blocks, groups, rows]),
-    };
-    let sizes = [bytes, rows * groups];
-    let to = (data.as_mut_slice::<u8>(), scales.as_mut_slice::<Q::Scale>());
-    for_parts(to.0, to.1, sizes, threads, |first, data, scales| {
+    let mut scales = Tensor::zeros(Q::Scale::DTYPE, [num_blocks, groups, BLOCK_ROWS]);
+    let mut zeros = Tensor::zeros(DType::U8, scales.shape());
+    let num_zeros = if quantizer.has_zero_points() { BLOCK_ROWS * groups } else { 0 };
+    let sizes = [bytes, BLOCK_ROWS * groups, num_zeros];
+    let to = (data.as_mut_slice::<u8>(), scales.as_mut_slice::<Q::Scale>(), zeros.as_mut_slice());
+    for_parts(to, sizes, threads, |first, (data, scales, zeros)| {
         let mut scratch = BlockScratch::new(&packing, num_cols);
         let blocks = data.chunks_exact_mut(bytes).zip(scales.chunks_exact_mut(sizes[1]));
         for (block, (data, scales)) in blocks.enumerate() {
-            let first_row = (first + block) * rows;
-            scratch.quantize(quantizer, first_row..num_rows.min(first_row + rows), &read);
-            scratch.store(format, data, scales);
+            let first_row = (first + block) * BLOCK_ROWS;
+            scratch.quantize(quantizer, first_row..num_rows.min(first_row + BLOCK_ROWS), &read);
+            let zeros = &mut zeros[block * num_zeros..][..num_zeros];
+            scratch.store(format, data, scales, zeros);
         }
     });
-    let quantized = Some(Quantized { grid, scales, zero_points: None });
+    let zero_points = quantizer.has_zero_points().then_some(zeros);
+    let quantized = Some(Quantized { grid, scales, zero_points });
     PackedMatrix { format, num_rows, num_cols, data, quantized }
 }
 
@@ -296,10 +295,12 @@ pub fn quantize<Q: RowQuantizer>(
 struct BlockScratch<S> {
     /// The row that is being quantized.
     wide: Vec<f32>,
-    /// `[rows, width]`.
+    /// `[16, width]`.
     codes: Vec<u8>,
-    /// `[rows, groups]`.
+    /// `[16, groups]`.
     scales: Vec<S>,
+    /// The same of zero points.
+    zeros: Vec<u8>,
     interleaved: Vec<u8>,
     width: usize,
     groups: usize,
@@ -307,18 +308,19 @@ struct BlockScratch<S> {
 
 impl<S: Element + Default> BlockScratch<S> {
     fn new(packing: &Packing, num_cols: usize) -> BlockScratch<S> {
-        let &Packing { rows, width, groups, .. } = packing;
+        let &Packing { width, groups, .. } = packing;
         BlockScratch {
             wide: vec![0.0; num_cols],
-            codes: vec![0; rows * width],
-            scales: vec![S::default(); rows * groups],
-            interleaved: vec![0; rows * width],
+            codes: vec![0; BLOCK_ROWS * width],
+            scales: vec![S::default(); BLOCK_ROWS * groups],
+            zeros: vec![0; BLOCK_ROWS * groups],
+            interleaved: vec![0; BLOCK_ROWS * width],
             width,
             groups,
         }
     }
 
-    /// Fills codes and scales, row by row; those of rows that are missing become 0.
+    /// Fills codes, scales and zero points, row by row; scales of rows that are missing become 0.
     fn quantize<Q: RowQuantizer<Scale = S>>(
         &mut self,
         quantizer: &Q,
@@ -328,19 +330,15 @@ impl<S: Element + Default> BlockScratch<S> {
         self.codes[rows.len() * self.width..].fill(0);
         self.scales[rows.len() * self.groups..].fill(S::default());
         let codes = self.codes.chunks_exact_mut(self.width);
-        for (row, (codes, scales)) in rows.zip(codes.zip(self.scales.chunks_exact_mut(self.groups)))
-        {
+        let scales = self.scales.chunks_exact_mut(self.groups);
+        let zeros = self.zeros.chunks_exact_mut(self.groups);
+        for (row, (codes, (scales, zeros))) in rows.zip(codes.zip(scales.zip(zeros))) {
             read(row, &mut self.wide);
-            quantize_row(quantizer, &self.wide, codes, scales);
+            quantize_row(quantizer, &self.wide, codes, scales, zeros);
         }
     }
 
-    fn store(&mut self, format: Format, data: &mut [u8], scales: &mut [S]) {
-        if !format.is_in_blocks() {
-            data.copy_from_slice(&self.codes);
-            scales.copy_from_slice(&self.scales);
-            return;
-        }
+    fn store(&mut self, format: Format, data: &mut [u8], scales: &mut [S], zeros: &mut [u8]) {
         if format == Format::Int4 {
             blocks::interleave(&self.codes, &mut self.interleaved);
             blocks::fold(&self.interleaved, data);
@@ -350,6 +348,9 @@ impl<S: Element + Default> BlockScratch<S> {
         let groups = self.groups;
         for (i, scale) in scales.iter_mut().enumerate() {
             *scale = self.scales[i % BLOCK_ROWS * groups + i / BLOCK_ROWS];
+        }
+        for (i, zero) in zeros.iter_mut().enumerate() {
+            *zero = self.zeros[i % BLOCK_ROWS * groups + i / BLOCK_ROWS];
         }
     }
 }
@@ -361,13 +362,34 @@ fn quantize_row<Q: RowQuantizer>(
     values: &[f32],
     codes: &mut [u8],
     scales: &mut [Q::Scale],
+    zeros: &mut [u8],
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+    {
+        // SAFETY: the instructions exist.
+        return unsafe { quantize_row_avx512(quantizer, values, codes, scales, zeros) };
+    }
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") {
         // SAFETY: the instructions exist.
-        return unsafe { quantize_row_avx2(quantizer, values, codes, scales) };
+        return unsafe { quantize_row_avx2(quantizer, values, codes, scales, zeros) };
     }
-    quantizer.quantize_row(values, codes, scales);
+    quantizer.quantize_row(values, codes, scales, zeros);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn quantize_row_avx512<Q: RowQuantizer>(
+    quantizer: &Q,
+    values: &[f32],
+    codes: &mut [u8],
+    scales: &mut [Q::Scale],
+    zeros: &mut [u8],
+) {
+    quantizer.quantize_row(values, codes, scales, zeros);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -377,32 +399,33 @@ fn quantize_row_avx2<Q: RowQuantizer>(
     values: &[f32],
     codes: &mut [u8],
     scales: &mut [Q::Scale],
+    zeros: &mut [u8],
 ) {
-    quantizer.quantize_row(values, codes, scales);
+    quantizer.quantize_row(values, codes, scales, zeros);
 }
 
-/// Cuts two slices into the same number of parts, `sizes` elements of each per item, and calls
-/// `work(first item, part, part)` for them on up to `threads` threads.
-fn for_parts<A: Send, B: Send>(
-    a: &mut [A],
-    b: &mut [B],
-    sizes: [usize; 2],
+/// Cuts three slices into the same number of parts, `sizes` elements of each per item, and calls
+/// `work(first item, parts)` for them on up to `threads` threads.
+fn for_parts<A: Send, B: Send, C: Send>(
+    (a, b, c): (&mut [A], &mut [B], &mut [C]),
+    sizes: [usize; 3],
     threads: usize,
-    work: impl Fn(usize, &mut [A], &mut [B]) + Sync,
+    work: impl Fn(usize, (&mut [A], &mut [B], &mut [C])) + Sync,
 ) {
     let per_thread = (a.len() / sizes[0]).div_ceil(threads.max(1)).max(1);
     std::thread::scope(|scope| {
-        let (mut a, mut b, mut first) = (a, b, 0);
+        let (mut a, mut b, mut c, mut first) = (a, b, c, 0);
         while !a.is_empty() {
             let (part_a, rest_a) = a.split_at_mut(a.len().min(per_thread * sizes[0]));
             let (part_b, rest_b) = b.split_at_mut(b.len().min(per_thread * sizes[1]));
-            let (work, from) = (&work, first);
+            let (part_c, rest_c) = c.split_at_mut(c.len().min(per_thread * sizes[2]));
+            let (work, from, parts) = (&work, first, (part_a, part_b, part_c));
             if rest_a.is_empty() {
-                work(from, part_a, part_b);
+                work(from, parts);
             } else {
-                scope.spawn(move || work(from, part_a, part_b));
+                scope.spawn(move || work(from, parts));
             }
-            (a, b, first) = (rest_a, rest_b, first + per_thread);
+            (a, b, c, first) = (rest_a, rest_b, rest_c, first + per_thread);
         }
     });
 }

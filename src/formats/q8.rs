@@ -1,8 +1,8 @@
 //! Bytes with a scale per group of a row.
 //!
-//! `value = code · scale`. Q8_0 has groups of 32 with f16 scales, in blocks of sixteen rows;
-//! activations are quantized to bytes per group, as for INT4. W8A16 has one group per row, row
-//! by row, and activations keep their precision.
+//! `value = code · scale`, codes from -127 to 127, in blocks of sixteen rows (see `blocks`).
+//! Q8_0 has groups of 32 with f16 scales; activations are quantized to bytes per group, as for
+//! INT4. W8A16 is INT8 ([`int8::PerRow`]) whose activations keep their precision.
 
 use half::f16;
 
@@ -26,7 +26,7 @@ impl RowQuantizer for Q8_0 {
     }
 
     #[inline(always)]
-    fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f16]) {
+    fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f16], _: &mut [u8]) {
         codes.fill(0);
         let groups = values.chunks(Q8_0_GROUP).zip(codes.chunks_mut(Q8_0_GROUP));
         for ((values, codes), scale) in groups.zip(scales) {
@@ -39,7 +39,7 @@ impl RowQuantizer for Q8_0 {
 pub struct W8A16;
 
 impl RowQuantizer for W8A16 {
-    type Scale = f16;
+    type Scale = f32;
 
     fn format(&self) -> Format {
         Format::W8A16
@@ -50,9 +50,8 @@ impl RowQuantizer for W8A16 {
     }
 
     #[inline(always)]
-    fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f16]) {
-        codes.fill(0);
-        scales[0] = int8::quantize_group(values, codes);
+    fn quantize_row(&self, values: &[f32], codes: &mut [u8], scales: &mut [f32], _: &mut [u8]) {
+        int8::PerRow.quantize_row(values, codes, scales, &mut []);
     }
 }
 

@@ -28,8 +28,12 @@ macro_rules! with_quantizer {
                 let $quantizer = int4::Grouped(64);
                 $body
             }
-            Quantization::Int4G32 | Quantization::Q4_0 => {
+            Quantization::Int4G32 => {
                 let $quantizer = int4::Grouped(32);
+                $body
+            }
+            Quantization::Q4_0 => {
+                let $quantizer = int4::Symmetric(32);
                 $body
             }
             Quantization::Int4G128 => {

@@ -1,6 +1,7 @@
 //! Backends, reproducible data, guarded outputs, comparison.
 
 use half::{bf16, f16};
+use tokenmill::formats::blocks::{BLOCK_ROWS, interleave};
 use tokenmill::formats::{
     Format, PackedMatrix, Quantized, ROW_ALIGN, RowQuantizer, ScaleGrid, dense, fp8, int4, int8,
     q8, quantize,
@@ -22,6 +23,11 @@ pub fn backends() -> Vec<CpuOps> {
 
 pub fn for_each_backend(check: impl Fn(&dyn Ops)) {
     backends().iter().for_each(|ops| check(ops));
+}
+
+/// Whether a backend multiplies bf16 as such: it rounds activations to it then.
+pub fn multiplies_bf16(ops: &dyn Ops) -> bool {
+    ["amx", "bf16"].iter().any(|name| ops.name().contains(name))
 }
 
 /// A small generator (xorshift64*), so that data is the same everywhere.
@@ -127,9 +133,9 @@ pub fn quantized(rng: &mut Rng, rows: usize, cols: usize) -> Vec<(&'static str, 
         ("int8", packed(&int8::PerRow, shape, read)),
         ("w8a16", packed(&q8::W8A16, shape, read)),
         ("q8_0", packed(&q8::Q8_0, shape, read)),
-        ("int4 32", packed(&int4::Grouped(32), shape, read)),
-        ("int4 64", packed(&int4::Grouped(64), shape, read)),
-        ("int4 128", packed(&int4::Grouped(128), shape, read)),
+        ("int4 32", packed(&int4::Symmetric(32), shape, read)),
+        ("int4 64", packed(&int4::Symmetric(64), shape, read)),
+        ("int4 128", packed(&int4::Symmetric(128), shape, read)),
         ("int4 with zero points", with_zero_points(rng, packed(&int4::Grouped(64), shape, read))),
         (
             "int4 32 with zero points",
@@ -148,20 +154,36 @@ fn with_zero_points(rng: &mut Rng, mut matrix: PackedMatrix) -> PackedMatrix {
     matrix
 }
 
-/// Random codes under a scale per 128 × 128 block, as published FP8 checkpoints have them.
+/// Random codes under a scale per 128 × 128 block, as published FP8 checkpoints have them: rows
+/// of a block repeat its scale.
 fn fp8_blocks(rng: &mut Rng, rows: usize, cols: usize) -> PackedMatrix {
-    let width = cols.next_multiple_of(ROW_ALIGN);
-    let codes: Vec<u8> = (0..rows * width).map(|_| fp8::encode(rng.float() * 448.0)).collect();
-    let grid = ScaleGrid { rows: 128, cols: 128 };
-    let shape = grid.shape(rows, cols);
-    let scales: Vec<f32> = (0..shape[0] * shape[1]).map(|_| (1.0 + rng.float()) / 448.0).collect();
-    let scales = Tensor::from_slice(&scales, shape);
+    let (width, num_blocks) = (cols.next_multiple_of(ROW_ALIGN), rows.div_ceil(BLOCK_ROWS));
+    let codes: Vec<u8> =
+        (0..num_blocks * BLOCK_ROWS * width).map(|_| fp8::encode(rng.float() * 448.0)).collect();
+    let mut data = Tensor::zeros(DType::U8, [num_blocks, BLOCK_ROWS * width]);
+    let blocks = data.as_mut_slice::<u8>().chunks_exact_mut(BLOCK_ROWS * width);
+    for (rows, block) in codes.chunks_exact(BLOCK_ROWS * width).zip(blocks) {
+        interleave(rows, block);
+    }
+    let grid = ScaleGrid::groups(128);
+    let shape = grid.blocks_shape(rows, cols);
+    let tiles: Vec<f32> =
+        (0..rows.div_ceil(128) * shape[1]).map(|_| (1.0 + rng.float()) / 448.0).collect();
+    let scale = |i: usize| {
+        let (block, group) = (i / BLOCK_ROWS / shape[1], i / BLOCK_ROWS % shape[1]);
+        tiles[block * BLOCK_ROWS / 128 * shape[1] + group]
+    };
+    let scales: Vec<f32> = (0..shape.iter().product()).map(scale).collect();
     PackedMatrix {
         format: Format::Fp8,
         num_rows: rows,
         num_cols: cols,
-        data: Tensor::from_slice(&codes, [rows, width]),
-        quantized: Some(Quantized { grid, scales, zero_points: None }),
+        data,
+        quantized: Some(Quantized {
+            grid,
+            scales: Tensor::from_slice(&scales, shape),
+            zero_points: None,
+        }),
     }
 }
 

@@ -120,7 +120,7 @@ fn agreement(mut model: Greedy, exact: bool) -> (usize, usize) {
 #[test]
 fn the_bundled_model_says_what_it_said_in_pytorch() {
     for isa in Isa::supported() {
-        let exact = isa.choice() != CpuIsa::Amx;
+        let exact = !matches!(isa.choice(), CpuIsa::Amx | CpuIsa::Avx512Bf16);
         let (same, total) = agreement(Greedy::new(isa.choice(), None, DType::F32), exact);
         assert!(same * 100 >= total * 99, "{}: {same} of {total} tokens", isa.name());
     }

@@ -14,6 +14,7 @@ use std::arch::x86_64::*;
 use std::marker::PhantomData;
 
 use super::avx512::Avx512;
+use super::avx512_bf16::Avx512Bf16;
 use super::simd::Kernel;
 
 /// Rows of a tile, and columns of an accumulator.
@@ -25,31 +26,33 @@ pub const TILE_BYTES: usize = TILE_ROWS * ROW_BYTES;
 /// Elements of an accumulator tile.
 pub const TILE_LEN: usize = TILE_ROWS * TILE_ROWS;
 
-/// Proof that the machine has AMX for bf16 and int8, AVX-512 with BF16 and VNNI, and that the
-/// kernel lets this process use tiles.
+/// Proof that the machine has AMX for bf16 and int8, AVX-512 with BF16, and that the kernel lets
+/// this process use tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Amx(Avx512);
+pub struct Amx(Avx512Bf16);
 
 impl Amx {
     /// The token, on a machine that has the instructions. Asks the kernel for the permission.
     pub fn detect() -> Option<Amx> {
-        let vectors = Avx512::detect()?;
-        let found = is_x86_feature_detected!("avx512bf16")
-            && is_x86_feature_detected!("avx512vnni")
-            && is_x86_feature_detected!("avx512vbmi")
-            && has_tiles()
-            && may_use_tiles();
-        found.then_some(Amx(vectors))
+        let pairs = Avx512Bf16::detect()?;
+        (has_tiles() && may_use_tiles()).then_some(Amx(pairs))
     }
 
     /// The vectors beside the tiles.
+    #[inline(always)]
     pub fn vectors(self) -> Avx512 {
+        self.0.vectors()
+    }
+
+    /// The vectors of bf16 beside the tiles.
+    #[inline(always)]
+    pub fn pairs(self) -> Avx512Bf16 {
         self.0
     }
 
     /// Runs a kernel on the vectors beside the tiles.
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        self.0.run(kernel)
+        self.vectors().run(kernel)
     }
 }
 
@@ -402,6 +405,27 @@ impl Tiles {
                 with_prefetches!(upper_loop!("tdpbssd", left, first, second, steps));
             } else {
                 with_prefetches!(upper_loop!("tdpbf16ps", left, first, second, steps));
+            }
+        }
+    }
+
+    /// As [`Tiles::stream_upper`], for weights that a cache holds.
+    ///
+    /// # Safety
+    /// As [`Tiles::multiply_two`].
+    pub unsafe fn multiply_upper<E: TileElement>(
+        &mut self,
+        left: Left,
+        first: Right,
+        second: Right,
+        steps: usize,
+    ) {
+        // SAFETY: the caller vouches for the memory; the loop runs `steps` times.
+        unsafe {
+            if E::IS_INT8 {
+                upper_loop!("tdpbssd", left, first, second, steps, []);
+            } else {
+                upper_loop!("tdpbf16ps", left, first, second, steps, []);
             }
         }
     }

@@ -26,10 +26,41 @@ impl Avx2 {
         unsafe { enter(self, kernel) }
     }
 
-    /// As [`Avx2::run`], for products of bytes.
+    /// The token for products of bytes, on a machine that has AVX-VNNI.
+    pub fn vnni(self) -> Option<AvxVnni> {
+        is_x86_feature_detected!("avxvnni").then_some(AvxVnni(self))
+    }
+
+    /// As [`Avx2::run`], for products of bytes, with AVX-VNNI where the machine has it.
     pub fn run_bytes<K: ByteKernel>(self, kernel: K) {
+        match self.vnni() {
+            Some(vnni) => vnni.run(kernel),
+            None => self.run_bytes_without_vnni(kernel),
+        }
+    }
+
+    /// As [`Avx2::run`], for products of bytes.
+    pub fn run_bytes_without_vnni<K: ByteKernel>(self, kernel: K) {
         // SAFETY: as above.
         unsafe { enter_bytes(self, kernel) }
+    }
+}
+
+/// Proof that the machine has AVX-VNNI too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AvxVnni(Avx2);
+
+impl AvxVnni {
+    /// The vectors of f32 beside it.
+    #[inline(always)]
+    pub fn vectors(self) -> Avx2 {
+        self.0
+    }
+
+    /// Runs a kernel compiled for these instructions.
+    pub fn run<K: ByteKernel>(self, kernel: K) {
+        // SAFETY: the token proves that the instructions exist.
+        unsafe { enter_vnni(self, kernel) }
     }
 }
 
@@ -40,6 +71,11 @@ fn enter<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
 
 #[target_feature(enable = "avx2,fma,f16c")]
 fn enter_bytes<K: ByteKernel>(simd: Avx2, kernel: K) {
+    kernel.run(simd);
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+fn enter_vnni<K: ByteKernel>(simd: AvxVnni, kernel: K) {
     kernel.run(simd);
 }
 
@@ -167,9 +203,46 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    fn splat_f16(self, x: f16) -> __m256 {
-        // SAFETY: see `splat`.
-        unsafe { _mm256_cvtph_ps(_mm_set1_epi16(x.to_bits() as i16)) }
+    unsafe fn load_i8_words(self, from: *const u8) -> [__m256; 4] {
+        // SAFETY: see `load_f32`.
+        unsafe {
+            let words = _mm256_loadu_si256(from.cast());
+            [
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<24>(words))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<16>(words))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(_mm256_slli_epi32::<8>(words))),
+                _mm256_cvtepi32_ps(_mm256_srai_epi32::<24>(words)),
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3_words(self, from: *const u8) -> [__m256; 4] {
+        // Codes are sorted: 0 and 1 of all words in the lower 128 bits, 2 and 3 in the upper.
+        // SAFETY: see `load_f32`.
+        unsafe {
+            let by_code = _mm256_set_epi32(
+                0x0f0b_0703,
+                0x0e0a_0602,
+                0x0d09_0501,
+                0x0c08_0400,
+                0x0f0b_0703,
+                0x0e0a_0602,
+                0x0d09_0501,
+                0x0c08_0400,
+            );
+            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            let codes = _mm256_shuffle_epi8(_mm256_loadu_si256(from.cast()), by_code);
+            let codes = _mm256_permutevar8x32_epi32(codes, order);
+            let zero = _mm256_setzero_si256();
+            let even = e4m3_as_f16(_mm256_unpacklo_epi8(zero, codes));
+            let odd = e4m3_as_f16(_mm256_unpackhi_epi8(zero, codes));
+            [
+                _mm256_cvtph_ps(_mm256_castsi256_si128(even)),
+                _mm256_cvtph_ps(_mm256_castsi256_si128(odd)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(even)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(odd)),
+            ]
+        }
     }
     #[inline(always)]
     unsafe fn store_f32(self, to: *mut f32, v: __m256) {
@@ -241,4 +314,14 @@ impl Simd for Avx2 {
             }
         }
     }
+}
+
+/// E4M3 numbers in upper bytes as the f16 with the same bits: 2⁸ times smaller.
+///
+/// # Safety
+/// The machine must have AVX2.
+#[inline(always)]
+unsafe fn e4m3_as_f16(codes: __m256i) -> __m256i {
+    // SAFETY: the same contract.
+    unsafe { _mm256_and_si256(_mm256_srai_epi16::<1>(codes), _mm256_set1_epi16(!0x4000)) }
 }

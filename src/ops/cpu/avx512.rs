@@ -51,9 +51,14 @@ impl Avx512 {
     pub fn run_bytes<K: ByteKernel>(self, kernel: K) {
         match self.vnni() {
             Some(vnni) => vnni.run(kernel),
-            // SAFETY: as above.
-            None => unsafe { enter_bytes(self, kernel) },
+            None => self.run_bytes_without_vnni(kernel),
         }
+    }
+
+    /// As [`Avx512::run`], for products of bytes.
+    pub fn run_bytes_without_vnni<K: ByteKernel>(self, kernel: K) {
+        // SAFETY: as above.
+        unsafe { enter_bytes(self, kernel) }
     }
 }
 
@@ -223,9 +228,38 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
-    fn splat_f16(self, x: f16) -> __m512 {
-        // SAFETY: see `splat`.
-        unsafe { _mm512_cvtph_ps(_mm256_set1_epi16(x.to_bits() as i16)) }
+    unsafe fn load_i8_words(self, from: *const u8) -> [__m512; 4] {
+        // SAFETY: see `load_f32`.
+        unsafe {
+            let words = _mm512_loadu_si512(from.cast());
+            [
+                _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<24>(words))),
+                _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<16>(words))),
+                _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(_mm512_slli_epi32::<8>(words))),
+                _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(words)),
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3_words(self, from: *const u8) -> [__m512; 4] {
+        // Codes are sorted so that the lower halves of 128 bits are codes 0 and 1 of all words and
+        // the upper ones codes 2 and 3.
+        // SAFETY: see `load_f32`.
+        unsafe {
+            let by_code = _mm512_set4_epi32(0x0f0b_0703, 0x0e0a_0602, 0x0d09_0501, 0x0c08_0400);
+            let order = _mm512_setr_epi32(0, 4, 2, 6, 8, 12, 10, 14, 1, 5, 3, 7, 9, 13, 11, 15);
+            let codes = _mm512_shuffle_epi8(_mm512_loadu_si512(from.cast()), by_code);
+            let codes = _mm512_permutexvar_epi32(order, codes);
+            let zero = _mm512_setzero_si512();
+            let lower = e4m3_as_f16(_mm512_unpacklo_epi8(zero, codes));
+            let upper = e4m3_as_f16(_mm512_unpackhi_epi8(zero, codes));
+            [
+                _mm512_cvtph_ps(_mm512_castsi512_si256(lower)),
+                _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(lower)),
+                _mm512_cvtph_ps(_mm512_castsi512_si256(upper)),
+                _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(upper)),
+            ]
+        }
     }
     #[inline(always)]
     unsafe fn store_f32(self, to: *mut f32, v: __m512) {
@@ -283,6 +317,16 @@ impl Simd for Avx512 {
             }
         }
     }
+}
+
+/// E4M3 numbers in upper bytes as the f16 with the same bits: 2⁸ times smaller.
+///
+/// # Safety
+/// The machine must have AVX-512 BW.
+#[inline(always)]
+unsafe fn e4m3_as_f16(codes: __m512i) -> __m512i {
+    // SAFETY: the same contract.
+    unsafe { _mm512_and_si512(_mm512_srai_epi16::<1>(codes), _mm512_set1_epi16(!0x4000)) }
 }
 
 /// The columns of sixteen rows of sixteen 32-bit elements of any kind.

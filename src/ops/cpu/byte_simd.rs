@@ -53,7 +53,7 @@ pub trait ByteSimd: Copy + Send + Sync + 'static {
         x: [*const i8; R],
         high: usize,
     );
-    /// `sums - zeros · factor`, for sixteen unsigned bytes.
+    /// `sums - zeros · factor`, for sixteen unsigned bytes and a factor of 16 bits.
     ///
     /// # Safety
     /// They must be readable.

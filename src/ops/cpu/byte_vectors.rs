@@ -1,4 +1,4 @@
-//! [`ByteSimd`] on AVX2, AVX-512 and AVX-512 VNNI.
+//! [`ByteSimd`] on AVX2 and AVX-512, with VNNI and without.
 //!
 //! The instructions multiply unsigned by signed bytes. VNNI adds 128 to signed weights, which the
 //! caller takes off again; the others give the weights' signs to the activations.
@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::avx2::Avx2;
+use super::avx2::{Avx2, AvxVnni};
 use super::avx512::{Avx512, Vnni};
 use super::byte_simd::ByteSimd;
 use crate::formats::blocks::BLOCK_ROWS;
@@ -41,7 +41,8 @@ macro_rules! sixteen_lanes {
             // SAFETY: see `ints`; the caller vouches for the bytes.
             unsafe {
                 let zeros = _mm512_cvtepu8_epi32(_mm_loadu_si128(zeros.cast()));
-                _mm512_sub_epi32(sums, _mm512_mullo_epi32(zeros, _mm512_set1_epi32(factor)))
+                // Sums of codes of a group fit 16 bits, and the upper halves of zero points are 0.
+                _mm512_sub_epi32(sums, _mm512_madd_epi16(zeros, _mm512_set1_epi32(factor)))
             }
         }
         #[inline(always)]
@@ -290,7 +291,7 @@ impl ByteSimd for Avx2 {
         // SAFETY: see `ints`; the caller vouches for the bytes.
         std::array::from_fn(|half| unsafe {
             let zeros = _mm256_cvtepu8_epi32(_mm_loadl_epi64(zeros.add(8 * half).cast()));
-            _mm256_sub_epi32(sums[half], _mm256_mullo_epi32(zeros, _mm256_set1_epi32(factor)))
+            _mm256_sub_epi32(sums[half], _mm256_madd_epi16(zeros, _mm256_set1_epi32(factor)))
         })
     }
     #[inline(always)]
@@ -329,6 +330,100 @@ impl ByteSimd for Avx2 {
     }
 }
 
+impl ByteSimd for AvxVnni {
+    type Base = Avx2;
+    type Ints = [__m256i; 2];
+    type Floats = [__m256; 2];
+    const MAX_ROWS: usize = 4;
+    const MAX_GROUP_ROWS: usize = 2;
+    const BYTES_OFFSET: i32 = 128;
+
+    #[inline(always)]
+    fn base(self) -> Avx2 {
+        self.vectors()
+    }
+    #[inline(always)]
+    fn ints(self, x: i32) -> [__m256i; 2] {
+        self.vectors().ints(x)
+    }
+    #[inline(always)]
+    fn add_ints(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        self.vectors().add_ints(a, b)
+    }
+    #[inline(always)]
+    unsafe fn add_bytes<const R: usize>(
+        self,
+        sums: &mut [[__m256i; 2]; R],
+        line: *const u8,
+        x: [*const i8; R],
+    ) {
+        prefetch(line);
+        // SAFETY: `self` proves that the instructions exist; the caller vouches for the bytes.
+        unsafe {
+            for half in 0..2 {
+                let codes = _mm256_loadu_si256(line.add(32 * half).cast());
+                let codes = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+                for (sums, x) in sums.iter_mut().zip(x) {
+                    sums[half] = _mm256_dpbusd_avx_epi32(sums[half], codes, broadcast8(x));
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_folded<const R: usize>(
+        self,
+        sums: &mut [[[__m256i; 2]; 2]; R],
+        line: *const u8,
+        x: [*const i8; R],
+        high: usize,
+    ) {
+        prefetch(line);
+        // SAFETY: as above.
+        unsafe {
+            let mask = _mm256_set1_epi8(15);
+            for half in 0..2 {
+                let folded = _mm256_loadu_si256(line.add(32 * half).cast());
+                let first = _mm256_and_si256(folded, mask);
+                let second = _mm256_and_si256(_mm256_srli_epi16::<4>(folded), mask);
+                for (sums, x) in sums.iter_mut().zip(x) {
+                    let high = broadcast8(x.add(high));
+                    sums[0][half] = _mm256_dpbusd_avx_epi32(sums[0][half], first, broadcast8(x));
+                    sums[1][half] = _mm256_dpbusd_avx_epi32(sums[1][half], second, high);
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn sub_zeros(self, sums: [__m256i; 2], zeros: *const u8, factor: i32) -> [__m256i; 2] {
+        // SAFETY: the same contract.
+        unsafe { self.vectors().sub_zeros(sums, zeros, factor) }
+    }
+    #[inline(always)]
+    fn no_floats(self) -> [__m256; 2] {
+        self.vectors().no_floats()
+    }
+    #[inline(always)]
+    unsafe fn add_scaled(
+        self,
+        acc: [__m256; 2],
+        sums: [__m256i; 2],
+        x_scale: f32,
+        scales: *const f16,
+    ) -> [__m256; 2] {
+        // SAFETY: the same contract.
+        unsafe { self.vectors().add_scaled(acc, sums, x_scale, scales) }
+    }
+    #[inline(always)]
+    unsafe fn scaled(self, sums: [__m256i; 2], x_scale: f32, scales: *const f32) -> [__m256; 2] {
+        // SAFETY: the same contract.
+        unsafe { self.vectors().scaled(sums, x_scale, scales) }
+    }
+    #[inline(always)]
+    fn lanes(self, floats: [__m256; 2]) -> [f32; BLOCK_ROWS] {
+        self.vectors().lanes(floats)
+    }
+}
+
 /// As [`broadcast`], for AVX2.
 ///
 /// # Safety
@@ -347,4 +442,75 @@ unsafe fn broadcast8(x: *const i8) -> __m256i {
 unsafe fn add_pairs8(sums: __m256i, pairs: __m256i) -> __m256i {
     // SAFETY: the same contract.
     unsafe { _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::byte_simd::ByteKernel;
+    use super::super::scalar::Scalar;
+    use super::*;
+    use crate::formats::blocks::LINE_BYTES;
+
+    /// Products of one line with two rows of activations, as sums of f32: of its bytes, and of
+    /// both halves of what lies folded in it, less zero points.
+    struct Products<'a> {
+        line: &'a [u8; LINE_BYTES],
+        x: &'a [i8; 64],
+        sums: &'a mut Vec<f32>,
+    }
+
+    impl ByteKernel for Products<'_> {
+        #[inline(always)]
+        fn run<S: ByteSimd>(self, simd: S) {
+            let Products { line, x, sums } = self;
+            let line = line.as_ptr();
+            let ones = [1.0f32; BLOCK_ROWS];
+            let sum = |x: &[i8]| x.iter().map(|&x| i32::from(x)).sum::<i32>();
+            let offset = |x: &[i8]| simd.ints(-S::BYTES_OFFSET * sum(&x[..4]));
+            let mut bytes = [offset(x), offset(&x[4..])];
+            let mut folded = [[simd.ints(0); 2]; 1];
+            // SAFETY: a line, sixteen scales and 36 bytes of activations are readable.
+            unsafe {
+                simd.add_bytes(&mut bytes, line, [x.as_ptr(), x[4..].as_ptr()]);
+                simd.add_folded(&mut folded, line, [x.as_ptr()], 32);
+                let [[low, high]] = folded;
+                let less = simd.sub_zeros(simd.add_ints(low, high), line, sum(x));
+                for ints in [bytes[0], bytes[1], low, high, less] {
+                    sums.extend(simd.lanes(simd.scaled(ints, 1.0, ones.as_ptr())));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn all_instructions_give_the_same_sums() {
+        for seed in 0..50usize {
+            // Codes from -127 to 127, among them both ends.
+            let code = |i: usize| ((i * 97 + seed * 31) % 255) as i32 - 127;
+            let line = std::array::from_fn(|i| code(i) as i8 as u8);
+            let x = std::array::from_fn(|i| code(i * i + 7) as i8);
+            let mut all: Vec<(&str, Vec<f32>)> = Vec::new();
+            let mut add = |name, run: &dyn Fn(Products<'_>)| {
+                let mut sums = Vec::new();
+                run(Products { line: &line, x: &x, sums: &mut sums });
+                all.push((name, sums));
+            };
+            add("scalar", &|products| products.run(Scalar));
+            if let Some(avx2) = Avx2::detect() {
+                add("avx2", &|products| avx2.run_bytes_without_vnni(products));
+                if let Some(vnni) = avx2.vnni() {
+                    add("avx-vnni", &|products| vnni.run(products));
+                }
+            }
+            if let Some(avx512) = Avx512::detect() {
+                add("avx512", &|products| avx512.run_bytes_without_vnni(products));
+                if let Some(vnni) = avx512.vnni() {
+                    add("avx512 vnni", &|products| vnni.run(products));
+                }
+            }
+            for (name, sums) in &all[1..] {
+                assert_eq!(*sums, all[0].1, "{name}");
+            }
+        }
+    }
 }

@@ -1,5 +1,7 @@
 //! Which instructions the kernels use: detected once, or named by the operator.
 
+use clap::ValueEnum;
+
 use super::CpuError;
 #[cfg(target_arch = "x86_64")]
 use super::amx::Amx;
@@ -7,6 +9,8 @@ use super::amx::Amx;
 use super::avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 use super::avx512::Avx512;
+#[cfg(target_arch = "x86_64")]
+use super::avx512_bf16::Avx512Bf16;
 use super::byte_simd::ByteKernel;
 use super::scalar::Scalar;
 use super::simd::Kernel;
@@ -23,6 +27,9 @@ pub enum Isa {
     /// AVX-512 F, BW, DQ, VL.
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
+    /// AVX-512 with products of bf16.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16(Avx512Bf16),
     /// Tiles for bf16 and int8, AVX-512 for everything else.
     #[cfg(target_arch = "x86_64")]
     Amx(Amx),
@@ -35,6 +42,7 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         {
             found.extend(Amx::detect().map(Isa::Amx));
+            found.extend(Avx512Bf16::detect().map(Isa::Avx512Bf16));
             found.extend(Avx512::detect().map(Isa::Avx512));
             found.extend(Avx2::detect().map(Isa::Avx2));
         }
@@ -47,7 +55,10 @@ impl Isa {
         let supported = Isa::supported();
         let found = supported.iter().find(|isa| wanted == CpuIsa::Auto || isa.choice() == wanted);
         found.copied().ok_or_else(|| CpuError::UnsupportedIsa {
-            wanted: format!("{wanted:?}").to_lowercase(),
+            wanted: wanted
+                .to_possible_value()
+                .map(|value| value.get_name().to_owned())
+                .unwrap_or_default(),
             supported: supported.iter().map(|isa| isa.name()).collect::<Vec<_>>().join(", "),
         })
     }
@@ -60,6 +71,8 @@ impl Isa {
             Isa::Avx2(_) => CpuIsa::Avx2,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(_) => CpuIsa::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16(_) => CpuIsa::Avx512Bf16,
             #[cfg(target_arch = "x86_64")]
             Isa::Amx(_) => CpuIsa::Amx,
         }
@@ -74,6 +87,8 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(_) => "avx512",
             #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16(_) => "avx512-bf16",
+            #[cfg(target_arch = "x86_64")]
             Isa::Amx(_) => "amx",
         }
     }
@@ -87,8 +102,28 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(simd) => simd.run(kernel),
             #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16(pairs) => pairs.vectors().run(kernel),
+            #[cfg(target_arch = "x86_64")]
             Isa::Amx(amx) => amx.run(kernel),
         }
+    }
+
+    /// The machine's products of bf16, where dense bf16 is multiplied as such.
+    #[cfg(target_arch = "x86_64")]
+    pub fn pairs(self) -> Option<Avx512Bf16> {
+        match self {
+            Isa::Avx512Bf16(pairs) => Some(pairs),
+            Isa::Amx(amx) => Some(amx.pairs()),
+            Isa::Scalar(_) | Isa::Avx2(_) | Isa::Avx512(_) => None,
+        }
+    }
+
+    /// Whether bf16 is multiplied as such: matrices and activations are prepared for it.
+    pub fn multiplies_bf16(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.pairs().is_some();
+        #[cfg(not(target_arch = "x86_64"))]
+        false
     }
 
     /// As [`Isa::run`], for products of bytes.
@@ -99,6 +134,8 @@ impl Isa {
             Isa::Avx2(simd) => simd.run_bytes(kernel),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512(simd) => simd.run_bytes(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16(pairs) => pairs.vectors().run_bytes(kernel),
             #[cfg(target_arch = "x86_64")]
             Isa::Amx(amx) => amx.vectors().run_bytes(kernel),
         }

@@ -6,10 +6,9 @@
 use std::ops::Range;
 
 use super::kv_rows::{EncodeRow, QuantizeRow};
-use super::rows::{Convert, GatedActivation, Norm, ReadRow, Rotate};
+use super::rows::{Convert, GatedActivation, Norm, Rotate};
 use super::share::Parts;
 use super::simd::Float;
-use super::weight_rows::WeightRows;
 use super::{CpuOps, sample, with_float};
 use crate::formats::PackedMatrix;
 use crate::ops::args::{GatedActivationArgs, RopeArgs, SampleArgs};
@@ -49,28 +48,7 @@ impl CpuOps {
         });
     }
 
-    /// `out[i]` = row `ids[i]` of a matrix of any format; panics on an id beyond it.
-    pub(super) fn embed_rows(
-        &self,
-        out: &mut [f32],
-        rows: impl WeightRows,
-        ids: &[u32],
-        table: &PackedMatrix,
-    ) {
-        let width = table.num_cols;
-        let out = Parts::new(out);
-        self.for_rows(ids.len(), width, |tokens| {
-            for token in tokens {
-                let row = ids[token] as usize;
-                assert!(row < table.num_rows, "token {row} of {}", table.num_rows);
-                // SAFETY: tasks have different tokens.
-                let out = unsafe { out.part(token * width..(token + 1) * width) };
-                self.isa.run(ReadRow { out, rows, row });
-            }
-        });
-    }
-
-    /// As [`CpuOps::embed_rows`], for a matrix in blocks.
+    /// As [`CpuOps::copy_rows`], for a matrix in blocks.
     pub(super) fn embed_from_blocks(&self, out: &mut [f32], ids: &[u32], table: &PackedMatrix) {
         let width = table.num_cols;
         let out = Parts::new(out);

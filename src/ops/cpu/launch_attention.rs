@@ -179,14 +179,14 @@ impl CpuOps {
                 // SAFETY: tasks have different rooms.
                 numbers: unsafe { rooms.part(start..start + len) },
             });
-            let scratch = &mut *self.scratch.lock(thread);
+            let scratch = &mut self.scratch.lock(thread)[0];
             self.attend_tile(Attend { task: task(lead, kv_head), partial, scratch });
         });
         let base = if self.has_tiles_for(sizes, k_cache) { Base::Two } else { Base::E };
         self.pool.run(joins.len(), |thread, i| {
             let Join { tile, kv_head, pieces: range } = &joins[i];
             let (task, pieces) = (task(Lead::Tile(*tile), *kv_head), &pieces[range.clone()]);
-            let scratch = &mut *self.scratch.lock(thread);
+            let scratch = &mut self.scratch.lock(thread)[0];
             self.isa.run(JoinParts { task, partials, pieces, base, scratch });
         });
     }

@@ -1,33 +1,35 @@
 //! How a matmul is cut into tasks: activations are brought once into the forms that the weights
 //! want, then tasks take columns of one projection each.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::PoisonError;
 
 #[cfg(target_arch = "x86_64")]
-use super::amx::{Amx, Bf16, Int8, TileElement};
+use super::amx::{Bf16, Int8, TileElement};
+#[cfg(target_arch = "x86_64")]
+use super::avx512_bf16::{Avx512Bf16, Pairs};
 use super::byte_matmul::{ByteBlocks, ByteTask, ByteWeights};
 use super::isa::Isa;
 use super::lines::{CodedLines, FillBf16, FillCodes, LineBuffers, Lines};
-use super::matmul::{Operands, PANEL, multiply_columns};
+use super::matmul::{DenseRows, Operands, PANEL, multiply_columns};
 use super::partition::{Layout, PAIR_COLS, Sizes};
 use super::rows::Convert;
 use super::share::{Parts, Scratch, settle_stores};
-use super::simd::Kernel;
+use super::simd::{Float, Kernel};
 #[cfg(target_arch = "x86_64")]
 use super::tile_blocks::{self, BlockTask, Finish, ScaleSums};
 #[cfg(target_arch = "x86_64")]
+use super::tile_codes::{CodedTask, ScaleCols};
+#[cfg(target_arch = "x86_64")]
 use super::tile_groups;
-#[cfg(target_arch = "x86_64")]
-use super::tile_matmul::{AddBias, Epilogue, Half, PAIR, ScaleCols, TileTask, panel_cols};
-#[cfg(target_arch = "x86_64")]
-use super::tile_pack::{PackedRows, num_words, pack, words_per_tile};
-#[cfg(target_arch = "x86_64")]
-use super::tile_weights::{DenseRows, TileCode, TileWeights, Unscaled};
 use super::weight_blocks::{BlockOutput, Place};
 #[cfg(target_arch = "x86_64")]
-use super::weight_blocks::{Blocks, RowScales};
-use super::weight_rows::{Bytes, Coded, Dense, E4m3, WeightRows, with_rows};
+use super::weight_blocks::{Blocks, RowScales, SliceScales};
+use super::wide_matmul::{WideBlocks, WideRows, WideTask, WideWeights};
+#[cfg(target_arch = "x86_64")]
+use super::wide_simd::Words;
+use super::wide_simd::{Bytes, E4m3, FloatWords};
 use super::{CpuOps, with_float};
 use crate::formats::blocks::BLOCK_ROWS;
 use crate::formats::{Format, PackedMatrix};
@@ -39,16 +41,12 @@ const FILL_ROWS: usize = 4;
 
 // Tasks are cut between what kernels compute at a time.
 const _: () = assert!(PANEL == PAIR_COLS);
-#[cfg(target_arch = "x86_64")]
-const _: () = assert!(PAIR == PAIR_COLS);
 
 /// A form in which kernels want activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Form {
     /// As they are.
     Floats,
-    /// bf16 as the right operand of tiles.
-    Packed,
     /// bf16 in lines.
     Bf16,
     /// Codes in lines, this many sharing a scale.
@@ -59,30 +57,17 @@ impl Form {
     /// What a matrix wants.
     pub(super) fn of(isa: Isa, weight: &PackedMatrix) -> Form {
         match weight.format {
+            Format::Dense => Form::Floats,
             Format::DenseBlocks => Form::Bf16,
+            Format::W8A16 | Format::Fp8 if isa.multiplies_bf16() => Form::Bf16,
+            Format::W8A16 | Format::Fp8 => Form::Floats,
             Format::Int8 => Form::Codes(usize::MAX),
             Format::Q8 | Format::Int4 => {
                 let quantized = weight.quantized.as_ref();
                 Form::Codes(quantized.expect("a quantized matrix has scales").grid.cols)
             }
-            Format::Dense | Format::W8A16 | Format::Fp8 if runs_on_tiles(isa, weight) => {
-                Form::Packed
-            }
-            Format::Dense | Format::W8A16 | Format::Fp8 => Form::Floats,
         }
     }
-}
-
-/// Whether tiles multiply by this row-major matrix; f32 and f16 keep their precision on vectors.
-#[cfg(target_arch = "x86_64")]
-fn runs_on_tiles(isa: Isa, weight: &PackedMatrix) -> bool {
-    matches!(isa, Isa::Amx(_))
-        && (weight.format != Format::Dense || weight.data.dtype() == DType::BF16)
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn runs_on_tiles(_: Isa, _: &PackedMatrix) -> bool {
-    false
 }
 
 /// Room for prepared activations.
@@ -99,12 +84,6 @@ pub struct Prepared {
 #[derive(Default)]
 pub(super) struct InputBuffers {
     lines: Vec<LineBuffers>,
-    packed: Scratch,
-}
-
-/// Words of packed rows of this number and width.
-fn packed_words(max_rows: usize, max_width: usize) -> usize {
-    (max_rows + 16).next_multiple_of(16) * max_width.next_multiple_of(64) / 2 + 16
 }
 
 impl Prepared {
@@ -112,25 +91,22 @@ impl Prepared {
     pub fn reserve(&mut self, max_rows: usize, max_width: usize) {
         self.x.lines.resize_with(1, LineBuffers::default);
         self.x.lines[0].reserve(max_rows, max_width);
-        self.x.packed.reserve(packed_words(max_rows, max_width));
         self.middle.reserve(max_rows, max_width);
     }
 }
 
 /// Bytes that the backend takes for operations on up to `max_rows` rows of `max_width`: prepared
-/// activations, and for each thread a panel of weights or the tile of an attention.
+/// activations, and for each thread some blocks of weights or the tile of an attention.
 pub fn scratch_bytes(max_rows: usize, max_width: usize, threads: usize) -> usize {
     const BYTES_PER_THREAD: usize = 2 << 20;
     let [lines, cells] = LineBuffers::words(max_rows, max_width);
-    4 * (2 * (lines + 2 * cells) + packed_words(max_rows, max_width)) + threads * BYTES_PER_THREAD
+    4 * 2 * (lines + 2 * cells) + threads * BYTES_PER_THREAD
 }
 
 /// Activations in one form.
 #[derive(Clone, Copy)]
 pub(super) enum Input<'a> {
     Floats,
-    #[cfg(target_arch = "x86_64")]
-    Packed(PackedRows<'a>),
     Bf16(Lines<'a>),
     Codes(CodedLines<'a>),
 }
@@ -199,21 +175,21 @@ impl Planned<'_> {
 
 /// Computes output columns for all rows; calls with different columns may run at once.
 pub(super) trait ColumnKernel: Sync {
-    fn run(&self, cols: Range<usize>, scratch: &mut Scratch);
+    fn run(&self, cols: Range<usize>, scratch: &mut [Scratch; 2]);
 }
 
-struct VectorKernel<'a, W> {
+struct VectorKernel<'a, E> {
     isa: Isa,
     x: &'a [f32],
     k: usize,
-    weights: W,
+    weights: DenseRows<'a, E>,
     num_cols: usize,
     bias: Option<&'a [f32]>,
     out: Parts<'a, f32>,
 }
 
-impl<W: WeightRows> ColumnKernel for VectorKernel<'_, W> {
-    fn run(&self, cols: Range<usize>, scratch: &mut Scratch) {
+impl<E: Float> ColumnKernel for VectorKernel<'_, E> {
+    fn run(&self, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
         let operands = Operands {
             x: self.x,
             weight: self.weights,
@@ -221,7 +197,37 @@ impl<W: WeightRows> ColumnKernel for VectorKernel<'_, W> {
             num_cols: self.num_cols,
             out: &self.out,
         };
-        multiply_columns(self.isa, operands, cols, self.bias, scratch);
+        multiply_columns(self.isa, operands, cols, self.bias, &mut scratch[0]);
+    }
+}
+
+/// Codes that are widened to f32.
+struct FloatsKernel<'a, W> {
+    isa: Isa,
+    task: WideTask<'a>,
+    words: PhantomData<W>,
+}
+
+impl<W: FloatWords> ColumnKernel for FloatsKernel<'_, W> {
+    fn run(&self, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
+        let (blocks, words) = (blocks_of(cols), PhantomData::<W>);
+        self.isa.run(WideBlocks { task: &self.task, blocks, scratch: &mut scratch[0], words });
+    }
+}
+
+/// bf16, or codes that are widened to it, on vectors.
+#[cfg(target_arch = "x86_64")]
+struct PairsKernel<'a, W> {
+    pairs: Avx512Bf16,
+    task: WideTask<'a>,
+    words: PhantomData<W>,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<W: Words<Avx512Bf16>> ColumnKernel for PairsKernel<'_, W> {
+    fn run(&self, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
+        let (blocks, words) = (blocks_of(cols), PhantomData::<W>);
+        self.pairs.run(WideBlocks { task: &self.task, blocks, scratch: &mut scratch[0], words });
     }
 }
 
@@ -236,13 +242,13 @@ struct CodesKernel<'a> {
 }
 
 impl ColumnKernel for CodesKernel<'_> {
-    fn run(&self, cols: Range<usize>, scratch: &mut Scratch) {
+    fn run(&self, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
         let blocks = blocks_of(cols);
         #[cfg(target_arch = "x86_64")]
         if let Isa::Amx(amx) = self.isa
             && self.task.x.lines.num_rows > tile_groups::FEW_ROWS
         {
-            return tile_groups::multiply_groups(amx, &self.task, blocks, scratch);
+            return tile_groups::multiply_groups(amx, &self.task, blocks, &mut scratch[0]);
         }
         let _ = scratch;
         self.isa.run_bytes(ByteBlocks { task: &self.task, blocks });
@@ -251,15 +257,15 @@ impl ColumnKernel for CodesKernel<'_> {
 
 #[cfg(target_arch = "x86_64")]
 impl<E: TileElement, F: Finish> ColumnKernel for BlockTask<'_, E, F> {
-    fn run(&self, cols: Range<usize>, scratch: &mut Scratch) {
-        self.run_blocks(blocks_of(cols), scratch);
+    fn run(&self, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
+        self.run_blocks(blocks_of(cols), &mut scratch[0]);
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-impl<W: TileWeights, E: Epilogue> ColumnKernel for TileTask<'_, W, E> {
-    fn run(&self, cols: Range<usize>, scratch: &mut Scratch) {
-        self.run_columns(cols, scratch);
+impl<W: Words<Avx512Bf16>> ColumnKernel for CodedTask<'_, W> {
+    fn run(&self, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
+        self.run_blocks(blocks_of(cols), scratch);
     }
 }
 
@@ -328,7 +334,7 @@ impl CpuOps {
             #[cfg(target_arch = "x86_64")]
             Input::Codes(x) if weight.format == Format::Int8 && matches!(isa, Isa::Amx(_)) => {
                 let finish = |weight| ScaleSums { rows: x, cols: RowScales::of(weight) };
-                block_kernel::<Int8, _>(isa, x.lines, product, place, finish)
+                Box::new(block_task::<Int8, _>(isa, x.lines, product, place, finish))
             }
             Input::Codes(x) => {
                 let up = product.up.map(|(up, _)| ByteWeights::of(up.weight));
@@ -336,19 +342,25 @@ impl CpuOps {
                 Box::new(CodesKernel { isa, task: ByteTask { x, main, up, out } })
             }
             #[cfg(target_arch = "x86_64")]
-            Input::Bf16(x) => {
-                block_kernel::<Bf16, _>(isa, x, product, place, |_| tile_blocks::Floats)
-            }
+            Input::Bf16(x) => bf16_kernel(isa, x, product, place),
             #[cfg(not(target_arch = "x86_64"))]
-            Input::Bf16(_) => panic!("blocks of bf16 are for machines with tiles"),
-            #[cfg(target_arch = "x86_64")]
-            Input::Packed(x) => tile_kernel(isa, x, product, row_major(place)),
-            Input::Floats => {
+            Input::Bf16(_) => panic!("{} has no products of bf16", isa.name()),
+            Input::Floats if weight.format == Format::Dense => {
                 let (x, k, num_cols) = (inputs.x, inputs.k, weight.num_rows);
                 let out = row_major(place);
-                with_rows!(weight, weights => {
+                with_float!(weight.data.dtype(), E => {
+                    let weights = DenseRows::<E>::of(weight);
                     Box::new(VectorKernel { isa, x, k, weights, num_cols, bias, out })
                 })
+            }
+            Input::Floats => {
+                let task = wide_task(WideRows::Floats { x: inputs.x, k: inputs.k }, product, place);
+                match weight.format {
+                    Format::W8A16 => {
+                        Box::new(FloatsKernel { isa, task, words: PhantomData::<Bytes> })
+                    }
+                    _ => Box::new(FloatsKernel { isa, task, words: PhantomData::<E4m3> }),
+                }
             }
         }
     }
@@ -369,15 +381,12 @@ impl CpuOps {
                 wanted.push(form);
             }
         }
-        let InputBuffers { lines, packed } = buffers;
+        let lines = &mut buffers.lines;
         if lines.len() < wanted.len() {
             lines.resize_with(wanted.len(), LineBuffers::default);
         }
-        let mut packed = Some(packed);
-        let forms = wanted.into_iter().zip(lines).map(|(form, buffers)| {
-            let packed = if form == Form::Packed { packed.take() } else { None };
-            (form, self.input(form, buffers, packed, (x, k)))
-        });
+        let forms = wanted.into_iter().zip(lines);
+        let forms = forms.map(|(form, buffers)| (form, self.input(form, buffers, (x, k))));
         Inputs { x, k, num_rows, forms: forms.collect() }
     }
 
@@ -385,29 +394,23 @@ impl CpuOps {
         &self,
         form: Form,
         buffers: &'a mut LineBuffers,
-        packed: Option<&'a mut Scratch>,
         (x, k): (&[f32], usize),
     ) -> Input<'a> {
         let num_rows = x.len() / k;
-        match (form, packed) {
-            #[cfg(target_arch = "x86_64")]
-            (Form::Packed, Some(words)) => {
-                let Isa::Amx(amx) = self.isa else { panic!("packed rows are for tiles") };
-                Input::Packed(self.pack(amx, words, (x, k)))
-            }
-            (Form::Bf16, _) => {
+        match form {
+            Form::Floats => Input::Floats,
+            Form::Bf16 => {
                 let mut filling = buffers.for_bf16(num_rows, k);
                 let to = &filling.parts();
                 self.fill(num_rows, |rows| FillBf16 { x, k, rows, to });
                 Input::Bf16(filling.lines())
             }
-            (Form::Codes(group), _) => {
+            Form::Codes(group) => {
                 let mut filling = buffers.for_codes(num_rows, k, group);
                 let to = &filling.parts();
                 self.fill(num_rows, |rows| FillCodes { x, k, rows, to });
                 Input::Codes(filling.codes())
             }
-            _ => Input::Floats,
         }
     }
 
@@ -422,38 +425,10 @@ impl CpuOps {
         });
     }
 
-    #[cfg(target_arch = "x86_64")]
-    fn pack<'a>(
-        &self,
-        amx: Amx,
-        words: &'a mut Scratch,
-        (x, k): (&[f32], usize),
-    ) -> PackedRows<'a> {
-        const ROWS: usize = super::amx::TILE_ROWS;
-        let num_rows = x.len() / k;
-        let words = words.take_words(num_words(num_rows, k));
-        {
-            let words = Parts::new(words);
-            self.pool.run(num_rows.div_ceil(ROWS), |_, tile| {
-                let rows = tile * ROWS..num_rows.min((tile + 1) * ROWS);
-                let part = tile * words_per_tile(k)..(tile + 1) * words_per_tile(k);
-                // SAFETY: tasks have different tiles.
-                let words = unsafe { words.part(part) };
-                pack(amx, &x[rows.start * k..rows.end * k], k, words);
-            });
-        }
-        PackedRows::new(words, num_rows, k)
-    }
-
     /// Columns of a task, when all matrices together have `all_cols`.
     fn cols_per_task(&self, inputs: &Inputs<'_>, weight: &PackedMatrix, all_cols: usize) -> usize {
         let &Inputs { num_rows, k, .. } = inputs;
-        let layout = match Form::of(self.isa, weight) {
-            Form::Bf16 | Form::Codes(_) => Layout::Blocks,
-            #[cfg(target_arch = "x86_64")]
-            Form::Packed => Layout::Tiles { panel: panel_cols(k.div_ceil(64) * 2) },
-            _ => Layout::Vectors,
-        };
+        let layout = if weight.format.is_in_blocks() { Layout::Blocks } else { Layout::Vectors };
         let (num_cols, row_bytes) = (weight.num_rows, weight.row_bytes());
         let threads = self.threads();
         Sizes { layout, num_rows, k, num_cols, all_cols, row_bytes, threads }.cols_per_task()
@@ -477,89 +452,96 @@ fn row_major(place: Place<'_>) -> Parts<'_, f32> {
     }
 }
 
-/// Blocks as they are, on tiles.
+/// Whether a kernel takes both halves of a gated product.
+pub(super) fn fuses(gate: &PackedMatrix, up: &PackedMatrix) -> bool {
+    let grid = |weight: &PackedMatrix| weight.quantized.as_ref().map(|q| q.grid);
+    gate.format.is_in_blocks() && gate.format == up.format && grid(gate) == grid(up)
+}
+
+/// A product whose words are widened on vectors.
+fn wide_task<'a>(x: WideRows<'a>, product: Product<'a>, place: Place<'a>) -> WideTask<'a> {
+    let up = product.up.map(|(up, _)| WideWeights::of(up.weight));
+    let (main, out) = (WideWeights::of(product.main.weight), product.output(place));
+    WideTask { x, main, up, out }
+}
+
+/// A product with blocks of `E`, as they are, on tiles.
 #[cfg(target_arch = "x86_64")]
-fn block_kernel<'a, E: TileElement, F: Finish + 'a>(
+fn block_task<'a, E: TileElement, F: Finish>(
     isa: Isa,
     x: Lines<'a>,
     product: Product<'a>,
     place: Place<'a>,
     finish: impl Fn(&'a PackedMatrix) -> F,
-) -> Box<dyn ColumnKernel + 'a> {
-    let Isa::Amx(amx) = isa else { panic!("blocks of bf16 are for machines with tiles") };
+) -> BlockTask<'a, E, F> {
+    let Isa::Amx(amx) = isa else { panic!("{} has no tiles", isa.name()) };
     let half = |weighted: Weighted<'a>| tile_blocks::Half {
         blocks: Blocks::of(weighted.weight),
         finish: finish(weighted.weight),
     };
     let up = product.up.map(|(up, _)| half(up));
     let (main, out) = (half(product.main), product.output(place));
-    Box::new(BlockTask { amx, x, main, up, out, element: std::marker::PhantomData::<E> })
+    BlockTask { amx, x, main, up, out, element: PhantomData }
 }
 
-/// Row-major weights on tiles.
+/// Blocks of bf16, or of codes that are widened to it.
 #[cfg(target_arch = "x86_64")]
-fn tile_kernel<'a>(
+fn bf16_kernel<'a>(
     isa: Isa,
-    x: PackedRows<'a>,
+    x: Lines<'a>,
     product: Product<'a>,
-    out: Parts<'a, f32>,
+    place: Place<'a>,
 ) -> Box<dyn ColumnKernel + 'a> {
-    let Isa::Amx(amx) = isa else { panic!("packed rows are for tiles") };
     match product.main.weight.format {
-        Format::Fp8 => coded_kernel::<E4m3>(amx, x, product, out),
-        Format::W8A16 => coded_kernel::<Bytes>(amx, x, product, out),
-        _ => boxed(amx, x, product, out, |Weighted { weight, bias }| Half {
-            weights: DenseRows::of(weight),
-            epilogue: AddBias { bias },
-        }),
+        Format::W8A16 => coded_kernel::<Bytes>(isa, x, product, place),
+        Format::Fp8 => coded_kernel::<E4m3>(isa, x, product, place),
+        _ => match isa {
+            Isa::Amx(_) => {
+                Box::new(block_task::<Bf16, _>(isa, x, product, place, |_| tile_blocks::Floats))
+            }
+            _ => pairs_kernel::<Pairs>(isa, x, product, place),
+        },
     }
 }
 
-/// With one scale per row, codes are multiplied exactly and sums are scaled.
 #[cfg(target_arch = "x86_64")]
-fn coded_kernel<'a, C: TileCode + 'a>(
-    amx: Amx,
-    x: PackedRows<'a>,
+fn coded_kernel<'a, W: Words<Avx512Bf16>>(
+    isa: Isa,
+    x: Lines<'a>,
     product: Product<'a>,
-    out: Parts<'a, f32>,
+    place: Place<'a>,
 ) -> Box<dyn ColumnKernel + 'a> {
-    if !Coded::<C>::of(product.main.weight).is_scaled_per_row() {
-        return boxed(amx, x, product, out, |Weighted { weight, bias }| Half {
-            weights: Coded::<C>::of(weight),
-            epilogue: AddBias { bias },
-        });
+    match isa {
+        Isa::Amx(_) => {
+            let finish = |weight| ScaleCols(SliceScales::of(weight));
+            let coded = block_task::<Bf16, _>(isa, x, product, place, finish);
+            Box::new(CodedTask { coded, words: PhantomData::<W> })
+        }
+        _ => pairs_kernel::<W>(isa, x, product, place),
     }
-    boxed(amx, x, product, out, |Weighted { weight, bias }| {
-        let weights = Coded::<C>::of(weight);
-        let epilogue = ScaleCols { col_scales: weights.scales(), bias: AddBias { bias } };
-        Half { weights: Unscaled(weights), epilogue }
-    })
 }
 
 #[cfg(target_arch = "x86_64")]
-fn boxed<'a, W: TileWeights + 'a, E: Epilogue + 'a>(
-    amx: Amx,
-    x: PackedRows<'a>,
+fn pairs_kernel<'a, W: Words<Avx512Bf16>>(
+    isa: Isa,
+    x: Lines<'a>,
     product: Product<'a>,
-    out: Parts<'a, f32>,
-    half: impl Fn(Weighted<'a>) -> Half<W, E>,
+    place: Place<'a>,
 ) -> Box<dyn ColumnKernel + 'a> {
-    let up = product.up.map(|(up, activation)| (half(up), activation));
-    let (main, num_cols) = (half(product.main), product.width());
-    Box::new(TileTask { amx, x, main, up, num_cols, out })
+    let pairs = isa.pairs().expect("activations were prepared for products of bf16");
+    let task = wide_task(WideRows::Pairs(x), product, place);
+    Box::new(PairsKernel { pairs, task, words: PhantomData::<W> })
 }
 
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn room_is_reserved_for_every_smaller_operation() {
         for (max_rows, max_width) in [(1, 1), (16, 64), (33, 896), (2048, 4865)] {
-            let packed = packed_words(max_rows, max_width);
             let [lines, cells] = LineBuffers::words(max_rows, max_width);
             for rows in [1, max_rows.div_ceil(2), max_rows] {
-                assert!(num_words(rows, max_width) <= packed, "{rows} × {max_width} bf16");
                 let needed = LineBuffers::words(rows, max_width);
                 assert!(needed[0] <= lines && needed[1] <= cells, "{rows} × {max_width} lines");
             }

@@ -5,11 +5,11 @@
 use std::sync::PoisonError;
 
 use super::CpuOps;
-use super::launch_matmul::{Form, Input, InputBuffers, Inputs, Prepared, Product, Weighted};
+use super::launch_matmul::{Form, Input, InputBuffers, Inputs, Prepared, Product, Weighted, fuses};
 use super::middle::{CodeMiddle, Middle};
 use super::share::Parts;
 use super::weight_blocks::Place;
-use crate::formats::{PackedMatrix, ROW_ALIGN};
+use crate::formats::ROW_ALIGN;
 use crate::ops::args::{Activation, GatedMatmulArgs, GatedMlpArgs, WeightAndBias};
 use crate::ops::{gated_in_steps, mlp_in_steps};
 use crate::tensor::{ALIGNMENT, View, ViewMut};
@@ -64,7 +64,7 @@ impl CpuOps {
 
     /// A gated product in one pass where a kernel takes both halves, else in steps.
     pub(super) fn multiply_gated(&self, args: GatedMatmulArgs<'_>) {
-        if !self.fuses(args.gate.0, args.up.0) {
+        if !fuses(args.gate.0, args.up.0) {
             return gated_in_steps(self, args);
         }
         let GatedMatmulArgs { out, x, gate, up, activation, .. } = args;
@@ -91,15 +91,6 @@ impl CpuOps {
         self.run_planned(&[self.plan(&inputs, product, place, product.width())]);
     }
 
-    /// Whether a kernel takes both halves of a gated product.
-    pub(super) fn fuses(&self, gate: &PackedMatrix, up: &PackedMatrix) -> bool {
-        let grid = |weight: &PackedMatrix| weight.quantized.as_ref().map(|q| q.grid);
-        gate.format == up.format
-            && gate.data.dtype() == up.data.dtype()
-            && grid(gate) == grid(up)
-            && Form::of(self.isa, gate) != Form::Floats
-    }
-
     /// Whether the gated product can go straight to the next one.
     fn passes_on(&self, args: &GatedMlpArgs<'_>) -> bool {
         let GatedMatmulArgs { x, out, gate, up, .. } = &args.gated;
@@ -107,7 +98,7 @@ impl CpuOps {
         x.size(0) > FEW_ROWS
             && out.size(1).is_multiple_of(ROW_ALIGN)
             && is_aligned(out)
-            && self.fuses(gate.0, up.0)
+            && fuses(gate.0, up.0)
             && in_lines(gate.0)
             && in_lines(args.down.weight)
     }

@@ -1,4 +1,4 @@
-//! `out = x · weightᵀ` for row-major weights of any format, on vectors of f32.
+//! `out = x · weightᵀ` for row-major weights, on vectors of f32.
 //!
 //! Every output element is one dot product with one fixed order of operations: lane `l` of an
 //! accumulator sums the products at `k ≡ l (mod LANES)` in ascending order, then the lanes are
@@ -13,8 +13,8 @@ use std::ops::Range;
 
 use super::isa::Isa;
 use super::share::{Parts, Scratch};
-use super::simd::{Kernel, MAX_LANES, Simd, load, store};
-use super::weight_rows::{Dense, WeightRows};
+use super::simd::{Float, Kernel, MAX_LANES, Simd, load, store};
+use crate::formats::PackedMatrix;
 
 /// Output columns per panel.
 pub const PANEL: usize = 32;
@@ -29,12 +29,47 @@ const K_BLOCK: usize = 1024;
 /// Rows whose accumulators are kept between blocks of `k`, in the second-level cache.
 const ROW_BLOCK: usize = 96;
 
+/// Rows of floats.
+#[derive(Clone, Copy)]
+pub struct DenseRows<'a, E> {
+    /// The elements of all rows.
+    elements: &'a [E],
+    /// Elements from a row to the next.
+    stride: usize,
+}
+
+impl<'a, E: Float> DenseRows<'a, E> {
+    /// The rows of a dense matrix; panics on another element type, or when elements are missing.
+    pub fn of(matrix: &'a PackedMatrix) -> DenseRows<'a, E> {
+        let (elements, stride) = (matrix.data.as_slice(), matrix.num_cols);
+        assert!(elements.len() >= matrix.num_rows * stride, "rows of elements are whole");
+        DenseRows { elements, stride }
+    }
+
+    /// Elements `at..at + S::LANES` of a row.
+    ///
+    /// # Safety
+    /// The row must have all of them.
+    #[inline(always)]
+    unsafe fn lanes<S: Simd>(&self, simd: S, row: usize, at: usize) -> S::V {
+        // SAFETY: the same contract.
+        unsafe { E::load_lanes(simd, self.elements.as_ptr().add(row * self.stride + at)) }
+    }
+
+    /// The elements of a row of `len` from `at` on, fewer than a vector, and zeros.
+    #[inline(always)]
+    fn tail<S: Simd>(&self, simd: S, row: usize, at: usize, len: usize) -> S::V {
+        load(simd, &self.elements[row * self.stride..row * self.stride + len], at)
+    }
+}
+
 /// The operands, with shapes `x [num_rows, k]`, `weight [num_cols, k]`, `out [num_rows, num_cols]`.
-pub struct Operands<'a, W> {
+#[derive(Clone, Copy)]
+pub struct Operands<'a, E> {
     /// Activations.
     pub x: &'a [f32],
     /// Weights.
-    pub weight: W,
+    pub weight: DenseRows<'a, E>,
     /// Length of the summed axis.
     pub k: usize,
     /// Output columns.
@@ -43,23 +78,16 @@ pub struct Operands<'a, W> {
     pub out: &'a Parts<'a, f32>,
 }
 
-impl<W: Copy> Clone for Operands<'_, W> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<W: Copy> Copy for Operands<'_, W> {}
-
-impl<W> Operands<'_, W> {
+impl<E> Operands<'_, E> {
     fn num_rows(&self) -> usize {
         self.x.len() / self.k
     }
 }
 
 /// Computes the output columns `cols` for all rows; `bias`, one per output column, is added.
-pub fn multiply_columns<W: WeightRows>(
+pub fn multiply_columns<E: Float>(
     isa: Isa,
-    o: Operands<'_, W>,
+    o: Operands<'_, E>,
     cols: Range<usize>,
     bias: Option<&[f32]>,
     scratch: &mut Scratch,
@@ -77,9 +105,9 @@ pub fn multiply_columns<W: WeightRows>(
 }
 
 /// Many rows: weights are widened into scratch, block by block of `k`, and reused by all tiles.
-fn multiply_panel<W: WeightRows>(
+fn multiply_panel<E: Float>(
     isa: Isa,
-    o: Operands<'_, W>,
+    o: Operands<'_, E>,
     panel: Range<usize>,
     bias: &[f32],
     scratch: &mut Scratch,
@@ -104,7 +132,7 @@ fn multiply_panel<W: WeightRows>(
                 place: Place { rows: rows.clone(), cols: panel.clone(), num_cols: o.num_cols },
                 ks,
                 bias,
-                ahead: Ahead::of(&o.weight, row, at, o.k),
+                ahead: Ahead::of(&o.weight, row, at),
             });
         }
     }
@@ -124,13 +152,13 @@ impl Kernel for TileRows {
 
 /// Up to [`FEW_TILES`] tiles of rows: weights go from memory to registers, and the first tile
 /// leaves them in the first-level cache for the second.
-struct StreamPanel<'a, W> {
-    o: Operands<'a, W>,
+struct StreamPanel<'a, E> {
+    o: Operands<'a, E>,
     panel: Range<usize>,
     bias: &'a [f32],
 }
 
-impl<W: WeightRows> Kernel for StreamPanel<'_, W> {
+impl<E: Float> Kernel for StreamPanel<'_, E> {
     type Output = ();
 
     #[inline(always)]
@@ -152,7 +180,7 @@ impl<W: WeightRows> Kernel for StreamPanel<'_, W> {
                     sums: &mut accumulators,
                     first: true,
                     last: true,
-                    ahead: Ahead::of(&o.weight, cols.end, 0, o.k).unless(row > 0),
+                    ahead: Ahead::of(&o.weight, cols.end, 0).unless(row > 0),
                 };
                 let sums = dispatch_tile(simd, tile, rows.len(), cols.len());
                 let place = Place { rows, cols: cols.clone(), num_cols: o.num_cols };
@@ -163,15 +191,15 @@ impl<W: WeightRows> Kernel for StreamPanel<'_, W> {
 }
 
 /// Copies `weight[panel, ks]` to `wide` as f32, rows padded with zeros to whole vectors.
-struct Widen<'a, W> {
-    o: Operands<'a, W>,
+struct Widen<'a, E> {
+    o: Operands<'a, E>,
     panel: Range<usize>,
     ks: Range<usize>,
     wide: &'a mut [f32],
     stride: usize,
 }
 
-impl<W: WeightRows> Kernel for Widen<'_, W> {
+impl<E: Float> Kernel for Widen<'_, E> {
     type Output = ();
 
     #[inline(always)]
@@ -184,8 +212,7 @@ impl<W: WeightRows> Kernel for Widen<'_, W> {
                 store(simd, wide, at, unsafe { o.weight.lanes(simd, col, ks.start + at) });
             }
             if whole < ks.len() {
-                // SAFETY: as above; the rest is the end of the row.
-                let last = unsafe { o.weight.tail(simd, col, ks.start + whole, ks.end) };
+                let last = o.weight.tail(simd, col, ks.start + whole, ks.end);
                 store(simd, &mut wide[..ks.len()], whole, last);
                 wide[ks.len()..].fill(0.0);
             }
@@ -235,7 +262,7 @@ impl Kernel for MultiplyBlock<'_> {
                 let tile = Tile {
                     x: &self.x[x.clone()],
                     x_stride: self.k,
-                    w: Dense { elements: self.wide, stride: self.stride },
+                    w: DenseRows { elements: self.wide, stride: self.stride },
                     w_row: at,
                     len: self.ks.len(),
                     sums: &mut self.accumulators[slot..slot + slot_len],
@@ -257,10 +284,10 @@ impl Kernel for MultiplyBlock<'_> {
 type Sums = [[f32; TILE_COLS]; MAX_TILE_ROWS];
 
 /// A register tile: some rows of x times up to four rows of weights, over `len` elements.
-struct Tile<'a, W> {
+struct Tile<'a, E> {
     x: &'a [f32],
     x_stride: usize,
-    w: W,
+    w: DenseRows<'a, E>,
     /// The first row of weights.
     w_row: usize,
     len: usize,
@@ -280,22 +307,17 @@ struct Tile<'a, W> {
 struct Ahead {
     start: *const u8,
     row_bytes: usize,
-    /// Bytes of [`Ahead::PART`] elements.
-    part_bytes: usize,
+    element_bytes: usize,
 }
 
 impl Ahead {
-    /// Elements whose bytes are counted: a row of an int4 vector is a fraction of one.
-    const PART: usize = 16;
-
     /// Rows from `row` on, from element `at` on; nothing is read, so they may not exist.
     #[inline(always)]
-    fn of<W: WeightRows>(weight: &W, row: usize, at: usize, k: usize) -> Ahead {
-        let row_bytes = weight.row_bytes();
+    fn of<E>(weight: &DenseRows<'_, E>, row: usize, at: usize) -> Ahead {
         Ahead {
-            start: weight.address(row, at),
-            row_bytes,
-            part_bytes: row_bytes * Self::PART / k.next_multiple_of(Self::PART),
+            start: weight.elements.as_ptr().wrapping_add(row * weight.stride + at).cast(),
+            row_bytes: weight.stride * size_of::<E>(),
+            element_bytes: size_of::<E>(),
         }
     }
 
@@ -308,16 +330,16 @@ impl Ahead {
     /// version of the hot loop, and other lines in the cache.
     #[inline(always)]
     fn unless(self, enough: bool) -> Ahead {
-        if enough { Ahead { row_bytes: 0, part_bytes: 0, ..self } } else { self }
+        if enough { Ahead { row_bytes: 0, element_bytes: 0, ..self } } else { self }
     }
 }
 
 /// Calls the tile compiled for this number of rows; columns that do not fill a tile go one
 /// element at a time.
 #[inline(always)]
-fn dispatch_tile<S: Simd, W: WeightRows>(
+fn dispatch_tile<S: Simd, E: Float>(
     simd: S,
-    mut tile: Tile<'_, W>,
+    mut tile: Tile<'_, E>,
     rows: usize,
     cols: usize,
 ) -> Sums {
@@ -325,21 +347,21 @@ fn dispatch_tile<S: Simd, W: WeightRows>(
         return multiply_edge(simd, &mut tile, rows, cols);
     }
     match rows {
-        1 => multiply_tile::<S, W, 1, TILE_COLS>(simd, &mut tile),
-        2 if S::TILE_ROWS >= 2 => multiply_tile::<S, W, 2, TILE_COLS>(simd, &mut tile),
-        3 if S::TILE_ROWS >= 3 => multiply_tile::<S, W, 3, TILE_COLS>(simd, &mut tile),
-        4 if S::TILE_ROWS >= 4 => multiply_tile::<S, W, 4, TILE_COLS>(simd, &mut tile),
-        5 if S::TILE_ROWS >= 5 => multiply_tile::<S, W, 5, TILE_COLS>(simd, &mut tile),
-        6 if S::TILE_ROWS >= 6 => multiply_tile::<S, W, 6, TILE_COLS>(simd, &mut tile),
+        1 => multiply_tile::<S, E, 1, TILE_COLS>(simd, &mut tile),
+        2 if S::TILE_ROWS >= 2 => multiply_tile::<S, E, 2, TILE_COLS>(simd, &mut tile),
+        3 if S::TILE_ROWS >= 3 => multiply_tile::<S, E, 3, TILE_COLS>(simd, &mut tile),
+        4 if S::TILE_ROWS >= 4 => multiply_tile::<S, E, 4, TILE_COLS>(simd, &mut tile),
+        5 if S::TILE_ROWS >= 5 => multiply_tile::<S, E, 5, TILE_COLS>(simd, &mut tile),
+        6 if S::TILE_ROWS >= 6 => multiply_tile::<S, E, 6, TILE_COLS>(simd, &mut tile),
         _ => unreachable!("a tile has 1 to {} rows", S::TILE_ROWS),
     }
 }
 
 /// The last columns of the output, where they do not fill a tile.
 #[inline(always)]
-fn multiply_edge<S: Simd, W: WeightRows>(
+fn multiply_edge<S: Simd, E: Float>(
     simd: S,
-    tile: &mut Tile<'_, W>,
+    tile: &mut Tile<'_, E>,
     rows: usize,
     cols: usize,
 ) -> Sums {
@@ -353,7 +375,7 @@ fn multiply_edge<S: Simd, W: WeightRows>(
                 sums: &mut tile.sums[slot..slot + S::LANES],
                 ..*tile
             };
-            *result = multiply_tile::<S, W, 1, 1>(simd, &mut element)[0][0];
+            *result = multiply_tile::<S, E, 1, 1>(simd, &mut element)[0][0];
         }
     }
     results
@@ -361,13 +383,13 @@ fn multiply_edge<S: Simd, W: WeightRows>(
 
 /// `R` rows by `C` columns.
 #[inline(always)]
-fn multiply_tile<S: Simd, W: WeightRows, const R: usize, const C: usize>(
+fn multiply_tile<S: Simd, E: Float, const R: usize, const C: usize>(
     simd: S,
-    tile: &mut Tile<'_, W>,
+    tile: &mut Tile<'_, E>,
 ) -> Sums {
-    whole_vectors::<S, W, R, C>(simd, tile);
+    whole_vectors::<S, E, R, C>(simd, tile);
     if !tile.len.is_multiple_of(S::LANES) {
-        tail::<S, W, R, C>(simd, tile);
+        tail::<S, E, R, C>(simd, tile);
     }
     let mut results = [[0.0; TILE_COLS]; MAX_TILE_ROWS];
     if tile.last {
@@ -385,9 +407,9 @@ fn multiply_tile<S: Simd, W: WeightRows, const R: usize, const C: usize>(
 /// The hot loop. Accumulators live in registers only here: the compiler keeps an array in
 /// registers when nothing but fully unrolled loops touches it.
 #[inline(always)]
-fn whole_vectors<S: Simd, W: WeightRows, const R: usize, const C: usize>(
+fn whole_vectors<S: Simd, E: Float, const R: usize, const C: usize>(
     simd: S,
-    tile: &mut Tile<'_, W>,
+    tile: &mut Tile<'_, E>,
 ) {
     let Tile { x_stride, w, w_row, len, ahead, .. } = *tile;
     assert!(tile.x.len() >= (R - 1) * x_stride + len);
@@ -405,8 +427,8 @@ fn whole_vectors<S: Simd, W: WeightRows, const R: usize, const C: usize>(
     for k in (0..len - len % S::LANES).step_by(S::LANES) {
         let mut wide = [simd.splat(0.0); C];
         for (c, wide) in wide.iter_mut().enumerate() {
-            let part = k / Ahead::PART * ahead.part_bytes;
-            simd.prefetch(ahead.start.wrapping_add(c * ahead.row_bytes + part));
+            let at = c * ahead.row_bytes + k * ahead.element_bytes;
+            simd.prefetch(ahead.start.wrapping_add(at));
             // SAFETY: whoever made the tile vouches for `C` rows of `len` elements.
             *wide = unsafe { w.lanes(simd, w_row + c, k) };
         }
@@ -428,14 +450,13 @@ fn whole_vectors<S: Simd, W: WeightRows, const R: usize, const C: usize>(
 
 /// The last, partial vector of k; lanes beyond it multiply zeros.
 #[inline(always)]
-fn tail<S: Simd, W: WeightRows, const R: usize, const C: usize>(simd: S, tile: &mut Tile<'_, W>) {
+fn tail<S: Simd, E: Float, const R: usize, const C: usize>(simd: S, tile: &mut Tile<'_, E>) {
     let Tile { x_stride, w, w_row, len, .. } = *tile;
     let at = len - len % S::LANES;
     for r in 0..R {
         let x = load(simd, &tile.x[r * x_stride..r * x_stride + len], at);
         for c in 0..C {
-            // SAFETY: as in `whole_vectors`.
-            let wide = unsafe { w.tail(simd, w_row + c, at, len) };
+            let wide = w.tail(simd, w_row + c, at, len);
             let slot = (r * C + c) * S::LANES;
             let sum = simd.mul_add(x, wide, load(simd, tile.sums, slot));
             store(simd, tile.sums, slot, sum);

@@ -8,10 +8,10 @@
 //! | `kv_rows` | cached keys and values of every dtype, as kernels read and write them |
 //! | `byte_simd`, `byte_vectors` | what products of bytes need beside |
 //! | `weight_blocks`, `lines` | weights in blocks, and activations for them |
-//! | `weight_rows`, `tile_weights`, `tile_pack` | row-major weights, and activations for them on tiles |
-//! | `matmul`, `byte_matmul`, `attention`, `rows`, `sample` | the kernels on vectors |
-//! | `amx`, `tile_blocks`, `tile_groups`, `tile_matmul` | tiles, and the matmuls on them |
-//! | `tile_attention`, `tile_cache`, `tile_rows`, `tile_softmax` | attention on them |
+//! | `wide_simd`, `avx512_bf16` | codes widened to f32 and to bf16, and their products |
+//! | `matmul`, `wide_matmul`, `byte_matmul`, `attention`, `rows`, `sample` | the kernels on vectors |
+//! | `amx`, `tile_blocks`, `tile_codes`, `tile_groups` | tiles, and the matmuls on them |
+//! | `tile_attention`, `tile_cache`, `tile_pack`, `tile_rows`, `tile_softmax` | attention on them |
 //! | `context_parts` | how attention over parts of a context is joined |
 //! | `launch`, `launch_attention`, `launch_matmul`, `partition` | how operations are cut into tasks |
 //!
@@ -25,6 +25,8 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_bf16;
 mod byte_matmul;
 mod byte_simd;
 #[cfg(target_arch = "x86_64")]
@@ -54,34 +56,32 @@ mod tile_blocks;
 #[cfg(target_arch = "x86_64")]
 mod tile_cache;
 #[cfg(target_arch = "x86_64")]
-mod tile_groups;
+mod tile_codes;
 #[cfg(target_arch = "x86_64")]
-mod tile_matmul;
+mod tile_groups;
 #[cfg(target_arch = "x86_64")]
 mod tile_pack;
 #[cfg(target_arch = "x86_64")]
 mod tile_rows;
 #[cfg(target_arch = "x86_64")]
 mod tile_softmax;
-#[cfg(target_arch = "x86_64")]
-mod tile_weights;
 mod topology;
 mod weight_blocks;
-mod weight_rows;
+mod wide_matmul;
+mod wide_simd;
 
 use std::sync::{Mutex, PoisonError};
 
 use super::args::*;
 use super::{Ops, OpsError, StepLimits};
 use crate::config::CpuIsa;
-use crate::formats::{Format, PackedMatrix, dense};
+use crate::formats::{PackedMatrix, dense};
 use crate::output::SampledToken;
 use crate::tensor::DType;
 pub use isa::Isa;
 use pool::Pool;
 use share::{PerThread, Scratch};
 pub use topology::physical_cores;
-use weight_rows::{Bytes, Coded, Dense, E4m3, with_rows};
 
 /// The CPU backend cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -111,7 +111,7 @@ pub enum CpuError {
 pub struct CpuOps {
     isa: Isa,
     pool: Pool,
-    scratch: PerThread<Scratch>,
+    scratch: PerThread<[Scratch; 2]>,
     samplers: PerThread<sample::SampleScratch>,
     prepared: Mutex<launch_matmul::Prepared>,
     attention_plan: Mutex<launch_attention::AttentionPlan>,
@@ -140,9 +140,9 @@ impl CpuOps {
         })
     }
 
-    /// Whether matrices of this dtype are put into blocks: tiles read them as they are then.
+    /// Whether matrices of this dtype are put into blocks: they are read as they are then.
     fn wants_blocks(&self, dtype: DType) -> bool {
-        self.isa.choice() == CpuIsa::Amx && dtype == DType::BF16
+        self.isa.multiplies_bf16() && dtype == DType::BF16
     }
 
     /// The instruction set in use.
@@ -220,7 +220,8 @@ impl Ops for CpuOps {
         if args.table.format.is_in_blocks() {
             return self.embed_from_blocks(out, token_ids, args.table);
         }
-        with_rows!(args.table, rows => self.embed_rows(out, rows, token_ids, args.table));
+        let (table, width) = (&args.table.data, args.table.num_cols);
+        with_float!(table.dtype(), E => self.copy_rows(out, table.as_slice::<E>(), token_ids, width));
     }
 
     fn norm(&self, args: NormArgs<'_>) {

@@ -7,7 +7,7 @@
 
 use crate::formats::blocks::BLOCK_ROWS;
 
-/// Columns below which nothing is cut: a pair of blocks or of tiles, or a panel of vectors.
+/// Columns below which nothing is cut: a pair of blocks, or a panel of vectors.
 pub const PAIR_COLS: usize = 2 * BLOCK_ROWS;
 /// Tasks per thread that let a fast thread take over from a slow one.
 pub const TASKS_PER_THREAD: usize = 4;
@@ -30,11 +30,6 @@ const LONGEST_PERCENT: usize = 115;
 pub enum Layout {
     /// In blocks of sixteen rows.
     Blocks,
-    /// Row-major, on tiles; with many rows, this many columns are kept in a cache.
-    Tiles {
-        /// Columns of a panel.
-        panel: usize,
-    },
     /// Row-major, on vectors.
     Vectors,
 }
@@ -76,7 +71,6 @@ impl Sizes {
             Layout::Blocks if self.num_rows > FEW_ROWS => {
                 BLOCK_SUMS / self.num_rows.min(BLOCK_ROWS_KEPT).next_multiple_of(BLOCK_ROWS)
             }
-            Layout::Tiles { panel } if self.num_rows > FEW_ROWS => panel,
             _ => streamed,
         }
     }
@@ -130,15 +124,11 @@ mod tests {
     }
 
     /// How matrices of `k` elements per row lie, and the bytes of a row: f32, bf16, bytes, INT4.
-    fn layouts(k: usize) -> [(Layout, usize); 6] {
-        let panel = (1024 / k.div_ceil(32)).max(1) * 16;
-        let tiles = Layout::Tiles { panel: panel.next_multiple_of(PAIR_COLS) };
+    fn layouts(k: usize) -> [(Layout, usize); 4] {
         [
             (Layout::Blocks, 2 * k),
             (Layout::Blocks, k),
             (Layout::Blocks, k / 2),
-            (tiles, 2 * k),
-            (tiles, k),
             (Layout::Vectors, 4 * k),
         ]
     }

@@ -4,7 +4,6 @@
 //! Sums accumulate in f32 lanes, in ascending order, then over the lanes in one fixed order.
 
 use super::simd::{Float, Kernel, Simd, exp, load, store};
-use super::weight_rows::WeightRows;
 use crate::ops::args::{Activation, RopeStyle};
 
 /// `out = from`, converted.
@@ -22,35 +21,6 @@ impl<A: Float, B: Float> Kernel for Convert<'_, A, B> {
     fn run<S: Simd>(self, simd: S) {
         for at in (0..self.from.len()).step_by(S::LANES) {
             store(simd, self.out, at, load(simd, self.from, at));
-        }
-    }
-}
-
-/// `out` = a row of weights.
-pub struct ReadRow<'a, W> {
-    /// Destination, a whole row.
-    pub out: &'a mut [f32],
-    /// All rows.
-    pub rows: W,
-    /// Which row; it must exist.
-    pub row: usize,
-}
-
-impl<W: WeightRows> Kernel for ReadRow<'_, W> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let ReadRow { out, rows, row } = self;
-        let whole = out.len() - out.len() % S::LANES;
-        for at in (0..whole).step_by(S::LANES) {
-            // SAFETY: the row exists and has the output's length.
-            store(simd, out, at, unsafe { rows.lanes(simd, row, at) });
-        }
-        if whole < out.len() {
-            // SAFETY: as above.
-            let last = unsafe { rows.tail(simd, row, whole, out.len()) };
-            store(simd, out, whole, last);
         }
     }
 }

@@ -11,6 +11,12 @@ const LANES: usize = 8;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scalar;
 
+/// The f16 with the bits of an E4M3 number: 2⁸ times smaller.
+#[inline(always)]
+fn e4m3_as_f16(code: u8) -> f16 {
+    f16::from_bits(u16::from(code & 0x7f) << 7 | u16::from(code & 0x80) << 8)
+}
+
 #[inline(always)]
 fn zip(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; LANES] {
     std::array::from_fn(|i| f(a[i], b[i]))
@@ -96,8 +102,16 @@ impl Simd for Scalar {
         unsafe { *from.cast::<[u8; LANES]>() }.map(fp8::decode)
     }
     #[inline(always)]
-    fn splat_f16(self, x: f16) -> Self::V {
-        [x.to_f32(); LANES]
+    unsafe fn load_i8_words(self, from: *const u8) -> [Self::V; 4] {
+        // SAFETY: the caller's contract.
+        let words = unsafe { &*from.cast::<[[i8; 4]; LANES]>() };
+        std::array::from_fn(|i| words.map(|word| f32::from(word[i])))
+    }
+    #[inline(always)]
+    unsafe fn load_e4m3_words(self, from: *const u8) -> [Self::V; 4] {
+        // SAFETY: the caller's contract.
+        let words = unsafe { &*from.cast::<[[u8; 4]; LANES]>() };
+        std::array::from_fn(|i| words.map(|word| e4m3_as_f16(word[i]).to_f32()))
     }
     #[inline(always)]
     unsafe fn store_f32(self, to: *mut f32, v: Self::V) {

@@ -7,6 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::tensor::prefer_large_pages;
 
 /// A mutable slice whose parts go to different tasks.
+#[derive(Clone, Copy)]
 pub struct Parts<'a, T> {
     ptr: *mut T,
     len: usize,

@@ -99,8 +99,16 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// They must be readable.
     unsafe fn load_e4m3(self, from: *const u8) -> Self::V;
-    /// All lanes equal to `x`.
-    fn splat_f16(self, x: f16) -> Self::V;
+    /// Reads `LANES` words of four signed bytes: byte `i` of every word, widened, is result `i`.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load_i8_words(self, from: *const u8) -> [Self::V; 4];
+    /// As [`Simd::load_i8_words`] for FP8 E4M3 numbers, all of them 2⁸ times too small.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load_e4m3_words(self, from: *const u8) -> [Self::V; 4];
     /// Rounds to nearest even and writes `LANES` signed bytes; lanes are below 128 in magnitude.
     ///
     /// # Safety

@@ -18,7 +18,7 @@ use super::share::Scratch;
 use super::weight_blocks::{BlockOutput, Blocks, RowScales};
 
 /// Up to this many rows, weights are read once.
-const FEW_ROWS: usize = 2 * TILE_ROWS;
+pub const FEW_ROWS: usize = 2 * TILE_ROWS;
 /// Steps of a slice: two blocks of it fill two thirds of the first-level cache.
 const SLICE_STEPS: usize = 16;
 /// Pairs of tiles of rows whose slice (32 KiB each) and accumulators (4 KiB per pair of blocks)
@@ -30,7 +30,7 @@ const ROWS_AT_ONCE: usize = 4;
 const _: () = assert!((2 * TILE_ROWS / Parts::MOST).is_multiple_of(ROWS_AT_ONCE));
 
 /// Four accumulators: rows × first block, next rows × first block, the same for the second.
-type Sums = [[u32; TILE_LEN]; 4];
+pub type Sums = [[u32; TILE_LEN]; 4];
 
 /// Weights of both blocks of a pass that are asked for ahead of their use.
 type Ahead = [*const u8; 2];
@@ -90,6 +90,7 @@ pub struct Half<'a, F> {
 }
 
 /// A product, or the gated product of two.
+#[derive(Clone, Copy)]
 pub struct BlockTask<'a, E, F> {
     /// The machine's tiles.
     pub amx: Amx,
@@ -120,7 +121,7 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
     }
 
     /// Blocks of one pass: of one matrix, or the same of both.
-    fn blocks_per_pass(&self) -> usize {
+    pub fn blocks_per_pass(&self) -> usize {
         if self.up.is_some() { 1 } else { 2 }
     }
 
@@ -140,7 +141,7 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
 
     /// The left operand: a pair of tiles of rows, from `step` on. A tile that is missing is its
     /// neighbour.
-    fn left(&self, pair: usize, step: usize) -> Left {
+    pub fn left(&self, pair: usize, step: usize) -> Left {
         let tile = |tile: usize| {
             let row = tile.min(self.x.num_tiles() - 1) * TILE_ROWS;
             self.x.line(row, step).cast::<u8>()
@@ -196,7 +197,7 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
             let ahead = self.weights(&pass, 0).map(|start| start.wrapping_add(ahead_bytes));
             self.multiply(tiles, &pass, (0, 0..self.x.steps), Some(ahead));
             tiles.store(&mut sums[0]);
-            self.write(&mut Finished::new(0, 0, pass), sums, 2 * TILE_ROWS);
+            self.write_pass(pass, sums);
         }
     }
 
@@ -221,7 +222,13 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
         }
     }
 
-    fn passes(&self, blocks: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<E, F> {
+    /// Writes the sums of few rows.
+    pub fn write_pass(&self, pass: Range<usize>, sums: &[Sums]) {
+        self.write(&mut Finished::new(0, 0, pass), sums, 2 * TILE_ROWS);
+    }
+
+    /// The blocks of every pass.
+    pub fn passes(&self, blocks: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<E, F> {
         let (end, len) = (blocks.end, self.blocks_per_pass());
         blocks.clone().step_by(len).map(move |block| block..end.min(block + len))
     }
@@ -381,6 +388,6 @@ impl Parts {
 }
 
 /// Words as accumulators.
-fn sums_of(words: &mut [u32]) -> &mut [Sums] {
+pub fn sums_of(words: &mut [u32]) -> &mut [Sums] {
     words.as_chunks_mut().0.as_chunks_mut().0
 }

@@ -203,6 +203,17 @@ impl<'a> Unpacked<'a> {
     }
 }
 
+/// Every one of sixteen bytes four times.
+static FOURFOLD: [u8; LINE_BYTES] = {
+    let mut order = [0; LINE_BYTES];
+    let mut i = 0;
+    while i < LINE_BYTES {
+        order[i] = (i / 4) as u8;
+        i += 1;
+    }
+    order
+};
+
 /// Zero points of the two halves of a step, for the four codes of every column.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -211,10 +222,11 @@ fn zeros_of(scales: GroupScales<'_>, block: usize, step: usize) -> [__m512i; 2] 
     for (half, line) in both.iter_mut().enumerate() {
         let group = (step * LINE_BYTES + half * LINE_BYTES / 2) / scales.size;
         if let Some(zeros) = scales.zeros(block, group) {
-            // SAFETY: sixteen bytes.
-            let zeros = unsafe { _mm_loadu_si128(zeros.as_ptr().cast()) };
-            let factor = _mm512_set1_epi32(0x0101_0101);
-            *line = _mm512_mullo_epi32(_mm512_cvtepu8_epi32(zeros), factor);
+            // SAFETY: sixteen bytes, and a table of 64.
+            *line = unsafe {
+                let zeros = _mm512_broadcast_i32x4(_mm_loadu_si128(zeros.as_ptr().cast()));
+                _mm512_shuffle_epi8(zeros, _mm512_loadu_si512(FOURFOLD.as_ptr().cast()))
+            };
         }
     }
     both

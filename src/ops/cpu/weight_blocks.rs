@@ -10,15 +10,18 @@ use super::middle::Middle;
 use super::rows::activate_all;
 use super::share::Parts;
 use super::simd::{Simd, load, store};
+use super::wide_simd::SLICE;
 use crate::formats::blocks::BLOCK_ROWS;
 use crate::formats::{Format, PackedMatrix};
 use crate::ops::args::Activation;
 use crate::tensor::Tensor;
 
-/// The blocks of a matrix.
+/// The blocks of a matrix, or some of them.
 #[derive(Clone, Copy)]
 pub struct Blocks<'a> {
     bytes: &'a [u8],
+    /// The block at their start.
+    first: usize,
     /// Bytes from a block to the next.
     pub block_bytes: usize,
 }
@@ -30,13 +33,20 @@ impl<'a> Blocks<'a> {
         let block_bytes = BLOCK_ROWS * matrix.row_bytes();
         let bytes = matrix.data.bytes();
         assert!(bytes.len() >= matrix.num_rows.div_ceil(BLOCK_ROWS) * block_bytes, "whole blocks");
-        Blocks { bytes, block_bytes }
+        Blocks { bytes, first: 0, block_bytes }
+    }
+
+    /// Those from block `first` on, as they were written to scratch memory.
+    pub fn in_scratch(first: usize, block_bytes: usize, bytes: &'a [i8]) -> Blocks<'a> {
+        // SAFETY: any i8 is a valid u8.
+        let bytes = unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len()) };
+        Blocks { bytes, first, block_bytes }
     }
 
     /// A block and all that follow; panics when there is none.
     #[inline(always)]
     pub fn block(&self, block: usize) -> *const u8 {
-        self.bytes[block * self.block_bytes..][..self.block_bytes].as_ptr()
+        self.bytes[(block - self.first) * self.block_bytes..][..self.block_bytes].as_ptr()
     }
 }
 
@@ -54,6 +64,40 @@ impl<'a> RowScales<'a> {
     #[inline(always)]
     pub fn block(&self, block: usize) -> &'a [f32; BLOCK_ROWS] {
         self.0[block * BLOCK_ROWS..].first_chunk().expect("blocks have sixteen scales")
+    }
+}
+
+/// f32 scales of rows or of groups of whole slices of them (W8A16, FP8).
+#[derive(Clone, Copy)]
+pub struct SliceScales<'a> {
+    scales: &'a [f32],
+    /// Groups of a row, and elements of a group.
+    groups: usize,
+    size: usize,
+}
+
+impl<'a> SliceScales<'a> {
+    /// Those of a matrix whose groups are whole slices.
+    pub fn of(matrix: &'a PackedMatrix) -> SliceScales<'a> {
+        let quantized = matrix.quantized.as_ref().expect("a quantized matrix has scales");
+        let shape = quantized.grid.blocks_shape(matrix.num_rows, matrix.num_cols);
+        assert_eq!(quantized.scales.shape().sizes(), shape, "scales fit the matrix");
+        let (groups, size) = (shape[1], quantized.grid.cols);
+        assert!(groups == 1 || size.is_multiple_of(SLICE), "groups of {size}");
+        SliceScales { scales: quantized.scales.as_slice(), groups, size }
+    }
+
+    /// Whether a row has one scale.
+    #[inline(always)]
+    pub fn is_per_row(&self) -> bool {
+        self.groups == 1
+    }
+
+    /// The scales of a block for the group of an element.
+    #[inline(always)]
+    pub fn of_element(&self, block: usize, at: usize) -> &'a [f32; BLOCK_ROWS] {
+        let at = (block * self.groups + at / self.size) * BLOCK_ROWS;
+        self.scales[at..].first_chunk().expect("groups have sixteen scales")
     }
 }
 
@@ -110,6 +154,7 @@ fn scales(matrix: &PackedMatrix) -> &Tensor {
 }
 
 /// Where results of all rows are put.
+#[derive(Clone, Copy)]
 pub enum Place<'a> {
     /// `[num_rows, num_cols]`; tasks write disjoint columns.
     Rows(Parts<'a, f32>),
@@ -120,6 +165,7 @@ pub enum Place<'a> {
 }
 
 /// Where results go: `out = main + bias`, or `activation(main + bias) * (up + its bias)`.
+#[derive(Clone, Copy)]
 pub struct BlockOutput<'a> {
     /// Where they are put.
     pub place: Place<'a>,

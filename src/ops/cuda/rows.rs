@@ -56,10 +56,11 @@ impl<L: Launcher> CudaOps<L> {
         let dtype = out.dtype();
         let kernel = match table.format {
             Format::DenseBlocks => by_activation!(dtype, "gather_bf16_blocks"),
-            Format::Int8 | Format::Q8 => by_activation!(dtype, "gather_byte_blocks"),
+            Format::Int8 | Format::Q8 | Format::W8A16 => {
+                by_activation!(dtype, "gather_byte_blocks")
+            }
             Format::Int4 => by_activation!(dtype, "gather_nibble_blocks"),
-            Format::W8A16 => by_activation!(dtype, "gather_byte_rows"),
-            Format::Fp8 => by_activation!(dtype, "gather_fp8_rows"),
+            Format::Fp8 => by_activation!(dtype, "gather_fp8_blocks"),
             Format::Dense => panic!("a dense table is not packed"),
         };
         let scales = quantized.map(|quantized| quantized.scales.view());
@@ -77,7 +78,6 @@ impl<L: Launcher> CudaOps<L> {
             table.num_cols,
             table.row_bytes(),
             groups,
-            grid.rows,
             grid.cols,
             u32::from(scales_are_f16),
         ];
