@@ -1,63 +1,211 @@
-//! Dense bf16 matmul at the shapes of a 0.5 B model.
+//! Matmuls and gated MLPs in every format, at the shapes of a 0.5 B model.
 //!
 //! Every call takes the next of several copies of the weights, more than the caches hold, as a
-//! step through a model's layers does. Beside criterion's times it prints GB/s of weights and
-//! GFLOP/s of the best call.
+//! step through a model's layers does. Beside criterion's times it prints the best call: on a
+//! machine with neighbours, short calls hit undisturbed moments and means do not. Each line ends
+//! with the fraction of what bounds it, the memory's or the arithmetic's limit, read at the start
+//! in the same way. `TOKENMILL_BENCH_THREADS` sets the number of threads.
+
+#[cfg(target_arch = "x86_64")]
+#[path = "limits/x86.rs"]
+mod x86;
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
+use tokenmill::cli::bench::limits::{best_time, memory_read};
 use tokenmill::config::CpuIsa;
-use tokenmill::formats::{PackedMatrix, dense};
+use tokenmill::formats::{PackedMatrix, dense, fp8, int4, int8, q8, quantize};
 use tokenmill::ops::Ops;
-use tokenmill::ops::args::{MatmulArgs, Projection};
+use tokenmill::ops::args::{Activation, GatedMatmulArgs, GatedMlpArgs, MatmulArgs, Projection};
 use tokenmill::ops::cpu::CpuOps;
 use tokenmill::tensor::{DType, Tensor};
 
+const HIDDEN: usize = 896;
+const INTERMEDIATE: usize = 4864;
 /// `[out_features, in_features]`.
-const SHAPES: [(usize, usize); 4] = [(4864, 896), (896, 4864), (896, 896), (32_768, 896)];
-const ROWS: [usize; 5] = [1, 4, 16, 128, 512];
+const SHAPES: [(usize, usize); 4] =
+    [(INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE), (HIDDEN, HIDDEN), (32_768, HIDDEN)];
+const ROWS: [usize; 5] = [1, 16, 64, 256, 1024];
+const FORMATS: [&str; 6] = ["bf16", "int8", "int4", "q8_0", "w8a16", "fp8"];
 /// All copies of one matrix together.
 const WEIGHTS_BYTES: usize = 400 << 20;
 
-fn copies(cols: usize, k: usize) -> Vec<PackedMatrix> {
-    let weights: Vec<half::bf16> =
-        (0..cols * k).map(|i| half::bf16::from_f32((i % 97) as f32 / 97.0 - 0.5)).collect();
-    let count = (WEIGHTS_BYTES / (2 * cols * k)).max(1);
-    (0..count).map(|_| dense::pack(Tensor::from_slice(&weights, [cols, k]))).collect()
+/// Name, operations per call, and the call.
+type Arithmetic = (&'static str, f64, fn());
+
+/// What bounds a product, read when the bench starts.
+struct Limits {
+    memory_gb_s: f64,
+    /// Best rate of the machine's instructions, by name.
+    gflop_s: Vec<(&'static str, f64)>,
 }
 
-fn matmul(criterion: &mut Criterion) {
-    let ops = CpuOps::new(None, CpuIsa::Auto).expect("the machine has a thread");
-    println!("{}", ops.name());
-    for (cols, k) in SHAPES {
-        let weights = copies(cols, k);
+impl Limits {
+    fn read(threads: usize) -> Limits {
+        let rate = |(name, flops, work): Arithmetic| {
+            (name, threads as f64 * flops / best_time(threads, |_| work()) / 1e9)
+        };
+        Limits {
+            memory_gb_s: memory_read(threads).value,
+            gflop_s: arithmetic().into_iter().map(rate).collect(),
+        }
+    }
+
+    /// Seconds that memory and arithmetic need: INT8 products have a faster instruction.
+    fn seconds(&self, format: &str, bytes: usize, flops: usize) -> f64 {
+        let is_int = !matches!(format, "bf16" | "w8a16" | "fp8");
+        let fits = |name: &str| is_int || !name.starts_with("int8");
+        let rates = self.gflop_s.iter().filter(|(name, _)| fits(name)).map(|(_, rate)| *rate);
+        let peak = rates.fold(0.0, f64::max);
+        let compute = if peak > 0.0 { flops as f64 / peak / 1e9 } else { 0.0 };
+        compute.max(bytes as f64 / self.memory_gb_s / 1e9)
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn arithmetic() -> Vec<Arithmetic> {
+    x86::arithmetic()
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn arithmetic() -> Vec<Arithmetic> {
+    Vec::new()
+}
+
+fn matrix(ops: &CpuOps, format: &str, cols: usize, k: usize) -> PackedMatrix {
+    let value = |row: usize, at: usize| ((row * k + at) % 97) as f32 / 97.0 - 0.5;
+    let read = |row: usize, to: &mut [f32]| {
+        to.iter_mut().enumerate().for_each(|(at, to)| *to = value(row, at));
+    };
+    let (shape, threads) = ([cols, k], ops.threads());
+    match format {
+        "int8" => quantize(&int8::PerRow, shape, threads, read),
+        "int4" => quantize(&int4::Grouped(64), shape, threads, read),
+        "q8_0" => quantize(&q8::Q8_0, shape, threads, read),
+        "w8a16" => quantize(&q8::W8A16, shape, threads, read),
+        "fp8" => quantize(&fp8::PerRow, shape, threads, read),
+        _ => {
+            let values = (0..cols * k).map(|i| half::bf16::from_f32(value(i / k, i % k)));
+            let weights = Tensor::from_slice(&values.collect::<Vec<_>>(), shape);
+            ops.arrange(dense::pack(weights)).expect("bf16 is supported")
+        }
+    }
+}
+
+/// As many of them as caches cannot hold.
+fn copies(ops: &CpuOps, format: &str, (cols, k): (usize, usize)) -> Vec<PackedMatrix> {
+    let first = matrix(ops, format, cols, k);
+    let count = (WEIGHTS_BYTES / first.size_bytes()).max(2);
+    let rest = (1..count).map(|_| matrix(ops, format, cols, k));
+    std::iter::once(first).chain(rest.collect::<Vec<_>>()).collect()
+}
+
+struct Bench<'a> {
+    criterion: &'a mut Criterion,
+    ops: CpuOps,
+    limits: Limits,
+    /// Cases that the command line's filter leaves out are not even prepared.
+    filter: String,
+}
+
+impl Bench<'_> {
+    /// Times calls, which are told how many were before.
+    fn time(&mut self, name: &str, limit: f64, flops: usize, mut call: impl FnMut(&CpuOps, usize)) {
+        let (best, turn) = (Cell::new(Duration::MAX), Cell::new(0));
+        let ops = &self.ops;
+        self.criterion.bench_function(name, |bencher| {
+            bencher.iter(|| {
+                turn.set(turn.get() + 1);
+                let start = Instant::now();
+                call(ops, turn.get());
+                best.set(best.get().min(start.elapsed()));
+            });
+        });
+        let seconds = best.get().as_secs_f64();
+        println!(
+            "    best {:.3} ms: {:.0} GFLOP/s, {:.0} % of the limit",
+            seconds * 1e3,
+            flops as f64 / seconds / 1e9,
+            limit / seconds * 100.0,
+        );
+    }
+
+    fn is_wanted(&self, name: &str) -> bool {
+        name.contains(&self.filter)
+    }
+
+    fn matmuls(&mut self, format: &str, (cols, k): (usize, usize)) {
+        let name = |rows: usize| format!("matmul {rows} x {cols} x {k} {format}");
+        if !ROWS.iter().any(|&rows| self.is_wanted(&name(rows))) {
+            return;
+        }
+        let weights = copies(&self.ops, format, (cols, k));
         for rows in ROWS {
+            if !self.is_wanted(&name(rows)) {
+                continue;
+            }
             let x = Tensor::from_slice(&vec![0.5f32; rows * k], [rows, k]);
             let mut out = Tensor::zeros(DType::F32, [rows, cols]);
-            let (best, turn) = (Cell::new(Duration::MAX), Cell::new(0));
-            criterion.bench_function(&format!("matmul {rows} x {cols} x {k} bf16"), |bencher| {
-                bencher.iter(|| {
-                    let weight = &weights[turn.get() % weights.len()];
-                    turn.set(turn.get() + 1);
-                    let start = Instant::now();
-                    let (out, x) = (out.view_mut(), x.view());
-                    ops.matmul(MatmulArgs {
-                        x,
-                        projections: vec![Projection { out, weight, bias: None }],
-                    });
-                    best.set(best.get().min(start.elapsed()));
-                });
+            let flops = 2 * rows * cols * k;
+            let limit = self.limits.seconds(format, weights[0].size_bytes(), flops);
+            self.time(&name(rows), limit, flops, |ops, turn| {
+                let weight = &weights[turn % weights.len()];
+                let projections = vec![Projection { out: out.view_mut(), weight, bias: None }];
+                ops.matmul(MatmulArgs { x: x.view(), projections });
             });
-            let seconds = best.get().as_secs_f64();
-            println!(
-                "    best {:.3} ms: {:.1} GB/s of weights, {:.1} GFLOP/s",
-                seconds * 1e3,
-                (2 * cols * k) as f64 / seconds / 1e9,
-                (2 * rows * cols * k) as f64 / seconds / 1e9,
-            );
         }
+    }
+
+    fn mlps(&mut self, format: &str) {
+        let name = |rows: usize| format!("mlp {rows} x {INTERMEDIATE} x {HIDDEN} {format}");
+        if !ROWS.iter().any(|&rows| self.is_wanted(&name(rows))) {
+            return;
+        }
+        let inner = copies(&self.ops, format, (INTERMEDIATE, HIDDEN));
+        let outer = copies(&self.ops, format, (HIDDEN, INTERMEDIATE));
+        for rows in ROWS {
+            if !self.is_wanted(&name(rows)) {
+                continue;
+            }
+            let x = Tensor::from_slice(&vec![0.5f32; rows * HIDDEN], [rows, HIDDEN]);
+            let mut wide: [Tensor; 3] =
+                std::array::from_fn(|_| Tensor::zeros(DType::F32, [rows, INTERMEDIATE]));
+            let mut out = Tensor::zeros(DType::F32, [rows, HIDDEN]);
+            let flops = 2 * rows * 3 * HIDDEN * INTERMEDIATE;
+            let limit = self.limits.seconds(format, 3 * inner[0].size_bytes(), flops);
+            self.time(&name(rows), limit, flops, |ops, turn| {
+                let pair = 2 * turn % (inner.len() - 1);
+                let [between, a, b] = &mut wide;
+                let gated = GatedMatmulArgs {
+                    out: between.view_mut(),
+                    x: x.view(),
+                    gate: (&inner[pair], None),
+                    up: (&inner[pair + 1], None),
+                    activation: Activation::Silu,
+                    scratch: [a.view_mut(), b.view_mut()],
+                };
+                let weight = &outer[turn % outer.len()];
+                let down = Projection { out: out.view_mut(), weight, bias: None };
+                ops.gated_mlp(GatedMlpArgs { gated, down });
+            });
+        }
+    }
+}
+
+fn products(criterion: &mut Criterion) {
+    let threads = std::env::var("TOKENMILL_BENCH_THREADS").ok();
+    let threads = threads.map(|text| text.parse().expect("a number of threads"));
+    let ops = CpuOps::new(threads, CpuIsa::Auto).expect("the machine has a thread");
+    let limits = Limits::read(ops.threads());
+    println!("{}: {:.1} GB/s", ops.name(), limits.memory_gb_s);
+    limits.gflop_s.iter().for_each(|(name, rate)| println!("{name}: {rate:.0} GFLOP/s"));
+    let filter = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_default();
+    let mut bench = Bench { criterion, ops, limits, filter };
+    for format in FORMATS {
+        SHAPES.into_iter().for_each(|shape| bench.matmuls(format, shape));
+        bench.mlps(format);
     }
 }
 
@@ -67,6 +215,6 @@ criterion_group! {
         .sample_size(10)
         .warm_up_time(Duration::from_millis(200))
         .measurement_time(Duration::from_millis(800));
-    targets = matmul
+    targets = products
 }
 criterion_main!(benches);
