@@ -201,20 +201,13 @@ impl FillRows<'_> {
         at..at + LINE_BYTES
     }
 
-    /// Sixteen bf16 of a row: half a line.
-    ///
-    /// # Safety
-    /// Halves that are alive at the same time must not overlap.
-    #[allow(clippy::mut_from_ref)]
+    /// Where sixteen bf16 of a row lie: half a line. Those of the next rows of its tile are whole
+    /// lines apart; `rows` share a tile.
     #[inline(always)]
-    pub unsafe fn half_line(&self, row: usize, half: usize) -> &mut [bf16] {
+    pub fn half_lines(&self, rows: Range<usize>, half: usize) -> *mut bf16 {
         const HALF: usize = LINE_BYTES / 2;
-        let at = self.line(row, half / 2).start + half % 2 * HALF;
-        // SAFETY: the caller's contract; lines are aligned, and any bits are a bf16.
-        unsafe {
-            let bytes = self.bytes.part(at..at + HALF);
-            std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), HALF / size_of::<bf16>())
-        }
+        let at = self.line(rows.start, half / 2).start + half % 2 * HALF;
+        self.bytes.start_of(at..at + (rows.len() - 1) * LINE_BYTES + HALF).cast()
     }
 
     /// Keeps what codes of a group of a row are multiplied by, and their sum.

@@ -3,8 +3,10 @@
 //! It is by far the widest of all activations, is written a block of sixteen columns at a time and
 //! read once, so it lies in the order in which it is written: for every sixteen rows, the block of
 //! their first sixteen columns, then the next. Row-major, each sixteen results would go to another
-//! page; writing them took as long as half the products. It is written past the caches, which it
-//! would sweep, because it is read only when all of it is there.
+//! page; writing them took as long as half the products. A large one is written past the caches,
+//! which it would sweep, because it is read only when all of it is there.
+
+use std::ops::Range;
 
 use super::lines::{FillRows, LINE_BYTES, TILE_ROWS, inverse_scale};
 use super::share::Parts;
@@ -13,6 +15,8 @@ use crate::formats::blocks::BLOCK_ROWS;
 
 /// Columns of a block.
 const BLOCK_COLS: usize = BLOCK_ROWS;
+/// What second-level caches hold beside weights: a middle of fewer bytes stays in them.
+const CACHED_BYTES: usize = 2 << 20;
 /// Codes of a block in a line.
 const BLOCKS_PER_LINE: usize = LINE_BYTES / BLOCK_COLS;
 
@@ -21,6 +25,7 @@ pub struct Middle<'a> {
     values: Parts<'a, f32>,
     num_rows: usize,
     num_blocks: usize,
+    is_large: bool,
 }
 
 impl<'a> Middle<'a> {
@@ -29,21 +34,23 @@ impl<'a> Middle<'a> {
         let num_blocks = values.len() / num_rows / BLOCK_COLS;
         assert_eq!(values.len(), num_rows * num_blocks * BLOCK_COLS, "whole blocks");
         assert_eq!(values.as_ptr().align_offset(LINE_BYTES), 0, "blocks begin with a cache line");
-        Middle { values: Parts::new(values), num_rows, num_blocks }
+        let is_large = size_of_val(values) > CACHED_BYTES;
+        Middle { values: Parts::new(values), num_rows, num_blocks, is_large }
     }
 
-    /// The columns of a block in one row.
-    ///
-    /// # Safety
-    /// Parts that are alive at the same time must not overlap.
-    #[allow(clippy::mut_from_ref)]
+    /// Where the columns of a block lie, of rows that share a tile: one after the other.
     #[inline(always)]
-    pub unsafe fn part(&self, row: usize, block: usize) -> &mut [f32] {
-        let tile = row / TILE_ROWS;
+    pub fn rows(&self, rows: Range<usize>, block: usize) -> *mut f32 {
+        let tile = rows.start / TILE_ROWS;
         let start = tile * TILE_ROWS * self.num_blocks + block * self.rows_of(tile);
-        let at = (start + row % TILE_ROWS) * BLOCK_COLS;
-        // SAFETY: the caller's contract.
-        unsafe { self.values.part(at..at + BLOCK_COLS) }
+        let at = (start + rows.start % TILE_ROWS) * BLOCK_COLS;
+        self.values.start_of(at..at + rows.len() * BLOCK_COLS)
+    }
+
+    /// Whether it is written past the caches.
+    #[inline(always)]
+    pub fn is_large(&self) -> bool {
+        self.is_large
     }
 
     /// Number of tiles.

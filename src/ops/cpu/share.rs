@@ -24,6 +24,13 @@ impl<'a, T> Parts<'a, T> {
         Parts { ptr: values.as_mut_ptr(), len: values.len(), _borrow: PhantomData }
     }
 
+    /// Where a part begins, which must exist.
+    #[inline(always)]
+    pub fn start_of(&self, range: Range<usize>) -> *mut T {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        self.ptr.wrapping_add(range.start)
+    }
+
     /// One part.
     ///
     /// # Safety
@@ -31,9 +38,9 @@ impl<'a, T> Parts<'a, T> {
     #[allow(clippy::mut_from_ref)]
     #[inline(always)]
     pub unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
-        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        let len = range.len();
         // SAFETY: inside the borrowed slice; the caller keeps parts disjoint.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(range.start), range.len()) }
+        unsafe { std::slice::from_raw_parts_mut(self.start_of(range), len) }
     }
 }
 

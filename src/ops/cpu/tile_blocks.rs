@@ -19,8 +19,9 @@ use super::weight_blocks::{BlockOutput, Blocks, RowScales};
 
 /// Up to this many rows, weights are read once.
 pub const FEW_ROWS: usize = 2 * TILE_ROWS;
-/// Steps of a slice: two blocks of it fill two thirds of the first-level cache.
-const SLICE_STEPS: usize = 16;
+/// Steps of a slice: its two blocks and a pair of tiles of rows (16 KiB each) share the first-level
+/// cache, where sixteen steps push each other out.
+const SLICE_STEPS: usize = 8;
 /// Pairs of tiles of rows whose slice (32 KiB each) and accumulators (4 KiB per pair of blocks)
 /// share half of the second-level cache.
 const TILE_PAIRS: usize = 8;
@@ -37,11 +38,33 @@ type Ahead = [*const u8; 2];
 
 /// What becomes of a row of an accumulator.
 pub trait Finish: Copy + Send + Sync {
-    /// Sixteen output columns of a row; of a row beyond the last one of its tile, anything.
+    /// Sixteen output columns of `N` rows of a tile from `row` on, whose sums are `lines`; of rows
+    /// beyond the last one of the tile, anything.
     ///
     /// # Safety
-    /// The machine must have AVX-512.
-    unsafe fn finish(&self, sums: __m512i, row: usize, block: usize) -> __m512;
+    /// The machine must have AVX-512, and `N` lines must be readable.
+    unsafe fn finish<const N: usize>(
+        &self,
+        lines: *const u32,
+        row: usize,
+        block: usize,
+    ) -> [__m512; N];
+}
+
+/// Lines of an accumulator of f32.
+///
+/// # Safety
+/// As of [`Finish::finish`].
+#[inline(always)]
+pub unsafe fn load_lines<const N: usize>(lines: *const u32) -> [__m512; N] {
+    // SAFETY: the same contract.
+    unsafe {
+        let mut found = [_mm512_setzero_ps(); N];
+        for (i, found) in found.iter_mut().enumerate() {
+            *found = _mm512_loadu_ps(lines.add(i * TILE_ROWS).cast());
+        }
+        found
+    }
 }
 
 /// Sums of f32 are results.
@@ -50,9 +73,9 @@ pub struct Floats;
 
 impl Finish for Floats {
     #[inline(always)]
-    unsafe fn finish(&self, sums: __m512i, _: usize, _: usize) -> __m512 {
+    unsafe fn finish<const N: usize>(&self, lines: *const u32, _: usize, _: usize) -> [__m512; N] {
         // SAFETY: the same contract.
-        unsafe { _mm512_castsi512_ps(sums) }
+        unsafe { load_lines(lines) }
     }
 }
 
@@ -67,15 +90,23 @@ pub struct ScaleSums<'a> {
 
 impl Finish for ScaleSums<'_> {
     #[inline(always)]
-    unsafe fn finish(&self, sums: __m512i, row: usize, block: usize) -> __m512 {
+    unsafe fn finish<const N: usize>(
+        &self,
+        lines: *const u32,
+        row: usize,
+        block: usize,
+    ) -> [__m512; N] {
+        let rows = &self.rows.tile_scales(row / TILE_ROWS, 0)[row % TILE_ROWS..][..N];
         // SAFETY: the same contract; a block has sixteen scales.
         unsafe {
             let cols = _mm512_loadu_ps(self.cols.block(block).as_ptr());
-            let scales = _mm512_mul_ps(
-                _mm512_set1_ps(self.rows.tile_scales(row / TILE_ROWS, 0)[row % TILE_ROWS]),
-                cols,
-            );
-            _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales)
+            let mut found = [_mm512_setzero_ps(); N];
+            for (i, (found, row)) in found.iter_mut().zip(rows).enumerate() {
+                let sums = _mm512_loadu_si512(lines.add(i * TILE_ROWS).cast());
+                let scales = _mm512_mul_ps(_mm512_set1_ps(*row), cols);
+                *found = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales);
+            }
+            found
         }
     }
 }
@@ -157,35 +188,11 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
         }
     }
 
-    /// Adds the products of a pass over `steps`. With `ahead`, as many steps of these weights are
-    /// asked for meanwhile.
-    fn multiply(
-        &self,
-        tiles: &mut Tiles,
-        blocks: &Range<usize>,
-        (pair, steps): (usize, Range<usize>),
-        ahead: Option<Ahead>,
-    ) {
-        let (first, second) = self.rights(blocks, steps.start);
-        let mut left = self.left(pair, steps.start);
-        if let Some([first, second]) = ahead {
-            left.next_upper = first;
-            left.next_lower = second;
-        }
-        let steps = steps.len();
+    /// What a pass multiplies by a pair of tiles of rows, from `step` on.
+    fn operands(&self, blocks: &Range<usize>, pair: usize, step: usize) -> Operands {
+        let (first, second) = self.rights(blocks, step);
         let is_alone = self.x.num_tiles() == 1;
-        // SAFETY: blocks have all steps, and rows have room to be read as whole tiles.
-        unsafe {
-            match (second, ahead) {
-                (Some(second), None) => tiles.multiply_two::<E>(left, first, second, steps),
-                (Some(second), Some(_)) if is_alone => {
-                    tiles.stream_upper::<E>(left, first, second, steps);
-                }
-                (Some(second), Some(_)) => tiles.stream_two::<E>(left, first, second, steps),
-                (None, None) => tiles.multiply_one::<E>(left, first, steps),
-                (None, Some(_)) => tiles.stream_one::<E>(left, first, steps),
-            }
-        }
+        Operands { left: self.left(pair, step), first, second, is_alone }
     }
 
     /// Few rows.
@@ -195,7 +202,9 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
         for pass in self.passes(&blocks) {
             tiles.clear();
             let ahead = self.weights(&pass, 0).map(|start| start.wrapping_add(ahead_bytes));
-            self.multiply(tiles, &pass, (0, 0..self.x.steps), Some(ahead));
+            let mut operands = self.operands(&pass, 0, 0);
+            // SAFETY: blocks have all steps, and rows have room to be read as whole tiles.
+            unsafe { operands.multiply::<E>(tiles, self.x.steps, Some(ahead)) }
             tiles.store(&mut sums[0]);
             self.write_pass(pass, sums);
         }
@@ -259,13 +268,16 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
                     } else {
                         tiles.load(&sums[slot]);
                     }
+                    let mut operands = self.operands(&pass, pair, first_step);
                     let parts =
                         Parts { steps: steps.clone(), i: pair - pairs.start, len: pairs.len() };
                     for (part, is_ahead) in parts.iter() {
                         let skipped = (part.start - steps.start) * TILE_BYTES;
                         let ahead = next.filter(|_| is_ahead);
                         let ahead = ahead.map(|next| next.map(|start| start.wrapping_add(skipped)));
-                        self.multiply(tiles, &pass, (pair, part), ahead);
+                        // SAFETY: blocks have all steps, and rows have room to be read as whole
+                        // tiles.
+                        unsafe { operands.multiply::<E>(tiles, part.len(), ahead) }
                         if let Some(finished) = &mut finished {
                             self.write(finished, sums, 2 * TILE_ROWS / Parts::MOST);
                         }
@@ -337,13 +349,55 @@ unsafe fn values<F: Finish>(
 ) -> [__m512; ROWS_AT_ONCE] {
     let lines = &sums[line * TILE_ROWS..][..ROWS_AT_ONCE * TILE_ROWS];
     // SAFETY: a line has sixteen sums.
-    unsafe {
-        let mut values = [_mm512_setzero_ps(); ROWS_AT_ONCE];
-        for (i, value) in values.iter_mut().enumerate() {
-            let sums = _mm512_loadu_si512(lines.as_ptr().add(i * TILE_ROWS).cast());
-            *value = finish.finish(sums, row + i, block);
+    unsafe { finish.finish(lines.as_ptr(), row, block) }
+}
+
+/// What is multiplied next: a pair of tiles of rows by one block of weights or by two.
+struct Operands {
+    left: Left,
+    first: Right,
+    second: Option<Right>,
+    /// There is one tile of rows.
+    is_alone: bool,
+}
+
+impl Operands {
+    /// Adds the products of as many steps, and goes on behind them. With `ahead`, as many steps of
+    /// these weights are asked for meanwhile.
+    ///
+    /// # Safety
+    /// There must be so many steps.
+    #[inline(always)]
+    unsafe fn multiply<E: TileElement>(
+        &mut self,
+        tiles: &mut Tiles,
+        steps: usize,
+        ahead: Option<Ahead>,
+    ) {
+        let (mut left, first) = (self.left, self.first);
+        if let Some([first, second]) = ahead {
+            left.next_upper = first;
+            left.next_lower = second;
         }
-        values
+        // SAFETY: the same contract.
+        unsafe {
+            match (self.second, ahead) {
+                (Some(second), None) => tiles.multiply_two::<E>(left, first, second, steps),
+                (Some(second), Some(_)) if self.is_alone => {
+                    tiles.stream_upper::<E>(left, first, second, steps);
+                }
+                (Some(second), Some(_)) => tiles.stream_two::<E>(left, first, second, steps),
+                (None, None) => tiles.multiply_one::<E>(left, first, steps),
+                (None, Some(_)) => tiles.stream_one::<E>(left, first, steps),
+            }
+        }
+        let skip = |start: &mut *const u8, bytes: usize| *start = start.wrapping_add(steps * bytes);
+        skip(&mut self.left.upper, self.left.step);
+        skip(&mut self.left.lower, self.left.step);
+        skip(&mut self.first.start, TILE_BYTES);
+        if let Some(second) = &mut self.second {
+            skip(&mut second.start, TILE_BYTES);
+        }
     }
 }
 
@@ -362,9 +416,8 @@ impl Finished {
     }
 }
 
-/// The steps of a slice for pair `i` of `len`, in parts. In those between `i / len` and
-/// `(i + 1) / len` of it, the weights of the next pass are asked for: memory needs the time of
-/// all pairs to bring them.
+/// The steps of a slice for pair `i` of `len`, in parts. Each part of the next pass's weights is
+/// asked for beside the same part of one pair: memory needs the time of all pairs to bring them.
 struct Parts {
     steps: Range<usize>,
     i: usize,
@@ -372,17 +425,15 @@ struct Parts {
 }
 
 impl Parts {
-    /// Most parts of a slice.
-    const MOST: usize = 8;
+    /// Most parts of a slice: enough to write finished rows between them, and no more.
+    const MOST: usize = 4;
 
     fn iter(self) -> impl Iterator<Item = (Range<usize>, bool)> {
         let Parts { steps, i, len } = self;
         let part_steps = steps.len().div_ceil(Parts::MOST);
-        let from = steps.start + steps.len() * i / len;
-        let to = steps.start + (steps.len() * (i + 1)).div_ceil(len);
-        steps.clone().step_by(part_steps).map(move |start| {
-            let end = steps.end.min(start + part_steps);
-            (start..end, start < to && from < end)
+        let num_parts = steps.len().div_ceil(part_steps);
+        steps.clone().step_by(part_steps).enumerate().map(move |(part, start)| {
+            (start..steps.end.min(start + part_steps), part * len / num_parts == i)
         })
     }
 }

@@ -14,7 +14,7 @@ use std::ops::Range;
 use super::amx::{Bf16, ROW_BYTES, Right, TILE_BYTES, TileElement, Tiles};
 use super::avx512_bf16::Avx512Bf16;
 use super::share::Scratch;
-use super::tile_blocks::{BlockTask, FEW_ROWS, Finish, Half, sums_of};
+use super::tile_blocks::{BlockTask, FEW_ROWS, Finish, Half, load_lines, sums_of};
 use super::weight_blocks::{Blocks, SliceScales};
 use super::wide_simd::Words;
 use crate::formats::blocks::{LINE_BYTES, WORD_BYTES};
@@ -38,16 +38,22 @@ pub struct ScaleCols<'a>(pub SliceScales<'a>);
 
 impl Finish for ScaleCols<'_> {
     #[inline(always)]
-    unsafe fn finish(&self, sums: __m512i, _: usize, block: usize) -> __m512 {
+    unsafe fn finish<const N: usize>(
+        &self,
+        lines: *const u32,
+        _: usize,
+        block: usize,
+    ) -> [__m512; N] {
         // SAFETY: the same contract; a block has sixteen scales.
         unsafe {
-            let sums = _mm512_castsi512_ps(sums);
+            let mut sums = load_lines(lines);
             if self.0.is_per_row() {
                 let scales = _mm512_loadu_ps(self.0.of_element(block, 0).as_ptr());
-                _mm512_mul_ps(sums, scales)
-            } else {
-                sums
+                for sums in &mut sums {
+                    *sums = _mm512_mul_ps(*sums, scales);
+                }
             }
+            sums
         }
     }
 }

@@ -6,6 +6,7 @@ use std::ops::Range;
 use half::f16;
 
 use super::lines::FillRows;
+use super::lines::LINE_BYTES;
 use super::middle::Middle;
 use super::rows::activate_all;
 use super::share::Parts;
@@ -225,8 +226,8 @@ impl BlockColumns<'_> {
         }
     }
 
-    /// Writes the columns of a vector, from column `at` of the block on, in some rows: up to `N`,
-    /// a vector for each.
+    /// Writes the columns of a vector, from column `at` of the block on, in some rows of a tile: up
+    /// to `N`, a vector for each.
     ///
     /// # Safety
     /// As of [`BlockColumns::write`].
@@ -242,40 +243,58 @@ impl BlockColumns<'_> {
         if let Some(mut up) = up {
             add_bias(simd, &mut up, self.up_bias, at);
             activate_all(simd, &mut values, self.output.activation);
-            for (value, up) in values.iter_mut().zip(up) {
-                *value = simd.mul(*value, up);
+            for (value, up) in values.iter_mut().zip(&up) {
+                *value = simd.mul(*value, *up);
             }
         }
-        for (i, value) in values.into_iter().enumerate() {
-            if i < rows.len() {
-                // SAFETY: the caller's contract.
-                unsafe { self.put(simd, rows.start + i, at, value) }
-            }
-        }
+        // SAFETY: the caller's contract.
+        unsafe { self.put(simd, (rows, at), &values) }
     }
 
-    /// Puts a vector where it belongs.
+    /// Puts vectors where they belong.
     ///
     /// # Safety
     /// As of [`BlockColumns::write`].
     #[inline(always)]
-    unsafe fn put<S: Simd>(&self, simd: S, row: usize, at: usize, value: S::V) {
-        let block = self.first / BLOCK_ROWS;
+    unsafe fn put<S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        (rows, at): (Range<usize>, usize),
+        values: &[S::V; N],
+    ) {
+        let (block, count) = (self.first / BLOCK_ROWS, rows.len());
         // SAFETY: the caller's contract; what is passed on has room for all columns of a block.
         unsafe {
             match &self.output.place {
                 Place::Rows(out) => {
                     let len = BLOCK_ROWS.min(self.output.num_cols - self.first);
-                    if at < len {
-                        let start = row * self.output.num_cols + self.first;
-                        store(simd, out.part(start..start + len), at, value);
+                    let start = rows.start * self.output.num_cols + self.first;
+                    for (i, &value) in values.iter().enumerate() {
+                        let start = start + i * self.output.num_cols;
+                        if i < count && len == BLOCK_ROWS {
+                            simd.store_f32(out.start_of(start..start + len).add(at), value);
+                        } else if i < count && at < len {
+                            store(simd, out.part(start..start + len), at, value);
+                        }
                     }
                 }
                 Place::Middle(middle) => {
-                    simd.stream_f32(middle.part(row, block).as_mut_ptr().add(at), value);
+                    let to = middle.rows(rows, block).add(at);
+                    for (i, &value) in values.iter().enumerate() {
+                        if i < count && middle.is_large() {
+                            simd.stream_f32(to.add(i * BLOCK_ROWS), value);
+                        } else if i < count {
+                            simd.store_f32(to.add(i * BLOCK_ROWS), value);
+                        }
+                    }
                 }
                 Place::Lines(lines) => {
-                    simd.store_bf16(lines.half_line(row, block).as_mut_ptr().add(at), value);
+                    let to = lines.half_lines(rows, block).add(at);
+                    for (i, &value) in values.iter().enumerate() {
+                        if i < count {
+                            simd.store_bf16(to.byte_add(i * LINE_BYTES), value);
+                        }
+                    }
                 }
             }
         }
