@@ -18,11 +18,13 @@ use super::rows::Convert;
 use super::share::{Parts, Scratch, settle_stores};
 use super::simd::{Float, Kernel};
 #[cfg(target_arch = "x86_64")]
-use super::tile_blocks::{self, BlockTask, Finish, ScaleSums};
+use super::tile_blocks::{self, BlockTask};
 #[cfg(target_arch = "x86_64")]
-use super::tile_codes::{CodedTask, ScaleCols};
+use super::tile_codes::CodedTask;
 #[cfg(target_arch = "x86_64")]
 use super::tile_groups;
+#[cfg(target_arch = "x86_64")]
+use super::tile_write::{self, Finish, ScaleCols, ScaleSums};
 use super::weight_blocks::{BlockOutput, Place};
 #[cfg(target_arch = "x86_64")]
 use super::weight_blocks::{Blocks, RowScales, SliceScales};
@@ -497,7 +499,7 @@ fn bf16_kernel<'a>(
         Format::Fp8 => coded_kernel::<E4m3>(isa, x, product, place),
         _ => match isa {
             Isa::Amx(_) => {
-                Box::new(block_task::<Bf16, _>(isa, x, product, place, |_| tile_blocks::Floats))
+                Box::new(block_task::<Bf16, _>(isa, x, product, place, |_| tile_write::Floats))
             }
             _ => pairs_kernel::<Pairs>(isa, x, product, place),
         },

@@ -71,7 +71,7 @@ pub struct CodedLines<'a> {
     pub groups: usize,
 }
 
-impl CodedLines<'_> {
+impl<'a> CodedLines<'a> {
     fn cell(&self, row: usize, group: usize) -> usize {
         (row / TILE_ROWS * self.groups + group) * TILE_ROWS + row % TILE_ROWS
     }
@@ -90,7 +90,7 @@ impl CodedLines<'_> {
 
     /// Scales of a group of all rows of a tile; those of rows that do not exist are anything.
     #[inline(always)]
-    pub fn tile_scales(&self, tile: usize, group: usize) -> &[f32; TILE_ROWS] {
+    pub fn tile_scales(&self, tile: usize, group: usize) -> &'a [f32; TILE_ROWS] {
         let at = self.cell(tile * TILE_ROWS, group);
         self.scales[at..].first_chunk().expect("tiles have sixteen scales per group")
     }

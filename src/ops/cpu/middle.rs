@@ -97,17 +97,56 @@ impl Kernel for CodeMiddle<'_> {
         for (group, values) in groups.enumerate() {
             let mut largest = [0.0; TILE_ROWS];
             largest_of_rows(simd, values, &mut largest[..rows]);
-            for (i, &largest) in largest[..rows].iter().enumerate() {
-                let columns = Columns { values, rows, row: i };
-                let row = self.tile * TILE_ROWS + i;
+            let sums = self.code(simd, values, &largest[..rows], group * blocks_per_group);
+            for (i, (&largest, sum)) in largest[..rows].iter().zip(sums).enumerate() {
                 // SAFETY: this task has all rows of its tile.
-                unsafe {
-                    let first_block = group * blocks_per_group;
-                    let sum = columns.code(simd, largest, first_block, row, self.to);
-                    self.to.set_cell(row, group, largest, sum);
-                }
+                unsafe { self.to.set_cell(self.tile * TILE_ROWS + i, group, largest, sum) }
             }
         }
+    }
+}
+
+impl CodeMiddle<'_> {
+    /// Writes the codes of some blocks of the tile, line by line in the order in which they lie;
+    /// returns the sum of each row.
+    #[inline(always)]
+    fn code<S: Simd>(
+        &self,
+        simd: S,
+        values: &[f32],
+        largest: &[f32],
+        first_block: usize,
+    ) -> [i32; TILE_ROWS] {
+        let (rows, mut inverses, mut sums) = (largest.len(), [0.0; TILE_ROWS], [0; TILE_ROWS]);
+        for (inverse, &largest) in inverses.iter_mut().zip(largest) {
+            *inverse = inverse_scale(largest);
+        }
+        let lines = values.chunks(BLOCKS_PER_LINE * rows * BLOCK_COLS);
+        for (i, values) in lines.enumerate() {
+            let block = first_block + i * BLOCKS_PER_LINE;
+            let at = block % BLOCKS_PER_LINE * BLOCK_COLS;
+            for row in 0..rows {
+                let inverse = simd.splat(inverses[row]);
+                // SAFETY: this task has all rows of its tile.
+                let line =
+                    unsafe { self.to.codes(self.tile * TILE_ROWS + row, block / BLOCKS_PER_LINE) };
+                let codes = &mut line[at..][..values.len() / rows];
+                for (codes, values) in
+                    codes.chunks_exact_mut(BLOCK_COLS).zip(values.chunks_exact(rows * BLOCK_COLS))
+                {
+                    let values = &values[row * BLOCK_COLS..][..BLOCK_COLS];
+                    for at in (0..BLOCK_COLS).step_by(S::LANES) {
+                        // SAFETY: both are sixteen long, a multiple of the lanes.
+                        unsafe {
+                            let v = simd.load_f32(values.as_ptr().add(at));
+                            simd.store_i8(codes.as_mut_ptr().add(at), simd.mul(v, inverse));
+                        }
+                    }
+                }
+                sums[row] += codes.iter().map(|&code| i32::from(code)).sum::<i32>();
+            }
+        }
+        sums
     }
 }
 
@@ -127,47 +166,5 @@ fn largest_of_rows<S: Simd>(simd: S, values: &[f32], largest: &mut [f32]) {
     }
     for (largest, acc) in largest.iter_mut().zip(acc) {
         *largest = simd.max_lane(acc);
-    }
-}
-
-/// One row of some blocks of a tile.
-struct Columns<'a> {
-    values: &'a [f32],
-    rows: usize,
-    row: usize,
-}
-
-impl Columns<'_> {
-    /// Writes its codes, from a block of the row on; returns their sum.
-    ///
-    /// # Safety
-    /// No other task may have this row.
-    #[inline(always)]
-    unsafe fn code<S: Simd>(
-        &self,
-        simd: S,
-        largest: f32,
-        first_block: usize,
-        row: usize,
-        to: &FillRows<'_>,
-    ) -> i32 {
-        let inverse = simd.splat(inverse_scale(largest));
-        let mut sum = 0;
-        for (i, block) in self.values.chunks_exact(self.rows * BLOCK_COLS).enumerate() {
-            let values = &block[self.row * BLOCK_COLS..][..BLOCK_COLS];
-            let block = first_block + i;
-            // SAFETY: the caller's contract; both are a multiple of the lanes.
-            let codes = unsafe {
-                let line = to.codes(row, block / BLOCKS_PER_LINE);
-                let codes = &mut line[block % BLOCKS_PER_LINE * BLOCK_COLS..][..BLOCK_COLS];
-                for at in (0..BLOCK_COLS).step_by(S::LANES) {
-                    let v = simd.load_f32(values.as_ptr().add(at));
-                    simd.store_i8(codes.as_mut_ptr().add(at), simd.mul(v, inverse));
-                }
-                codes
-            };
-            sum += codes.iter().map(|&code| i32::from(code)).sum::<i32>();
-        }
-        sum
     }
 }

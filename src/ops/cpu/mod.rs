@@ -10,7 +10,7 @@
 //! | `weight_blocks`, `lines` | weights in blocks, and activations for them |
 //! | `wide_simd`, `avx512_bf16` | codes widened to f32 and to bf16, and their products |
 //! | `matmul`, `wide_matmul`, `byte_matmul`, `attention`, `rows`, `sample` | the kernels on vectors |
-//! | `amx`, `tile_blocks`, `tile_codes`, `tile_groups` | tiles, and the matmuls on them |
+//! | `amx`, `tile_blocks`, `tile_codes`, `tile_groups`, `tile_write` | tiles, and the matmuls on them |
 //! | `tile_attention`, `tile_cache`, `tile_pack`, `tile_rows`, `tile_softmax` | attention on them |
 //! | `context_parts` | how attention over parts of a context is joined |
 //! | `launch`, `launch_attention`, `launch_matmul`, `partition` | how operations are cut into tasks |
@@ -65,6 +65,8 @@ mod tile_pack;
 mod tile_rows;
 #[cfg(target_arch = "x86_64")]
 mod tile_softmax;
+#[cfg(target_arch = "x86_64")]
+mod tile_write;
 mod topology;
 mod weight_blocks;
 mod wide_matmul;

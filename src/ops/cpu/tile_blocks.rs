@@ -8,14 +8,14 @@
 //! so that a pair's weights stay in the first-level cache and the slice of all rows in the
 //! second-level one; accumulators wait in memory between slices, which changes no sum.
 
-use std::arch::x86_64::*;
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::amx::{Amx, Left, ROW_BYTES, Right, TILE_BYTES, TILE_LEN, TileElement, Tiles};
-use super::lines::{CodedLines, Lines, TILE_ROWS};
+use super::lines::{Lines, TILE_ROWS};
 use super::share::Scratch;
-use super::weight_blocks::{BlockOutput, Blocks, RowScales};
+use super::tile_write::{Finish, write_gated, write_lines};
+use super::weight_blocks::{BlockOutput, Blocks};
 
 /// Up to this many rows, weights are read once.
 pub const FEW_ROWS: usize = 2 * TILE_ROWS;
@@ -26,90 +26,11 @@ const SLICE_STEPS: usize = 8;
 /// share half of the second-level cache.
 const TILE_PAIRS: usize = 8;
 
-/// Rows that are written at once: their instructions overlap.
-const ROWS_AT_ONCE: usize = 4;
-const _: () = assert!((2 * TILE_ROWS / Parts::MOST).is_multiple_of(ROWS_AT_ONCE));
-
 /// Four accumulators: rows × first block, next rows × first block, the same for the second.
 pub type Sums = [[u32; TILE_LEN]; 4];
 
 /// Weights of both blocks of a pass that are asked for ahead of their use.
 type Ahead = [*const u8; 2];
-
-/// What becomes of a row of an accumulator.
-pub trait Finish: Copy + Send + Sync {
-    /// Sixteen output columns of `N` rows of a tile from `row` on, whose sums are `lines`; of rows
-    /// beyond the last one of the tile, anything.
-    ///
-    /// # Safety
-    /// The machine must have AVX-512, and `N` lines must be readable.
-    unsafe fn finish<const N: usize>(
-        &self,
-        lines: *const u32,
-        row: usize,
-        block: usize,
-    ) -> [__m512; N];
-}
-
-/// Lines of an accumulator of f32.
-///
-/// # Safety
-/// As of [`Finish::finish`].
-#[inline(always)]
-pub unsafe fn load_lines<const N: usize>(lines: *const u32) -> [__m512; N] {
-    // SAFETY: the same contract.
-    unsafe {
-        let mut found = [_mm512_setzero_ps(); N];
-        for (i, found) in found.iter_mut().enumerate() {
-            *found = _mm512_loadu_ps(lines.add(i * TILE_ROWS).cast());
-        }
-        found
-    }
-}
-
-/// Sums of f32 are results.
-#[derive(Clone, Copy)]
-pub struct Floats;
-
-impl Finish for Floats {
-    #[inline(always)]
-    unsafe fn finish<const N: usize>(&self, lines: *const u32, _: usize, _: usize) -> [__m512; N] {
-        // SAFETY: the same contract.
-        unsafe { load_lines(lines) }
-    }
-}
-
-/// Sums of integers, multiplied by the scales of the row and of the column: the referee's order.
-#[derive(Clone, Copy)]
-pub struct ScaleSums<'a> {
-    /// Scales of rows of activations.
-    pub rows: CodedLines<'a>,
-    /// Scales of rows of weights.
-    pub cols: RowScales<'a>,
-}
-
-impl Finish for ScaleSums<'_> {
-    #[inline(always)]
-    unsafe fn finish<const N: usize>(
-        &self,
-        lines: *const u32,
-        row: usize,
-        block: usize,
-    ) -> [__m512; N] {
-        let rows = &self.rows.tile_scales(row / TILE_ROWS, 0)[row % TILE_ROWS..][..N];
-        // SAFETY: the same contract; a block has sixteen scales.
-        unsafe {
-            let cols = _mm512_loadu_ps(self.cols.block(block).as_ptr());
-            let mut found = [_mm512_setzero_ps(); N];
-            for (i, (found, row)) in found.iter_mut().zip(rows).enumerate() {
-                let sums = _mm512_loadu_si512(lines.add(i * TILE_ROWS).cast());
-                let scales = _mm512_mul_ps(_mm512_set1_ps(*row), cols);
-                *found = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales);
-            }
-            found
-        }
-    }
-}
 
 /// A matrix and what becomes of its sums.
 #[derive(Clone, Copy)]
@@ -307,49 +228,37 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
     fn write_rows(&self, finished: &Finished, sums: &Sums, rows: Range<usize>) {
-        let (simd, block) = (self.amx.vectors(), finished.blocks.start);
-        let columns = self.out.columns(block);
-        let next = (self.up.is_none() && finished.blocks.len() > 1)
-            .then(|| (self.out.columns(block + 1), block + 1));
-        for i in rows.step_by(ROWS_AT_ONCE) {
-            let row = 2 * finished.pair * TILE_ROWS + i;
-            if row >= self.x.num_rows {
-                return;
-            }
-            let (tile, line) = (i / TILE_ROWS, i % TILE_ROWS);
-            let place = (row..self.x.num_rows.min(row + ROWS_AT_ONCE), 0);
+        let first_row = 2 * finished.pair * TILE_ROWS;
+        let end = rows.end.min(self.x.num_rows.saturating_sub(first_row));
+        let mut start = rows.start;
+        while start < end {
+            // Rows of one tile.
+            let lines = start..end.min((start / TILE_ROWS + 1) * TILE_ROWS);
+            start = lines.end;
+            let row = first_row + lines.start;
+            let of = |finish: &F, half: usize, block: usize| {
+                let sums = &sums[2 * half + lines.start / TILE_ROWS];
+                (finish.lines(row, block), &sums[lines.start % TILE_ROWS * TILE_ROWS..])
+            };
+            let rows = row..row + lines.len();
+            let block = finished.blocks.start;
+            let first = of(&self.main.finish, 0, block);
+            let simd = self.amx.vectors();
             // SAFETY: the instructions exist here; this task alone writes these blocks.
             unsafe {
-                let first = values(&self.main.finish, &sums[tile], line, (row, block));
                 if let Some(up) = &self.up {
-                    let up = values(&up.finish, &sums[2 + tile], line, (row, block));
-                    columns.write_rows(simd, place, first, Some(up));
+                    let up = of(&up.finish, 1, block);
+                    write_gated(simd, &self.out, (rows, block), first, up);
                     continue;
                 }
-                columns.write_rows(simd, place.clone(), first, None);
-                if let Some((columns, block)) = &next {
-                    let second = values(&self.main.finish, &sums[2 + tile], line, (row, *block));
-                    columns.write_rows(simd, place, second, None);
+                write_lines(simd, &self.out, (rows.clone(), block), first);
+                if finished.blocks.len() > 1 {
+                    let second = of(&self.main.finish, 1, block + 1);
+                    write_lines(simd, &self.out, (rows, block + 1), second);
                 }
             }
         }
     }
-}
-
-/// Results of some lines of an accumulator, sixteen each.
-///
-/// # Safety
-/// The machine must have AVX-512.
-#[inline(always)]
-unsafe fn values<F: Finish>(
-    finish: &F,
-    sums: &[u32; TILE_LEN],
-    line: usize,
-    (row, block): (usize, usize),
-) -> [__m512; ROWS_AT_ONCE] {
-    let lines = &sums[line * TILE_ROWS..][..ROWS_AT_ONCE * TILE_ROWS];
-    // SAFETY: a line has sixteen sums.
-    unsafe { finish.finish(lines.as_ptr(), row, block) }
 }
 
 /// What is multiplied next: a pair of tiles of rows by one block of weights or by two.
@@ -426,7 +335,7 @@ struct Parts {
 
 impl Parts {
     /// Most parts of a slice: enough to write finished rows between them, and no more.
-    const MOST: usize = 4;
+    const MOST: usize = 2;
 
     fn iter(self) -> impl Iterator<Item = (Range<usize>, bool)> {
         let Parts { steps, i, len } = self;

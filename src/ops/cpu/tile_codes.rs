@@ -14,7 +14,8 @@ use std::ops::Range;
 use super::amx::{Bf16, ROW_BYTES, Right, TILE_BYTES, TileElement, Tiles};
 use super::avx512_bf16::Avx512Bf16;
 use super::share::Scratch;
-use super::tile_blocks::{BlockTask, FEW_ROWS, Finish, Half, load_lines, sums_of};
+use super::tile_blocks::{BlockTask, FEW_ROWS, Half, sums_of};
+use super::tile_write::ScaleCols;
 use super::weight_blocks::{Blocks, SliceScales};
 use super::wide_simd::Words;
 use crate::formats::blocks::{LINE_BYTES, WORD_BYTES};
@@ -31,32 +32,6 @@ const RING: usize = 4;
 const WIDENED_BYTES: usize = 512 << 10;
 /// Bytes from what is read to what is asked for while whole blocks are widened.
 const BYTES_AHEAD: usize = 8192;
-
-/// What is done to sums, and the scales that are not left to them.
-#[derive(Clone, Copy)]
-pub struct ScaleCols<'a>(pub SliceScales<'a>);
-
-impl Finish for ScaleCols<'_> {
-    #[inline(always)]
-    unsafe fn finish<const N: usize>(
-        &self,
-        lines: *const u32,
-        _: usize,
-        block: usize,
-    ) -> [__m512; N] {
-        // SAFETY: the same contract; a block has sixteen scales.
-        unsafe {
-            let mut sums = load_lines(lines);
-            if self.0.is_per_row() {
-                let scales = _mm512_loadu_ps(self.0.of_element(block, 0).as_ptr());
-                for sums in &mut sums {
-                    *sums = _mm512_mul_ps(*sums, scales);
-                }
-            }
-            sums
-        }
-    }
-}
 
 /// A product whose blocks hold codes.
 pub struct CodedTask<'a, W> {

@@ -180,18 +180,51 @@ pub struct BlockOutput<'a> {
     pub activation: Activation,
 }
 
-impl<'a> BlockOutput<'a> {
+impl BlockOutput<'_> {
     /// The columns of a block.
     #[inline(always)]
     pub fn columns(&self, block: usize) -> BlockColumns<'_> {
-        let first = block * BLOCK_ROWS;
-        let of_block = |bias: &'a [f32]| bias[first..].first_chunk().expect("biases are padded");
-        BlockColumns {
-            output: self,
-            first,
-            bias: self.bias.map(of_block),
-            up_bias: self.up_bias.map(of_block),
-        }
+        let [bias, up_bias] = self.biases(block);
+        BlockColumns { output: self, first: block * BLOCK_ROWS, bias, up_bias }
+    }
+}
+
+impl<'a> BlockOutput<'a> {
+    /// Where the columns of a block go in rows that share a tile; `None` for a block that is not
+    /// whole.
+    #[inline(always)]
+    pub fn target(&self, rows: Range<usize>, block: usize) -> Option<Target> {
+        const F32: usize = size_of::<f32>();
+        Some(match &self.place {
+            Place::Rows(out) => {
+                let first = block * BLOCK_ROWS;
+                if first + BLOCK_ROWS > self.num_cols {
+                    return None;
+                }
+                let start = rows.start * self.num_cols + first;
+                let end = start + (rows.len() - 1) * self.num_cols + BLOCK_ROWS;
+                let row_bytes = self.num_cols * F32;
+                Target { start: out.start_of(start..end).cast(), row_bytes, kind: Kind::Floats }
+            }
+            Place::Middle(middle) => Target {
+                start: middle.rows(rows, block).cast(),
+                row_bytes: BLOCK_ROWS * F32,
+                kind: if middle.is_large() { Kind::Streamed } else { Kind::Floats },
+            },
+            Place::Lines(lines) => Target {
+                start: lines.half_lines(rows, block).cast(),
+                row_bytes: LINE_BYTES,
+                kind: Kind::Bf16,
+            },
+        })
+    }
+
+    /// The biases of a block: of the product, and of what it is multiplied by.
+    #[inline(always)]
+    pub fn biases(&self, block: usize) -> [Option<&'a [f32; BLOCK_ROWS]>; 2] {
+        let of_block =
+            |bias: &'a [f32]| bias[block * BLOCK_ROWS..].first_chunk().expect("biases are padded");
+        [self.bias.map(of_block), self.up_bias.map(of_block)]
     }
 }
 
@@ -247,55 +280,70 @@ impl BlockColumns<'_> {
                 *value = simd.mul(*value, *up);
             }
         }
+        let (block, count) = (self.first / BLOCK_ROWS, rows.len());
         // SAFETY: the caller's contract.
-        unsafe { self.put(simd, (rows, at), &values) }
+        unsafe {
+            if let Some(target) = self.output.target(rows.clone(), block) {
+                for (i, &value) in values.iter().enumerate() {
+                    if i < count {
+                        target.put(simd, i, at, value);
+                    }
+                }
+            } else {
+                for (row, &value) in rows.zip(&values) {
+                    self.put_last(simd, (row, at), value);
+                }
+            }
+        }
     }
 
-    /// Puts vectors where they belong.
+    /// Puts a vector of the last block of row-major results, which is not whole.
     ///
     /// # Safety
     /// As of [`BlockColumns::write`].
+    #[cold]
+    pub unsafe fn put_last<S: Simd>(&self, simd: S, (row, at): (usize, usize), value: S::V) {
+        let Place::Rows(out) = &self.output.place else { panic!("only rows may end in a block") };
+        let len = self.output.num_cols - self.first;
+        if at < len {
+            let start = row * self.output.num_cols + self.first;
+            // SAFETY: the caller's contract.
+            store(simd, unsafe { out.part(start..start + len) }, at, value);
+        }
+    }
+}
+
+/// Where the columns of a block go, in rows that share a tile.
+#[derive(Clone, Copy)]
+pub struct Target {
+    /// The first column of the first row.
+    start: *mut u8,
+    row_bytes: usize,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Floats,
+    /// Floats past the caches.
+    Streamed,
+    Bf16,
+}
+
+impl Target {
+    /// Puts a vector into row `i` of them, from column `at` on.
+    ///
+    /// # Safety
+    /// The row must be one of them and the columns in the block; no other task may write there.
     #[inline(always)]
-    unsafe fn put<S: Simd, const N: usize>(
-        &self,
-        simd: S,
-        (rows, at): (Range<usize>, usize),
-        values: &[S::V; N],
-    ) {
-        let (block, count) = (self.first / BLOCK_ROWS, rows.len());
-        // SAFETY: the caller's contract; what is passed on has room for all columns of a block.
+    pub unsafe fn put<S: Simd>(&self, simd: S, i: usize, at: usize, value: S::V) {
+        let row = self.start.wrapping_add(i * self.row_bytes);
+        // SAFETY: the same contract.
         unsafe {
-            match &self.output.place {
-                Place::Rows(out) => {
-                    let len = BLOCK_ROWS.min(self.output.num_cols - self.first);
-                    let start = rows.start * self.output.num_cols + self.first;
-                    for (i, &value) in values.iter().enumerate() {
-                        let start = start + i * self.output.num_cols;
-                        if i < count && len == BLOCK_ROWS {
-                            simd.store_f32(out.start_of(start..start + len).add(at), value);
-                        } else if i < count && at < len {
-                            store(simd, out.part(start..start + len), at, value);
-                        }
-                    }
-                }
-                Place::Middle(middle) => {
-                    let to = middle.rows(rows, block).add(at);
-                    for (i, &value) in values.iter().enumerate() {
-                        if i < count && middle.is_large() {
-                            simd.stream_f32(to.add(i * BLOCK_ROWS), value);
-                        } else if i < count {
-                            simd.store_f32(to.add(i * BLOCK_ROWS), value);
-                        }
-                    }
-                }
-                Place::Lines(lines) => {
-                    let to = lines.half_lines(rows, block).add(at);
-                    for (i, &value) in values.iter().enumerate() {
-                        if i < count {
-                            simd.store_bf16(to.byte_add(i * LINE_BYTES), value);
-                        }
-                    }
-                }
+            match self.kind {
+                Kind::Floats => simd.store_f32(row.cast::<f32>().add(at), value),
+                Kind::Streamed => simd.stream_f32(row.cast::<f32>().add(at), value),
+                Kind::Bf16 => simd.store_bf16(row.cast::<half::bf16>().add(at), value),
             }
         }
     }
