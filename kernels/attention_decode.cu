@@ -17,6 +17,20 @@
 // Bound: memory, context · 2 · head_dim · element size per sequence and KV head. Two stages keep a
 // tile of keys and values (32 KiB in bf16 with 128 elements) in flight per CTA, three CTAs per SM
 // on sm_90: more than the latency of 800 ns times an SM's 25 GB/s to 36 GB/s needs.
+//
+// Report: attention_decode_* sass=HMMA,LDSM,LDGSTS.128
+// Report: attention_decode_*_d64 dynamic=40192
+// Report: attention_decode_kvfp8_d64 dynamic=38144
+// Report: attention_decode_kvint8_d64 dynamic=39168
+// Report: attention_decode_*_d96 dynamic=56576
+// Report: attention_decode_kvfp8_d96 dynamic=54528
+// Report: attention_decode_kvint8_d96 dynamic=55552
+// Report: attention_decode_*_d128 dynamic=73984
+// Report: attention_decode_kvfp8_d128 dynamic=71936
+// Report: attention_decode_kvint8_d128 dynamic=72960
+// Report: attention_decode_*_d256 dynamic=76032
+// Report: attention_decode_kvfp8_d256 dynamic=75008
+// Report: attention_decode_kvint8_d256 dynamic=75520
 #include "attention.cuh"
 
 using namespace attention;

@@ -15,6 +15,20 @@
 // Bound: tensor cores. Per tile and warp, 128 products of 16 × 8 × 16 against 48 ldmatrix (heads
 // of 128 elements), that is about as many shared-memory cycles as tensor-core cycles on sm_80;
 // keys and values come from the second-level cache once per 128 rows.
+//
+// Report: attention_prefill_* sass=HMMA,LDSM,LDGSTS.128
+// Report: attention_prefill_*_d64 dynamic=38912
+// Report: attention_prefill_kvfp8_d64 dynamic=36864
+// Report: attention_prefill_kvint8_d64 dynamic=37888
+// Report: attention_prefill_*_d96 dynamic=55296
+// Report: attention_prefill_kvfp8_d96 dynamic=53248
+// Report: attention_prefill_kvint8_d96 dynamic=54272
+// Report: attention_prefill_*_d128 dynamic=71680
+// Report: attention_prefill_kvfp8_d128 dynamic=69632
+// Report: attention_prefill_kvint8_d128 dynamic=78848
+// Report: attention_prefill_*_d256 dynamic=86016
+// Report: attention_prefill_kvfp8_d256 dynamic=84992
+// Report: attention_prefill_kvint8_d256 dynamic=85504
 #include "attention.cuh"
 
 using namespace attention;
@@ -37,6 +51,12 @@ struct Shape {
   static constexpr int WARPS = D > 128 ? 4 : 8;
   static constexpr int THREADS = 32 * WARPS, ROWS = MMA_ROWS * WARPS;
   static constexpr bool HAS_Q_REGISTERS = D <= 128;
+  // Products of sixteen elements whose queries wait in shared memory instead, as lanes read them:
+  // where the cache has scales, 255 registers do not hold all of 128 elements. Two are the fewest
+  // that nothing spills with, at 3 % more reads of shared memory.
+  static constexpr int Q_WAITING = Cache::HAS_SCALES && D == 128 ? 2 : 0;
+  static constexpr int Q_HELD = HAS_Q_REGISTERS ? D / 16 - Q_WAITING : 0;
+  static constexpr int WAITING_BYTES = Q_WAITING * THREADS * 16;
   static constexpr int STATE_BYTES = ROWS * sizeof(RowState);
   using KvTiles = Tiles<Cache, D, D_V, THREADS>;
 };
@@ -77,12 +97,26 @@ struct Warp {
   static constexpr int STRIPES = KvTiles::TILE / STRIPE;
 
   const uint16_t* q_tile;                                  // this warp's rows, [16, D + 8]
-  uint32_t q[S::HAS_Q_REGISTERS ? D / 16 : 1][4];
+  uint32_t q[S::Q_HELD > 0 ? S::Q_HELD : 1][4];
+  uint4* waiting;                                          // this lane's queries, S::THREADS apart
   float part_sums[S::D_V / 8][4], sums[S::D_V / 8][4];
   Softmax softmax[2];
   RowState* rows;                                          // this lane's: eight apart
 
   __device__ __forceinline__ void load_query(uint32_t (&a)[4], int k) const { ldmatrix_x4(a, a_address<D + 8>(q_tile) + 16 * k); }
+
+  // Elements 16k to 16k + 16 of the queries, from where they are while tiles go past.
+  __device__ __forceinline__ void query(uint32_t (&a)[4], int k) const {
+    if constexpr (!S::HAS_Q_REGISTERS) {
+      load_query(a, k);
+    } else if (k < S::Q_HELD) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) a[i] = q[k][i];
+    } else {
+      const uint4 from = waiting[(k - S::Q_HELD) * S::THREADS];
+      a[0] = from.x, a[1] = from.y, a[2] = from.z, a[3] = from.w;
+    }
+  }
 
   __device__ __forceinline__ void start_part() {
 #pragma unroll
@@ -100,7 +134,13 @@ struct Warp {
       for (int e = 0; e < 4; e++) sums[n][e] = 0.0f;
     if constexpr (S::HAS_Q_REGISTERS) {
 #pragma unroll
-      for (int k = 0; k < D / 16; k++) load_query(q[k], k);
+      for (int k = 0; k < S::Q_HELD; k++) load_query(q[k], k);
+#pragma unroll
+      for (int k = 0; k < S::Q_WAITING; k++) {
+        uint32_t a[4];
+        load_query(a, S::Q_HELD + k);
+        waiting[k * S::THREADS] = make_uint4(a[0], a[1], a[2], a[3]);
+      }
     }
     start_part();
   }
@@ -116,8 +156,7 @@ struct Warp {
 #pragma unroll
     for (int k = 0; k < D / 16; k++) {
       uint32_t a[4];
-      if constexpr (S::HAS_Q_REGISTERS) a[0] = q[k][0], a[1] = q[k][1], a[2] = q[k][2], a[3] = q[k][3];
-      else load_query(a, k);
+      query(a, k);
 #pragma unroll
       for (int j = 0; j < STRIPES; j++) {
         uint32_t b[4];
@@ -224,7 +263,8 @@ __device__ __forceinline__ void prefill(
   cache.context_len = context_lens[work.seq];
 
   const Rows rows(work.tile * S::ROWS, S::ROWS, num_queries * group, group, cache.context_len, num_queries, scoring.window);
-  uint16_t* const q_tile = reinterpret_cast<uint16_t*>(shared + S::STATE_BYTES);
+  unsigned char* const large = shared + S::STATE_BYTES + S::WAITING_BYTES;
+  uint16_t* const q_tile = reinterpret_cast<uint16_t*>(large);
   const bf16* const seq_q = q + first_token * num_heads * cache.head_dim;
   load_queries<typename Cache::Mma, D, S::ROWS, S::THREADS>(q_tile, seq_q, rows.first, rows.end, group, num_heads, first_head, cache.head_dim);
   __syncthreads();
@@ -232,6 +272,7 @@ __device__ __forceinline__ void prefill(
   Warp<Cache, D> warp;
   warp.q_tile = q_tile + warp_id() * MMA_ROWS * (D + 8);
   warp.rows = reinterpret_cast<RowState*>(shared) + warp_id() * MMA_ROWS + lane_id() / 4;
+  warp.waiting = reinterpret_cast<uint4*>(shared + S::STATE_BYTES) + threadIdx.x;
   warp.start();
   const Rows mine(rows.first + warp_id() * MMA_ROWS, MMA_ROWS, rows.end, group, cache.context_len, num_queries, scoring.window);
   // Each row's four lanes write the same.
@@ -247,7 +288,7 @@ __device__ __forceinline__ void prefill(
   // Registers have the queries: tiles lie where they were.
   if constexpr (S::HAS_Q_REGISTERS) __syncthreads();
   constexpr int Q_BYTES = S::HAS_Q_REGISTERS ? 0 : S::ROWS * (D + 8) * 2;
-  const typename S::KvTiles tiles{shared + S::STATE_BYTES + Q_BYTES, cache, first_col};
+  const typename S::KvTiles tiles{large + Q_BYTES, cache, first_col};
   const int begin = rows.first_key / TILE, end = rows.last_position / TILE + 1;
   tiles.fetch(begin, 0);
   for (int tile = begin; tile < end; tile++) {

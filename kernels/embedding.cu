@@ -6,6 +6,11 @@
 // (packed ones: a word of a block, see formats/blocks.rs). A code times its scale is rounded once.
 //
 // Bound: latency for a decode, else memory: width · (bytes of an element or code + sizeof(T)).
+//
+// Report: gather_* threads=256
+// Report: gather_f32_* sass=LDG.128,STG.128
+// Report: gather_bf16_bf16 sass=LDG.128,STG.128
+// Report: gather_f16_bf16 sass=LDG.128,STG.128
 #include "dtype.cuh"
 
 template <class T, class W>

@@ -9,6 +9,8 @@
 // vector alone, so that no roundings may be merged here.
 //
 // Bound: memory, head_dim · (sizeof(T) + sizeof(C)) bytes per vector; a decode, latency.
+//
+// Report: write_kv_* threads=128
 #include "dtype.cuh"
 #include "reduce.cuh"
 

@@ -1,5 +1,8 @@
 // Products of more than sixteen rows with row-major bf16 or f16 weights, where cuBLASLt cannot be
 // opened: see include/matmul_tiles.cuh. And products with dense weights that no other kernel takes.
+//
+// Report: matmul_few_* dynamic=98304 sass=HMMA,LDSM,LDGSTS.128
+// Report: matmul_many_* dynamic=98304 sass=HMMA,LDSM,LDGSTS.128
 #include "matmul_tiles.cuh"
 #include "reduce.cuh"
 

@@ -3,6 +3,22 @@
 // `few` is for up to 64 rows, whose time is that of the weights' bytes: tiles of 64 × 128, and k is
 // split so that all multiprocessors load. `many` has tiles of 128 × 128, whose time is that of the
 // tensor cores. A warp owns 64 × 64 where sums of groups need no second set of registers, else 64 × 32.
+//
+// Report: matmul_* sass=HMMA,LDS.128,LDGSTS.128
+// Report: matmul_*_int8 sass=IMMA,LDS.128,LDGSTS.128
+// Report: matmul_*_int8 dynamic=98304
+// Report: matmul_few_w8a16 dynamic=65536
+// Report: matmul_many_w8a16 dynamic=98304
+// Report: matmul_few_fp8 dynamic=65536
+// Report: matmul_many_fp8 dynamic=98304
+// Report: matmul_few_q8 dynamic=67584
+// Report: matmul_many_q8 dynamic=75264
+// Report: matmul_few_fp8_groups dynamic=67584
+// Report: matmul_many_fp8_groups dynamic=75264
+// Report: matmul_few_int4 dynamic=63360
+// Report: matmul_many_int4 dynamic=83456
+// Report: matmul_few_int4_g32 dynamic=65280
+// Report: matmul_many_int4_g32 dynamic=84992
 #include "matmul_tiles.cuh"
 
 #define MATMUL_TILES(size, format, W, BLOCKS, TOKENS, WARPS_M, WARPS_N, PANELS, STAGES)                                   \

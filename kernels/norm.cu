@@ -9,6 +9,9 @@
 //
 // Bound: memory, 2 (4 with a residual) · width · sizeof(T) bytes per row; a decode's few rows are
 // bound by latency, hence as many threads as chunks.
+//
+// Report: rms_norm_* sass=LDG.128,STG.128
+// Report: add_rms_norm_* sass=LDG.128,STG.128
 #include "dtype.cuh"
 #include "reduce.cuh"
 

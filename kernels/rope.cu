@@ -8,6 +8,8 @@
 // sixteen bytes) or, interleaved, four (one), and single pairs where sizes do not allow that.
 //
 // Bound: memory, each head read and written once; a decode is bound by latency.
+//
+// Report: rope_* threads=256 sass=LDG.128,STG.128
 #include "dtype.cuh"
 
 struct Heads {

@@ -4,18 +4,21 @@
     scripts/kernels-report.py            compile all kernels for all targets and write the table
     scripts/kernels-report.py --check    the same, but fail when the committed table differs
 
-Both fail when a kernel spills registers, or lacks an instruction that its source says it has to
-have. No GPU is needed. nvcc is $NVCC, or that of $TOKENMILL_NVCC, $CUDA_HOME, $CUDA_PATH, $PATH;
-cuobjdump lies beside it. Results are kept in ~/.cache/tokenmill/kernels by the hash of what they
-were made of, so that only what changed is compiled.
+Both fail when the compiler warns of anything, when a kernel spills registers without saying why,
+or when it lacks an instruction that its source says it has to have. What build.rs embeds as PTX is
+also assembled for a later device. No GPU is needed. nvcc is $NVCC, or that of $TOKENMILL_NVCC,
+$CUDA_HOME, $CUDA_PATH, $PATH; cuobjdump lies beside it. Results are kept in
+~/.cache/tokenmill/kernels by the hash of what they were made of, so that only what changed is
+compiled.
 
-A kernel file may say of its kernels (a name, * for any letters):
+A kernel file may say of its kernels (a name, * for any letters; later lines add to earlier ones):
 
-    // Report: NAME threads=128 dynamic=49152 sass=HMMA,LDG.128 spills=64
+    // Report: NAME threads=128 dynamic=49152 sass=HMMA,LDG.128
+    // Report: NAME spills=64: why this is cheaper than what would avoid it
 
 threads per block (without: its launch bounds, else 256) and bytes of dynamic shared memory
-(without: 0) decide the occupancy; sass lists instructions that must occur; spills allows as many
-bytes.
+(without: 0) decide the occupancy, and tests/conformance checks them against launches; sass lists
+instructions that must occur; spills allows as many bytes of stores and loads, for a reason.
 """
 
 import argparse
@@ -23,6 +26,7 @@ import concurrent.futures
 import difflib
 import fnmatch
 import hashlib
+import inspect
 import json
 import os
 import pathlib
@@ -36,7 +40,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
 REPORT = KERNELS / "REPORT.md"
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "tokenmill" / "kernels"
-FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills"]
+FRONT_FLAGS = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-I", KERNELS / "include"]
+ASSEMBLER_FLAGS = ["-O3", "-Werror", "all-warnings", "-Xptxas", "-v"]
+# What build.rs embeds as PTX, and a device that would compile it when it starts.
+EMBEDDED_PTX, LATER = "90", "120"
 
 # Of a multiprocessor: warps, blocks, registers, bytes of shared memory (CUDA C++ Programming
 # Guide, "Technical Specifications per Compute Capability").
@@ -58,6 +65,8 @@ INSTRUCTIONS = {
     "LDS.128": r"\bLDS\.(?:\w+\.)*128",
     "LDGSTS.128": r"\bLDGSTS\.E\.(?:\w+\.)*128",
 }
+NOTE_LINE = re.compile(r"^// Report:.*\n", re.M)
+NOTE = re.compile(r"^// Report: (\S+)((?: \w+=[^\s:]+)+)(?:: (\S.*))?$", re.M)
 DEFAULT_THREADS = 256
 REGISTER_UNIT = 256  # registers of a warp are given in units
 SHARED_UNIT = 128
@@ -80,30 +89,46 @@ def run(*command):
     return done.stdout + done.stderr
 
 
-def compiled(nvcc, version, source, target):
-    """Facts about every kernel of a file for a target: registers, shared, spills, stack, threads, sass."""
-    headers = sorted((KERNELS / "include").iterdir())
-    key = hashlib.sha256("\n".join([version, target, *FLAGS, *INSTRUCTIONS.values()]).encode())
-    key.update(pathlib.Path(__file__).read_bytes())
-    for path in [source, *headers]:
+def kept(source, target, version, make):
+    """What `make` returns, from the cache if it was made of the same before."""
+    how = [inspect.getsource(part) for part in (compiled, assembled_later, parse_ptxas, functions)]
+    flags = map(str, [*FRONT_FLAGS, *ASSEMBLER_FLAGS, EMBEDDED_PTX, *INSTRUCTIONS.values()])
+    key = hashlib.sha256("\n".join([version, target, *how, *flags]).encode())
+    key.update(NOTE_LINE.sub("", source.read_text()).encode())
+    for path in sorted((KERNELS / "include").iterdir()):
         key.update(path.read_bytes())
     cached = CACHE / f"{source.stem}-{target}-{key.hexdigest()[:16]}.json"
     if cached.exists():
         return json.loads(cached.read_text())
+    made = make()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    unfinished = cached.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(made))
+    unfinished.rename(cached)
+    return made
+
+
+def compiled(nvcc, source, target):
+    """Facts about every kernel of a file for a target: registers, shared, spills, stack, threads, sass."""
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = pathlib.Path(folder) / "k.cubin", pathlib.Path(folder) / "k.ptx"
-        common = [nvcc, *FLAGS, f"-arch=sm_{target}", "-I", KERNELS / "include", source]
-        facts = parse_ptxas(run(*common, "-cubin", "-o", cubin))
-        run(nvcc, "-std=c++20", "-O3", f"-arch=compute_{target}", "-I", KERNELS / "include", source, "-ptx", "-o", ptx)
+        run(nvcc, *FRONT_FLAGS, f"-arch=compute_{target}", source, "-ptx", "-o", ptx)
+        facts = parse_ptxas(run(nvcc, *ASSEMBLER_FLAGS, f"-arch=sm_{target}", ptx, "-cubin", "-o", cubin))
         for name, threads in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx.read_text()):
             facts[name]["threads"] = int(threads)
         for name, sass in functions(run(nvcc.parent / "cuobjdump", "-sass", cubin)):
             facts[name]["sass"] = [label for label, pattern in INSTRUCTIONS.items() if re.search(pattern, sass)]
-    CACHE.mkdir(parents=True, exist_ok=True)
-    unfinished = cached.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(facts))
-    unfinished.rename(cached)
     return facts
+
+
+def assembled_later(nvcc, source):
+    """Names of the kernels of a file that a later device makes of the embedded PTX."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = pathlib.Path(folder) / "k.cubin", pathlib.Path(folder) / "k.ptx"
+        run(nvcc, *FRONT_FLAGS, f"-arch=compute_{EMBEDDED_PTX}", source, "-ptx", "-o", ptx)
+        # Quickly: that it can be assembled is what matters.
+        words = run(nvcc, "-Werror", "all-warnings", "-Xptxas", "-v,-O0", f"-arch=sm_{LATER}", ptx, "-cubin", "-o", cubin)
+        return sorted(parse_ptxas(words))
 
 
 def parse_ptxas(text):
@@ -140,13 +165,18 @@ def occupancy(fact, target, threads, dynamic):
 
 def notes_of(source):
     """Pairs of a pattern of names and what the source says of those kernels."""
-    found = re.findall(r"^// Report: (\S+)((?: \w+=\S+)*)\s*$", source.read_text(), re.M)
-    return [(pattern, dict(word.split("=", 1) for word in words.split())) for pattern, words in found]
+    found = NOTE.findall(source.read_text())
+    if len(found) != source.read_text().count("// Report:"):
+        sys.exit(f"{source}: a note is not of the form '// Report: NAME key=value ...[: why]'")
+    notes = [(pattern, dict(word.split("=", 1) for word in words.split()), why) for pattern, words, why in found]
+    if any("spills" in note and not why for _, note, why in notes):
+        sys.exit(f"{source}: a note allows spills and does not say why")
+    return notes
 
 
 def note_of(notes, name):
     note = {}
-    for pattern, words in notes:
+    for pattern, words, _ in notes:
         if fnmatch.fnmatchcase(name, pattern):
             note.update(words)
     return note
@@ -184,8 +214,11 @@ def report(nvcc):
     version = re.search(r"V(\d+\.\d+\.\d+)", run(nvcc, "--version"))[1]
     sources = sorted(KERNELS.glob("*.cu"))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = {(s, t): pool.submit(compiled, nvcc, version, s, t) for s in sources for t in TARGETS}
+        make = lambda s, t: pool.submit(kept, s, t, version, lambda: compiled(nvcc, s, t))
+        later = [pool.submit(kept, s, f"later-{LATER}", version, lambda s=s: assembled_later(nvcc, s)) for s in sources]
+        jobs = {(s, t): make(s, t) for s in sources for t in TARGETS}
         results = {key: job.result() for key, job in jobs.items()}
+        later = {s: job.result() for s, job in zip(sources, later)}
     problems = []
     lines = [
         "# What the compiler makes of the kernels",
@@ -197,6 +230,8 @@ def report(nvcc):
     ]
     for source in sources:
         notes = notes_of(source)
+        if later[source] != sorted(results[source, next(iter(TARGETS))]):
+            problems.append(f"{source.name}: sm_{LATER} has other kernels than the targets")
         lines += ["", f"## {source.name}", "", "| kernel | threads | registers | shared | spills | occupancy | instructions |", "|---|---|---|---|---|---|---|"]
         for name in sorted(results[source, next(iter(TARGETS))]):
             by_target = {target: results[source, target][name] for target in TARGETS}
@@ -217,7 +252,8 @@ def main():
         REPORT.write_text(text)
     if problems:
         sys.exit("\n".join(problems))
-    print(f"{text.count(chr(10) + '| `')} kernels for {len(TARGETS)} targets: no spills, all instructions are there")
+    kernels = text.count("\n| `")
+    print(f"{kernels} kernels for {len(TARGETS)} targets: no spill without a reason, all instructions are there")
 
 
 if __name__ == "__main__":

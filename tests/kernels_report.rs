@@ -3,8 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-/// `NVCC=/path/to/nvcc cargo test --release --test kernels_report -- --ignored`, once the table is
-/// committed: `attention_prefill_kvint8_d128` still spills registers on sm_80, which is an error.
+/// `NVCC=/path/to/nvcc cargo test --release --test kernels_report -- --ignored`, as `.ci/run` does.
 #[test]
 #[ignore = "needs nvcc"]
 fn kernels_compile_for_every_target_as_the_committed_report_says() {

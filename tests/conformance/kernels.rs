@@ -3,6 +3,7 @@
 //! Names of tests that run kernels contain "kernel": `tests/sanitize-kernels.sh` runs those again
 //! under sanitizers.
 
+use std::path::{Path, PathBuf};
 use std::sync::Once;
 
 use tokenmill::tensor::DType;
@@ -107,7 +108,7 @@ fn every_kernel_has_a_case() {
     let launched = shim::launched_kernels();
     let exported = shim::exported_kernels();
     assert!(!exported.is_empty());
-    let is_launched = |name: &str| launched.contains(name);
+    let is_launched = |name: &str| launched.contains_key(name);
     let is_waiting = |name: &str| WAITING.contains(&name);
     let missing: Vec<_> =
         exported.iter().filter(|name| !is_launched(name) && !is_waiting(name)).collect();
@@ -116,15 +117,68 @@ fn every_kernel_has_a_case() {
     assert!(late.is_empty(), "{late:?} have cases now");
 }
 
+/// What a kernel file says of launches, for `scripts/kernels-report.py`: pattern, key, value.
+fn notes() -> Vec<(String, String, u32)> {
+    let mut notes = Vec::new();
+    for path in kernel_files() {
+        let text = std::fs::read_to_string(&path).unwrap();
+        for line in text.lines().filter_map(|line| line.strip_prefix("// Report: ")) {
+            let mut words = line.split(':').next().unwrap().split_whitespace();
+            let pattern = words.next().unwrap();
+            let pairs = words.filter_map(|word| word.split_once('='));
+            for (key, value) in pairs.filter(|(key, _)| matches!(*key, "threads" | "dynamic")) {
+                notes.push((pattern.to_owned(), key.to_owned(), value.parse().unwrap()));
+            }
+        }
+    }
+    notes
+}
+
+/// Whether a name has the form of a pattern, in which `*` is any letters.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((start, rest)) => name.strip_prefix(start).is_some_and(|tail| {
+            (0..=tail.len()).any(|i| tail.get(i..).is_some_and(|tail| matches(rest, tail)))
+        }),
+    }
+}
+
+/// The report's occupancy is that of real launches.
+#[test]
+fn kernels_are_launched_as_their_notes_say() {
+    for table in TABLES {
+        table.pass();
+    }
+    let notes = notes();
+    let note = |name: &str, key: &str| {
+        let of_name =
+            |(pattern, noted, _): &&(String, String, u32)| noted == key && matches(pattern, name);
+        notes.iter().rfind(of_name).map(|(_, _, value)| *value)
+    };
+    let mut wrong = Vec::new();
+    for (name, launched) in shim::launched_kernels() {
+        let threads = note(name, "threads").unwrap_or(u32::MAX);
+        let (dynamic, [least, most]) = (note(name, "dynamic").unwrap_or(0), launched.shared_bytes);
+        // Where shared memory depends on a step's rows, the note is one of many.
+        let is_right = if least == most { dynamic == most } else { dynamic <= most };
+        if launched.threads > threads || !is_right {
+            wrong.push(format!("{name}: {launched:?}, not {threads} threads, {dynamic} bytes"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+fn kernel_files() -> impl Iterator<Item = PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
+}
+
 /// What is not exported would not be missed above.
 #[test]
 fn every_kernel_is_exported() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
-    for entry in std::fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_none_or(|extension| extension != "cu") {
-            continue;
-        }
+    for path in kernel_files() {
         let text = std::fs::read_to_string(&path).unwrap();
         let kernels = text.matches("extern \"C\" __global__").count();
         let exports = text.matches("SIMT_EXPORT(").count();

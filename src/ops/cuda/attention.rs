@@ -119,11 +119,17 @@ impl Kernels {
         MMA_ROWS * self.prefill_warps()
     }
 
-    /// States of rows, then tiles; queries lie before the tiles, or where tiles will lie if
-    /// registers take them.
+    /// `Shape::WAITING_BYTES`: queries that registers have no room for beside scales.
+    fn prefill_waiting_bytes(&self) -> usize {
+        let products = if self.cache == DType::I8 && self.head_dim == 128 { 2 } else { 0 };
+        products * self.prefill_warps() * WARP * 16
+    }
+
+    /// States of rows and queries that wait, then tiles; all queries lie before the tiles, or where
+    /// tiles will lie if registers take them.
     fn prefill_shared_bytes(&self) -> usize {
         let rows = self.prefill_rows();
-        let states = rows * ROW_STATE_BYTES;
+        let states = rows * ROW_STATE_BYTES + self.prefill_waiting_bytes();
         let queries = Kernels::tile_bytes(rows, self.head_dim);
         let tiles = self.kv_tiles_bytes(self.prefill_cols());
         states + if self.head_dim > 128 { queries + tiles } else { queries.max(tiles) }

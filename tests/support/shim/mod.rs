@@ -33,8 +33,16 @@ const SEED_VARIABLE: &str = "TOKENMILL_SIMT_SEED";
 /// Device memory: as much as a test may take.
 const TOTAL_BYTES: u64 = 4 << 30;
 
-/// Kernels that were launched by any shim of this process.
-static LAUNCHED: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+/// How a kernel was launched by any shim of this process.
+#[derive(Clone, Copy, Debug)]
+pub struct Launched {
+    /// Most threads of a block.
+    pub threads: u32,
+    /// Least and most dynamic shared memory of a block.
+    pub shared_bytes: [u32; 2],
+}
+
+static LAUNCHED: Mutex<BTreeMap<&'static str, Launched>> = Mutex::new(BTreeMap::new());
 
 static KERNELS: LazyLock<BTreeMap<String, Kernel>> = LazyLock::new(|| {
     let libraries = build::kernel_libraries();
@@ -55,9 +63,19 @@ pub fn exported_kernels() -> BTreeSet<String> {
     KERNELS.keys().cloned().collect()
 }
 
-/// Names of the kernels that were launched so far.
-pub fn launched_kernels() -> BTreeSet<&'static str> {
+/// The kernels that were launched so far.
+pub fn launched_kernels() -> BTreeMap<&'static str, Launched> {
     LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner).clone()
+}
+
+/// Keeps the books of a launch.
+fn note_launch(kernel: &'static str, launch: Launch) {
+    let (threads, bytes) = (launch.block.iter().product(), launch.shared_bytes);
+    let mut launched = LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner);
+    let entry = launched.entry(kernel).or_insert(Launched { threads, shared_bytes: [bytes; 2] });
+    let [least, most] = entry.shared_bytes;
+    let shared_bytes = [least.min(bytes), most.max(bytes)];
+    *entry = Launched { threads: entry.threads.max(threads), shared_bytes };
 }
 
 type LaunchFunction = unsafe extern "C" fn(
@@ -216,7 +234,7 @@ impl Shim {
             let inside = self.memory.contains(arg.bits() as usize);
             inside.then_some(()).ok_or_else(|| format!("argument {i} is not in device memory"))?;
         }
-        LAUNCHED.lock().unwrap_or_else(PoisonError::into_inner).insert(kernel_name);
+        note_launch(kernel_name, launch);
         let number = self.launches.fetch_add(1, Ordering::Relaxed);
         kernel.run(launch, args, self.seed.wrapping_add(number))?;
         self.memory.check_guards()
