@@ -1,8 +1,5 @@
 //! What can go wrong on a device, as facts.
 
-use crate::formats::Format;
-use crate::tensor::DType;
-
 /// A device cannot do what was asked of it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OpsError {
@@ -24,14 +21,16 @@ pub enum OpsError {
         /// What failed and the device's words.
         reason: String,
     },
-    /// It has no kernel for such weights.
-    #[error("{device} has no kernel for weights in {format:?} of {dtype}")]
-    UnsupportedWeights {
+    /// It has no kernels for such a model, weight or step.
+    #[error("{device} has no kernels for {field} {value}: {needed} is needed")]
+    Unsupported {
         /// Which device.
         device: String,
-        /// How they are laid out.
-        format: Format,
-        /// Their elements.
-        dtype: DType,
+        /// What cannot be computed, by its name in the model's or the engine's configuration.
+        field: &'static str,
+        /// Its value.
+        value: String,
+        /// What would be right.
+        needed: String,
     },
 }

@@ -58,6 +58,19 @@ pub struct StepLimits {
     pub vocab_size: usize,
 }
 
+/// A layer of a model and its cache, as far as kernels depend on them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerShape {
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Elements of a row of the residual stream.
+    pub hidden_size: usize,
+    /// Elements of the KV cache.
+    pub kv_dtype: DType,
+    /// Tokens of a KV block.
+    pub block_size: usize,
+}
+
 /// One device's implementation of the operations.
 pub trait Ops: Send + Sync {
     /// Name for logs, for example `cpu (avx512, 2 threads)`.
@@ -128,6 +141,12 @@ pub trait Ops: Send + Sync {
         let _ = recording;
     }
 
+    /// Refuses a model that this device has no kernels for, before anything is allocated for it.
+    fn check(&self, limits: &StepLimits, layer: &LayerShape) -> Result<(), OpsError> {
+        let _ = (limits, layer);
+        Ok(())
+    }
+
     /// Bytes that [`Ops::reserve`] will take for steps of this size.
     fn scratch_bytes(&self, limits: &StepLimits) -> usize {
         let _ = limits;
@@ -142,7 +161,7 @@ pub trait Ops: Send + Sync {
     }
 
     /// Brings a matrix, at load, to where and into the layout that this device multiplies by
-    /// fastest; its values stay the same.
+    /// fastest; its values stay the same. Refuses one that it has no kernels for.
     fn arrange(&self, matrix: PackedMatrix) -> Result<PackedMatrix, OpsError> {
         Ok(matrix)
     }

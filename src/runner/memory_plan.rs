@@ -11,7 +11,7 @@ use crate::model::batch::{BatchLimits, ForwardBatch};
 use crate::model::kv_cache::KvCache;
 use crate::model::spec::ModelSpec;
 use crate::model::workspace::Workspace;
-use crate::ops::{DeviceMemoryInfo, Ops, OpsError, StepLimits};
+use crate::ops::{DeviceMemoryInfo, LayerShape, Ops, OpsError, StepLimits};
 use crate::tensor::DType;
 
 /// Most bytes that one round of logits may take.
@@ -118,7 +118,7 @@ pub enum MemoryPlanError {
         /// All memory of the device.
         total: usize,
     },
-    /// The device does not say what it has.
+    /// The device does not say what it has, or has no kernels for the model.
     #[error(transparent)]
     Device(#[from] OpsError),
     /// A context longer than the model's positions.
@@ -169,6 +169,11 @@ impl MemoryPlan {
             },
             max_logit_rows,
         };
+        for layer in &spec.layers {
+            let (head_dim, hidden_size) = (layer.attention.head_dim, spec.hidden_size);
+            let layer = LayerShape { head_dim, hidden_size, kv_dtype, block_size };
+            ops.check(&plan.step_limits(spec), &layer)?;
+        }
         plan.workspace_bytes = plan.workspace(ops, spec);
         let most_used = scheduler.max_num_seqs * longest.div_ceil(block_size) * block_bytes;
         let pool = plan.pool(ops.device_memory()?, cache, most_used, free_bytes)?;

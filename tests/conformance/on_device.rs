@@ -57,7 +57,7 @@ impl<L: Launcher> OnDevice<L> {
         let data = matrix.data.to_owned_memory();
         // What is dense would get the dtype of the device's activations then; tables are read as
         // they are.
-        if matrix.format == Format::Dense {
+        if matches!(matrix.format, Format::Dense | Format::DenseBlocks) {
             return PackedMatrix { data: self.copy(data.view()), quantized, ..*matrix };
         }
         self.ops.arrange(PackedMatrix { data, quantized, ..*matrix }).unwrap()

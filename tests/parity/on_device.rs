@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use tokenmill::config::CpuIsa;
+use tokenmill::config::{CacheConfig, CpuIsa, KvCacheDtype, SchedulerConfig, SchedulingPolicy};
 use tokenmill::model::spec::ModelSpec;
 use tokenmill::ops::Ops;
 use tokenmill::ops::cuda::CudaOps;
+use tokenmill::runner::{MemoryDemand, MemoryPlan};
 use tokenmill::tensor::DType;
 
 use crate::bundled::Greedy;
@@ -33,6 +34,50 @@ fn every_family_computes_the_recorded_logits_however_the_prompt_is_chunked() {
             assert!(error <= TOLERANCE, "{what}: off by {error}");
         }
     }
+}
+
+/// Whether memory can be planned for a model on the device, or the refusal.
+fn planned(case: &Case, dtype: KvCacheDtype) -> Result<(), String> {
+    let spec = ModelSpec::from_config(&case.config_json).unwrap();
+    let cache = CacheConfig {
+        memory_bytes: None,
+        fraction: 0.4,
+        gpu_memory_utilization: 0.9,
+        block_size: 16,
+        dtype,
+        enable_prefix_caching: true,
+    };
+    let scheduler = SchedulerConfig {
+        max_num_seqs: 4,
+        max_num_batched_tokens: 64,
+        max_num_queued_requests: 1,
+        policy: SchedulingPolicy::Fcfs,
+    };
+    let demand = MemoryDemand {
+        spec: &spec,
+        weights_bytes: 0,
+        wanted_len: None,
+        cache: &cache,
+        scheduler: &scheduler,
+    };
+    let ops = CudaOps::new(Shim::new());
+    MemoryPlan::new(&ops, &demand, 0).map(|_| ()).map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_model_that_has_no_kernels_is_refused_before_its_weights_are_read() {
+    let (with, without): (Vec<_>, Vec<_>) = Case::all().into_iter().partition(has_kernels);
+    for case in &without {
+        let refusal = planned(case, KvCacheDtype::Auto).unwrap_err();
+        assert!(refusal.contains("has no kernels for head_dim "), "{}: {refusal}", case.name);
+        assert!(refusal.ends_with(": a multiple of 16 up to 256 is needed"), "{refusal}");
+    }
+    for case in &with {
+        assert_eq!(planned(case, KvCacheDtype::Auto), Ok(()), "{}", case.name);
+    }
+    let refusal = planned(&with[0], KvCacheDtype::F32).unwrap_err();
+    assert!(refusal.contains("no kernels for --kv-cache-dtype f32: bf16, f16, fp8"), "{refusal}");
+    assert!(!without.is_empty(), "every head has kernels");
 }
 
 /// Tokens of the first recorded answer that are compared.

@@ -8,8 +8,8 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::CudaOps;
 use super::launcher::{CudaError, Launch, Launcher, args, count};
+use super::{CudaOps, support};
 use crate::ops::StepLimits;
 use crate::ops::args::AttentionArgs;
 use crate::tensor::{DType, Shape, Tensor, View};
@@ -67,17 +67,12 @@ macro_rules! by_head_dim {
 
 impl Kernels {
     fn new(head_dim: usize, cache: DType) -> Kernels {
-        // Sixteen bytes are the least that is copied; bytes of a cache have sixteen elements there.
-        assert!(
-            head_dim.is_multiple_of(16) && (16..=256).contains(&head_dim),
-            "attention: heads of {head_dim} elements: a multiple of 16 up to 256 is needed"
-        );
         match cache {
             DType::BF16 => by_head_dim!(head_dim, cache, "kvbf16"),
             DType::F16 => by_head_dim!(head_dim, cache, "kvf16"),
             DType::Fp8 => by_head_dim!(head_dim, cache, "kvfp8"),
             DType::I8 => by_head_dim!(head_dim, cache, "kvint8"),
-            other => panic!("attention: a cache of {other}"),
+            other => unreachable!("a cache of {other} was refused"),
         }
     }
 
@@ -225,12 +220,9 @@ impl Step {
             table_width: args.block_tables.size(1),
             window: args.sliding_window.unwrap_or(usize::MAX).min(i32::MAX as usize),
         };
-        // Scales are copied four at a time, and positions are split by shifts.
-        assert!(
-            step.block_size.is_power_of_two() && step.block_size >= 4,
-            "attention: blocks of {} positions: a power of two from 4 on is needed",
-            step.block_size
-        );
+        let refused = support::check_heads(step.head_dim)
+            .and_then(|()| support::check_cache(args.k_cache.data.dtype(), step.block_size));
+        assert_eq!(refused, Ok(()), "Ops::check was not asked before a step");
         step
     }
 
@@ -449,12 +441,6 @@ mod tests {
         assert_eq!(names(80, DType::I8).0, "attention_prefill_kvint8_d96");
         assert_eq!(names(112, DType::Fp8).1, "attention_decode_kvfp8_d128");
         assert_eq!(names(192, DType::F16).1, "attention_decode_kvf16_d256");
-    }
-
-    #[test]
-    #[should_panic(expected = "heads of 20 elements")]
-    fn a_head_size_that_cannot_be_copied_is_refused_by_name() {
-        Kernels::new(20, DType::BF16);
     }
 
     #[test]

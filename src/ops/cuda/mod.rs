@@ -23,11 +23,12 @@ mod memory;
 mod product;
 mod rows;
 mod sample;
+mod support;
 
 use std::sync::Mutex;
 
 use super::args::*;
-use super::{DeviceMemoryInfo, Ops, OpsError, Recording, StepLimits};
+use super::{DeviceMemoryInfo, LayerShape, Ops, OpsError, Recording, StepLimits};
 use crate::formats::{PackedMatrix, dense};
 use crate::output::SampledToken;
 use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
@@ -160,6 +161,11 @@ impl<L: Launcher> Ops for CudaOps<L> {
         self.named(self.launcher.synchronize())
     }
 
+    fn check(&self, limits: &StepLimits, layer: &LayerShape) -> Result<(), OpsError> {
+        let checked = support::check_shape(self.facts(), limits, layer);
+        checked.map_err(|refusal| refusal.of_device(self.name()))
+    }
+
     fn scratch_bytes(&self, limits: &StepLimits) -> usize {
         sample::Sampler::bytes(limits.max_logit_rows, limits.vocab_size)
             + attention::Partials::size_bytes(limits)
@@ -174,6 +180,7 @@ impl<L: Launcher> Ops for CudaOps<L> {
     }
 
     fn arrange(&self, matrix: PackedMatrix) -> Result<PackedMatrix, OpsError> {
+        support::check_matrix(&matrix).map_err(|refusal| refusal.of_device(self.name()))?;
         self.placed_matrix(dense::into_dtype(matrix, self.activation_dtype()))
     }
 

@@ -1,7 +1,7 @@
 //! Row-wise operations: embedding, norms, rotary embedding, activations, gathers, cache writes.
 
 use super::launcher::{Launch, Launcher, args};
-use super::{CudaOps, by_activation};
+use super::{CudaOps, by_activation, support};
 use crate::formats::{Format, PackedMatrix, Quantized, ScaleGrid};
 use crate::ops::args::*;
 use crate::tensor::{DType, Tensor, View, ViewMut};
@@ -15,8 +15,6 @@ const MAX_THREADS: usize = 1024;
 /// Rows of a block whose rows have a warp each: four warps keep a multiprocessor's four
 /// schedulers busy.
 const ROWS_PER_BLOCK: usize = 4;
-/// Longest row of a norm (`MAX_HELD` in `norm.cu`).
-const MAX_NORM_WIDTH: usize = 4 * MAX_THREADS * CHUNK;
 
 /// Threads of a block of an operation that goes through memory once: enough to hide its latency,
 /// few enough to leave registers.
@@ -199,7 +197,8 @@ fn rows_of(view: View<'_>) -> (usize, usize) {
 
 /// A thread per chunk of a row; rows that a warp can hold share a block.
 fn norm_launch(num_rows: usize, width: usize) -> Launch {
-    assert!(width <= MAX_NORM_WIDTH, "a norm over {width} elements, at most {MAX_NORM_WIDTH}");
+    let checked = support::check_norm_width(width);
+    assert_eq!(checked, Ok(()), "Ops::check was not asked before a step");
     let threads = width.div_ceil(CHUNK).next_multiple_of(WARP).min(MAX_THREADS);
     let rows = if threads == WARP { ROWS_PER_BLOCK } else { 1 };
     let launch = Launch::new(num_rows.div_ceil(rows), threads);
