@@ -1,5 +1,8 @@
 //! The engine thread: plan → execute → commit → emit, and nothing else.
 //!
+//! Where a device computes by itself, what a step yielded is emitted, and the step after the next
+//! planned, while it computes the next: so it waits only for what depends on its own results.
+//!
 //! Owns the scheduler and the runner by value; the only inputs are commands, the only outputs
 //! token events and metrics. A failed or panicking step ends every request with the reason
 //! and marks the engine dead.
@@ -60,6 +63,13 @@ pub(super) struct StepLoop {
     scheduler: Scheduler,
     runner: Box<dyn StepRunner>,
     commands: Receiver<Command>,
+    clients: Clients,
+    /// Of the last step, for the time in which a device computes the next.
+    unsent: Vec<TokenEvent>,
+}
+
+/// Those whose requests are being served.
+struct Clients {
     shared: Arc<Shared>,
     active: HashMap<RequestId, Active>,
 }
@@ -71,7 +81,8 @@ impl StepLoop {
         commands: Receiver<Command>,
         shared: Arc<Shared>,
     ) -> StepLoop {
-        StepLoop { scheduler, runner, commands, shared, active: HashMap::new() }
+        let clients = Clients { shared, active: HashMap::new() };
+        StepLoop { scheduler, runner, commands, clients, unsent: Vec::new() }
     }
 
     /// Runs until every handle is gone, or until a step fails.
@@ -115,10 +126,14 @@ impl StepLoop {
         let batch = self.scheduler.plan();
         let started = Instant::now();
         self.note_plan(started);
-        let results = self.runner.execute(&batch)?;
+        let StepLoop { scheduler, runner, clients, unsent, .. } = self;
+        let results = runner.execute_beside(&batch, &mut || {
+            clients.emit(std::mem::take(unsent));
+            scheduler.plan_ahead(&batch);
+        })?;
         let events = self.scheduler.commit(&batch, results);
         let report = self.scheduler.step_report();
-        self.shared.metrics.record_step(&report);
+        self.clients.shared.metrics.record_step(&report);
         debug!(
             step = batch.step,
             num_tokens = report.num_tokens,
@@ -126,23 +141,32 @@ impl StepLoop {
             elapsed_us = started.elapsed().as_micros() as u64,
             "step"
         );
-        self.emit(events);
+        self.unsent = events;
+        if !self.runner.has_device() || !self.scheduler.has_work() {
+            self.send_unsent();
+        }
         Ok(())
+    }
+
+    fn send_unsent(&mut self) {
+        self.clients.emit(std::mem::take(&mut self.unsent));
     }
 
     fn handle(&mut self, command: Command) {
         match command {
             Command::Submit(submission) => self.admit(*submission),
             Command::Abort { id, index } => {
+                self.send_unsent();
                 let events = self.scheduler.abort(&id, index);
-                self.emit(events);
+                self.clients.emit(events);
                 self.report_idle();
             }
             Command::AbortAll => {
-                let ids: Vec<RequestId> = self.active.keys().cloned().collect();
+                self.send_unsent();
+                let ids: Vec<RequestId> = self.clients.active.keys().cloned().collect();
                 for id in ids {
                     let events = self.scheduler.abort(&id, None);
-                    self.emit(events);
+                    self.clients.emit(events);
                 }
                 self.report_idle();
             }
@@ -169,28 +193,54 @@ impl StepLoop {
         let n = request.n;
         if let Err(refusal) = self.scheduler.admit(request) {
             refuse(&id, n, &events, &refusal.to_string().into());
-            self.shared.release(true);
+            self.clients.shared.release(true);
             return;
         }
         let timeline = Timeline { arrived, started: None, first_token: None, last_token: None };
-        self.active.insert(id, Active { events, num_open: n, timeline, report });
+        self.clients.active.insert(id, Active { events, num_open: n, timeline, report });
     }
 
     /// Requests that run for the first time leave the queue.
     fn note_plan(&mut self, now: Instant) {
         for id in self.scheduler.newly_started() {
-            if let Some(active) = self.active.get_mut(id) {
+            if let Some(active) = self.clients.active.get_mut(id) {
                 active.timeline.started = Some(now);
-                self.shared.dequeue();
+                self.clients.shared.dequeue();
             }
         }
         for id in self.scheduler.newly_preempted() {
-            if let Some(active) = self.active.get_mut(id) {
+            if let Some(active) = self.clients.active.get_mut(id) {
                 active.report.num_preemptions += 1;
             }
         }
     }
 
+    /// Aborts change the gauges outside any step.
+    fn report_idle(&mut self) {
+        if !self.scheduler.has_work() {
+            self.clients.shared.metrics.record_step(&StepReport {
+                num_running: 0,
+                num_waiting: 0,
+                kv_cache_usage: self.scheduler.step_report().kv_cache_usage,
+                ..StepReport::default()
+            });
+        }
+    }
+
+    fn fail(&mut self, reason: &Arc<str>) {
+        self.send_unsent();
+        self.clients.fail(reason);
+        while let Ok(command) = self.commands.try_recv() {
+            if let Command::Submit(submission) = command {
+                let Submission { request, events, .. } = *submission;
+                refuse(&request.id, request.n, &events, reason);
+                self.clients.shared.release(true);
+            }
+        }
+    }
+}
+
+impl Clients {
     fn emit(&mut self, events: Vec<TokenEvent>) {
         let now = Instant::now();
         for event in events {
@@ -216,18 +266,7 @@ impl StepLoop {
         self.shared.release(timeline.started.is_none());
     }
 
-    /// Aborts change the gauges outside any step.
-    fn report_idle(&mut self) {
-        if !self.scheduler.has_work() {
-            self.shared.metrics.record_step(&StepReport {
-                num_running: 0,
-                num_waiting: 0,
-                kv_cache_usage: self.scheduler.step_report().kv_cache_usage,
-                ..StepReport::default()
-            });
-        }
-    }
-
+    /// Ends every request.
     fn fail(&mut self, reason: &Arc<str>) {
         self.shared.set_status(EngineStatus::Dead(Arc::clone(reason)));
         let ids: Vec<(RequestId, u32)> =
@@ -237,13 +276,6 @@ impl StepLoop {
         });
         self.emit(ends.collect());
         self.shared.metrics.record_step(&StepReport::default());
-        while let Ok(command) = self.commands.try_recv() {
-            if let Command::Submit(submission) = command {
-                let Submission { request, events, .. } = *submission;
-                refuse(&request.id, request.n, &events, reason);
-                self.shared.release(true);
-            }
-        }
     }
 }
 

@@ -124,6 +124,11 @@ pub trait Ops: Send + Sync {
         Ok(())
     }
 
+    /// Whether operations return before they have run, so that the host has time for other things.
+    fn runs_beside_host(&self) -> bool {
+        false
+    }
+
     /// Whether a step can be recorded once and replayed with other inputs.
     fn can_record(&self) -> bool {
         false

@@ -31,4 +31,20 @@ pub enum RunnerError {
 pub trait StepRunner: Send {
     /// Computes the batch and returns one entry per scheduled sequence, in order.
     fn execute(&mut self, batch: &ScheduledBatch) -> Result<Vec<StepTokens>, RunnerError>;
+
+    /// Whether a device computes while the host goes on.
+    fn has_device(&self) -> bool {
+        false
+    }
+
+    /// As [`StepRunner::execute`]. A runner with a device calls `meanwhile` once, while that
+    /// computes; others never do.
+    fn execute_beside(
+        &mut self,
+        batch: &ScheduledBatch,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<Vec<StepTokens>, RunnerError> {
+        let _ = meanwhile;
+        self.execute(batch)
+    }
 }

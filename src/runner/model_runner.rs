@@ -137,11 +137,27 @@ fn entries(batch: &ScheduledBatch) -> impl ExactSizeIterator<Item = BatchEntry<'
 
 impl StepRunner for ModelRunner {
     fn execute(&mut self, batch: &ScheduledBatch) -> Result<Vec<StepTokens>, RunnerError> {
+        self.execute_beside(batch, &mut || {})
+    }
+
+    fn has_device(&self) -> bool {
+        self.rank.ops.runs_beside_host()
+    }
+
+    fn execute_beside(
+        &mut self,
+        batch: &ScheduledBatch,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<Vec<StepTokens>, RunnerError> {
         if batch.is_empty() {
             return Ok(Vec::new());
         }
         let wanted = wanted_rows(batch);
         self.forward(batch, &wanted);
+        if self.has_device() {
+            // The first thing that waits for the device is sampling.
+            meanwhile();
+        }
         let mut results = vec![StepTokens::default(); batch.sequences.len()];
         for (i, rows) in wanted.chunks(self.max_logit_rows).enumerate() {
             if i > 0 {

@@ -9,6 +9,7 @@
 //! writes to a block that another one references or that the prefix cache can find; every
 //! admitted sequence yields exactly one event with a finish reason.
 
+mod ahead;
 pub mod batch;
 mod commit;
 mod plan;
@@ -131,6 +132,8 @@ pub struct Scheduler {
     preempted: Vec<RequestId>,
     /// Sizes of the last batch's arrays, to allocate the next one's at once.
     last_sizes: plan::BatchSizes,
+    /// The next step, if it was planned ahead and nothing has happened since.
+    ahead: Option<batch::ScheduledBatch>,
 }
 
 impl Scheduler {
@@ -152,6 +155,7 @@ impl Scheduler {
             started: Vec::new(),
             preempted: Vec::new(),
             last_sizes: plan::BatchSizes::default(),
+            ahead: None,
             params,
         }
     }
@@ -261,6 +265,7 @@ impl Scheduler {
 
     /// Takes a sequence that is in no queue any more out of its request and frees its blocks.
     fn remove(&mut self, id: SequenceId) -> Option<Sequence> {
+        self.ahead = None;
         let mut sequence = self.sequences.remove(id)?;
         self.kv.release(&mut sequence.table);
         if let Some(group) = self.groups.get_mut(&sequence.request_id) {
@@ -283,6 +288,7 @@ impl Scheduler {
     }
 
     fn wait(&mut self, id: SequenceId) {
+        self.ahead = None;
         let sequence = &mut self.sequences[id];
         sequence.state = State::Waiting;
         self.waiting.insert(sequence.precedence, id);

@@ -51,6 +51,14 @@ impl Scheduler {
         self.started.clear();
         self.preempted.clear();
         self.step = StepReport::default();
+        let batch = self.take_ahead().unwrap_or_else(|| self.plan_now());
+        self.num_steps += u64::from(!batch.is_empty());
+        self.last_sizes = BatchSizes::of(&batch);
+        self.step.num_tokens = batch.num_tokens();
+        batch
+    }
+
+    fn plan_now(&mut self) -> ScheduledBatch {
         let mut draft = Draft {
             batch: self.last_sizes.allocate(self.num_steps),
             budget: self.params.max_num_batched_tokens,
@@ -62,11 +70,7 @@ impl Scheduler {
         if self.preempted.is_empty() {
             self.plan_waiting(&mut draft);
         }
-        let batch = draft.batch;
-        self.num_steps += u64::from(!batch.is_empty());
-        self.last_sizes = BatchSizes::of(&batch);
-        self.step.num_tokens = batch.num_tokens();
-        batch
+        draft.batch
     }
 
     fn plan_running(&mut self, draft: &mut Draft) {
@@ -96,7 +100,7 @@ impl Scheduler {
         }
     }
 
-    fn grow(&mut self, id: SequenceId, num_tokens: usize) -> bool {
+    pub(super) fn grow(&mut self, id: SequenceId, num_tokens: usize) -> bool {
         self.kv.grow(&mut self.sequences[id].table, num_tokens)
     }
 
@@ -309,7 +313,7 @@ impl BatchSizes {
     }
 
     /// An empty batch with room for a little more than the last one: steps resemble each other.
-    fn allocate(self, step: u64) -> ScheduledBatch {
+    pub(super) fn allocate(self, step: u64) -> ScheduledBatch {
         let room = |len: usize| len + len / 8;
         ScheduledBatch {
             step,

@@ -327,3 +327,75 @@ fn results_for_sequences_aborted_since_the_plan_are_dropped() {
     assert!(!scheduler.has_work());
     assert!(scheduler.plan().is_empty());
 }
+
+/// Six plans with reports, each followed up or not; `between` happens while step 1 is computed,
+/// which yields `token`.
+fn plans(ahead: bool, between: impl Fn(&mut Scheduler), token: u32) -> Vec<String> {
+    let mut scheduler = Scheduler::new(params());
+    scheduler.admit(request("a", 10..14)).unwrap();
+    scheduler.admit(request("b", 20..23)).unwrap();
+    let mut plans = Vec::new();
+    for step in 0..6 {
+        let batch = scheduler.plan();
+        plans.push(format!("{batch:?} {:?}", scheduler.step_report()));
+        if ahead {
+            assert!(scheduler.plan_ahead(&batch) || step > 1, "step {step}");
+        }
+        if step == 1 {
+            between(&mut scheduler);
+        }
+        let results = answer(&batch, if step == 1 { token } else { 50 + step });
+        scheduler.commit(&batch, results);
+    }
+    plans
+}
+
+/// Sequences of plans: their blocks are taken in another order before an end than after it.
+fn num_sequences(plans: &[String]) -> Vec<usize> {
+    plans.iter().map(|plan| plan.matches("SequenceId").count()).collect()
+}
+
+#[test]
+fn a_step_that_was_planned_ahead_is_the_one_that_would_be_planned() {
+    assert_eq!(plans(true, |_| (), 9), plans(false, |_| (), 9));
+}
+
+#[test]
+fn what_was_planned_ahead_is_dropped_when_something_comes_in_between() {
+    let arrives = |scheduler: &mut Scheduler| scheduler.admit(request("c", 30..35)).unwrap();
+    assert_eq!(plans(true, arrives, 9), plans(false, arrives, 9));
+    let hangs_up = |scheduler: &mut Scheduler| drop(scheduler.abort(&id("a"), None));
+    assert_eq!(num_sequences(&plans(true, hangs_up, 9)), [2, 2, 1, 1, 1, 1]);
+    assert_eq!(num_sequences(&plans(true, |_| (), EOS)), [2, 2, 0, 0, 0, 0]);
+}
+
+#[test]
+fn nothing_is_planned_ahead_where_the_next_step_depends_on_more_than_tokens() {
+    let is_planned = |change: &dyn Fn(&mut TokenizedRequest)| {
+        let mut scheduler = Scheduler::new(params());
+        let mut request = request("a", 10..14);
+        change(&mut request);
+        scheduler.admit(request).unwrap();
+        let batch = scheduler.plan();
+        scheduler.plan_ahead(&batch);
+        scheduler.commit(&batch, answer(&batch, 9));
+        scheduler.ahead.is_some()
+    };
+    let penalty = SamplingParams { presence_penalty: 1.0, ..SamplingParams::greedy() };
+    assert!(is_planned(&|_| ()));
+    assert!(!is_planned(&|request| request.stop.max_tokens = Some(1)), "it ends");
+    assert!(!is_planned(&|request| request.stop.min_tokens = 5), "end tokens are banned");
+    assert!(!is_planned(&|request| request.sampling = Arc::new(penalty.clone())), "history");
+    assert!(!is_planned(&|request| request.n = 2), "the second continuation starts");
+}
+
+#[test]
+fn nothing_is_planned_ahead_that_would_preempt_somebody() {
+    let mut scheduler = Scheduler::new(SchedulerParams { num_blocks: 3, ..params() });
+    scheduler.admit(request("a", 10..13)).unwrap();
+    scheduler.admit(request("b", 20..23)).unwrap();
+    step(&mut scheduler, 50);
+    let batch = scheduler.plan();
+    assert_eq!(lens(&batch), [1, 1]);
+    assert!(!scheduler.plan_ahead(&batch), "two blocks are missing and one is there");
+}

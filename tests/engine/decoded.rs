@@ -89,7 +89,7 @@ pub fn runner_on(rank: &RankContext, setting: &Setting) -> ModelRunner {
     ModelRunner::new(decoder, &spec, rank.clone(), &plan).expect("it fits")
 }
 
-fn scheduler(setting: &Setting) -> Scheduler {
+pub fn scheduler(setting: &Setting) -> Scheduler {
     Scheduler::new(SchedulerParams {
         max_num_seqs: setting.max_num_seqs,
         max_num_batched_tokens: setting.max_num_batched_tokens,
@@ -175,7 +175,10 @@ pub fn run_on(
             scheduler.admit(request).expect("the request fits");
         }
         let batch = scheduler.plan();
-        let results = runner.execute(&batch).expect("the step succeeds");
+        let results = runner.execute_beside(&batch, &mut || {
+            scheduler.plan_ahead(&batch);
+        });
+        let results = results.expect("the step succeeds");
         for event in scheduler.commit(&batch, results) {
             finished += usize::from(note(&mut traces, event));
         }

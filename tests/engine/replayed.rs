@@ -7,12 +7,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use tokenmill::config::KvCacheDtype;
+use tokenmill::config::{CpuIsa, KvCacheDtype};
 use tokenmill::device::RankContext;
+use tokenmill::ops::cpu::CpuOps;
 use tokenmill::ops::cuda::CudaOps;
 use tokenmill::request::{RequestId, SamplingParams, TokenizedRequest};
+use tokenmill::runner::StepRunner;
 
-use crate::decoded::{ROOMY, Setting, Trace, request, run_on, runner_on};
+use crate::decoded::{ROOMY, Setting, Trace, request, run_on, runner_on, scheduler};
 use crate::shim::Shim;
 
 /// bf16 has eight bits, and every product and sum of a few layers is rounded to them.
@@ -61,4 +63,29 @@ fn replayed_steps_yield_what_launched_ones_yield() {
         let replayed = traces(CudaOps::new(Shim::new()), &requests, &setting);
         assert_alike(&replayed, &launched);
     }
+}
+
+/// In how many steps of a request the host had time while they were computed, and in how many it
+/// planned the next in that time.
+fn planned_ahead(rank: &RankContext) -> [usize; 2] {
+    let (mut runner, mut scheduler) = (runner_on(rank, &ROOMY), scheduler(&ROOMY));
+    scheduler.admit(request(0, SamplingParams::greedy(), 5, 1)).expect("the request fits");
+    let mut counts = [0, 0];
+    while scheduler.has_work() {
+        let batch = scheduler.plan();
+        let results = runner.execute_beside(&batch, &mut || {
+            counts[0] += 1;
+            counts[1] += usize::from(scheduler.plan_ahead(&batch));
+        });
+        scheduler.commit(&batch, results.expect("the step succeeds"));
+    }
+    counts
+}
+
+#[test]
+fn steps_are_planned_while_a_device_computes() {
+    let device = RankContext::solo(Arc::new(CudaOps::new(Shim::new())));
+    assert_eq!(planned_ahead(&device), [5, 4], "nothing follows the fifth and last token");
+    let cpu = CpuOps::new(Some(1), CpuIsa::Auto).expect("this machine has a CPU");
+    assert_eq!(planned_ahead(&RankContext::solo(Arc::new(cpu))), [0, 0], "it has no time");
 }

@@ -68,6 +68,7 @@ proptest! {
 fn the_workloads_reach_every_corner() {
     let mut runner = TestRunner::deterministic();
     let (mut preempted, mut hits, mut copies, mut refused, mut aborted) = (0, 0, 0, 0, 0);
+    let mut ahead = 0;
     for _ in 0..300 {
         let workload = workloads().new_tree(&mut runner).unwrap().current();
         let simulation = Simulation::run(&workload);
@@ -75,9 +76,10 @@ fn the_workloads_reach_every_corner() {
         preempted += stats.num_preempted;
         hits += stats.prefix_cache_hits;
         copies += simulation.num_copies;
+        ahead += simulation.num_planned_ahead;
         refused += simulation.refused.len();
         aborted += simulation.outcomes.values().filter(|o| o.tokens.is_empty()).count();
     }
-    let counts = [preempted as usize, hits as usize, copies, refused, aborted];
+    let counts = [preempted as usize, hits as usize, copies, refused, aborted, ahead];
     assert!(counts.iter().all(|&count| count > 100), "{counts:?}");
 }

@@ -73,6 +73,28 @@ impl StepRunner for Gated {
     }
 }
 
+/// A device: the host goes on while a step is computed, which ends when the test lets it.
+struct Beside(Gated);
+
+impl StepRunner for Beside {
+    fn execute(&mut self, batch: &ScheduledBatch) -> Result<Vec<StepTokens>, RunnerError> {
+        self.0.execute(batch)
+    }
+
+    fn has_device(&self) -> bool {
+        true
+    }
+
+    fn execute_beside(
+        &mut self,
+        batch: &ScheduledBatch,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<Vec<StepTokens>, RunnerError> {
+        meanwhile();
+        self.execute(batch)
+    }
+}
+
 /// Fails at a given step, by an error or by a panic.
 struct Failing {
     inner: ScriptedRunner,
@@ -99,6 +121,22 @@ async fn text_arrives_whole_and_ends_at_max_tokens() {
     assert_eq!(last.finish, Some(FinishReason::Length));
     assert_eq!(deltas.iter().map(|d| d.token_ids.len()).sum::<usize>(), 8);
     assert!(deltas[0].prompt.is_some());
+    wait_until_idle(&engine).await;
+}
+
+#[tokio::test]
+async fn a_token_is_sent_while_a_device_computes_the_next() {
+    let (runner, gate) = Gated::new(spelling("abc"));
+    let engine = start(Beside(runner));
+    let mut generation = engine.submit(request("a", "x", 3)).await.expect("accepted");
+    gate.send(()).expect("the engine waits for the first step");
+    let first = tokio::time::timeout(PATIENCE, generation.next()).await;
+    let first = first.expect("the second step ends later").expect("a token");
+    assert_eq!(first.token_ids.len(), 1);
+    drop(gate);
+    let rest = tokio::time::timeout(PATIENCE, collect(generation)).await;
+    let rest = rest.expect("the last token waits for no further step");
+    assert_eq!(first.text + &text_of(&rest), "abc");
     wait_until_idle(&engine).await;
 }
 

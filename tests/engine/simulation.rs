@@ -39,6 +39,7 @@ pub struct Simulation {
     /// Over all plans, to compare two runs.
     pub digest: DefaultHasher,
     pub num_copies: usize,
+    pub num_planned_ahead: usize,
     num_started: HashMap<RequestId, usize>,
 }
 
@@ -52,6 +53,7 @@ impl Simulation {
             refused: Vec::new(),
             digest: DefaultHasher::new(),
             num_copies: 0,
+            num_planned_ahead: 0,
             num_started: HashMap::new(),
         }
     }
@@ -115,6 +117,10 @@ impl Simulation {
         self.num_copies += batch.copies.len();
         for id in self.scheduler.newly_started() {
             *self.num_started.entry(id.clone()).or_default() += 1;
+        }
+        // As beside a device, in most steps.
+        if !batch.step.is_multiple_of(3) {
+            self.num_planned_ahead += usize::from(self.scheduler.plan_ahead(&batch));
         }
         let results = self.runner.execute(&batch).expect("the plan is sound");
         let events = self.scheduler.commit(&batch, results);

@@ -143,6 +143,10 @@ impl<L: Launcher> Ops for CudaOps<L> {
         self.launcher.download(to, from);
     }
 
+    fn runs_beside_host(&self) -> bool {
+        true
+    }
+
     fn can_record(&self) -> bool {
         self.records
     }
