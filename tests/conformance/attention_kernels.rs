@@ -53,12 +53,31 @@ fn assert_agrees(ops: &dyn Ops, problem: &Problem, case: &Case, what: &str) {
 /// Compares with the referee.
 pub fn check(ops: &dyn Ops) {
     ops.reserve(&limits()).unwrap();
+    if wants_few_cases() {
+        return every_kernel(ops);
+    }
     head_sizes(ops);
     windows(ops);
     long_contexts(ops);
     caps_and_sinks(ops);
     rising_scores(ops);
     hidden_positions_have_no_influence(ops);
+}
+
+/// Every kernel once: a prompt and a chunk of one, which fill tiles and leave tails, and decodes.
+/// Then a context that CTAs share.
+fn every_kernel(ops: &dyn Ops) {
+    for (i, head_dim) in [48, 80, 128, 256].into_iter().enumerate() {
+        for dtype in DTYPES {
+            let (block_size, heads) = ([8, 16, 32][i % 3], [(4, 2), (14, 2)][i % 2]);
+            let seqs = vec![(20, 20), (1, 33), (17, 90)];
+            let case = Case { heads, head_dim, block_size, dtype, seqs, window: None };
+            assert_agrees(ops, &rounded(&case, i as u64, 1.0), &case, "few cases");
+        }
+    }
+    let (heads, dtype, seqs) = ((4, 1), DType::BF16, vec![(1, 600)]);
+    let case = Case { heads, head_dim: 64, block_size: 16, dtype, seqs, window: Some(500) };
+    assert_agrees(ops, &rounded(&case, 9, 1.0), &case, "few cases");
 }
 
 /// Every kernel; block sizes and groups take turns.

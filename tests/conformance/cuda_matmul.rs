@@ -35,6 +35,14 @@ const SHAPES: [(usize, usize, usize); 14] = [
     (257, 16, 64),
 ];
 
+/// One for each kind of kernel, the last with k cut over blocks.
+const FEW_SHAPES: [(usize, usize, usize); 3] = [(9, 130, 200), (33, 65, 200), (66, 20, 2100)];
+
+fn shapes() -> impl Iterator<Item = (usize, (usize, usize, usize))> {
+    let shapes = if wants_few_cases() { &FEW_SHAPES[..] } else { &SHAPES };
+    shapes.iter().copied().enumerate()
+}
+
 /// Kernels on the SIMT machine, which runs them on tensors that this places in its memory.
 struct Device {
     ops: CudaOps<Shim>,
@@ -151,7 +159,7 @@ fn assert_product(what: &str, got: &[f32], want: &[f32], format: Format, (k, out
 
 pub fn check() {
     let device = Device::new();
-    for (seed, (rows, cols, k)) in SHAPES.into_iter().enumerate() {
+    for (seed, (rows, cols, k)) in shapes() {
         let rng = &mut Rng::new(seed as u64);
         let x = rng.tensor(DType::BF16, [rows, k]);
         let bias = rng.tensor(FLOATS[seed % 3], [cols]);
@@ -172,7 +180,7 @@ pub fn check() {
 /// of bf16 and f16.
 pub fn check_dense() {
     let device = Device::small();
-    for (seed, (rows, cols, k)) in SHAPES.into_iter().enumerate() {
+    for (seed, (rows, cols, k)) in shapes() {
         for dtype in FLOATS {
             let rng = &mut Rng::new(seed as u64);
             let weight = rng.matrix(dtype, cols, k);
@@ -265,7 +273,9 @@ pub fn check_gated() {
     let rng = &mut Rng::new(78);
     let k = 128;
     let activations = [Activation::Silu, Activation::GeluTanh, Activation::Gelu];
-    for (case, (rows, cols)) in [(1, 70), (16, 16), (20, 33), (66, 48)].into_iter().enumerate() {
+    let shapes = [(16, 16), (1, 70), (20, 33), (66, 48)];
+    let num_shapes = if wants_few_cases() { 1 } else { shapes.len() };
+    for (case, (rows, cols)) in shapes.into_iter().take(num_shapes).enumerate() {
         let x = rng.tensor(DType::BF16, [rows, k]);
         let bias = rng.tensor(DType::F32, [cols]);
         let (gates, ups) = (weights(rng, cols, k), weights(rng, cols, k));

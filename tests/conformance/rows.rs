@@ -12,7 +12,8 @@ const ROWS: [usize; 6] = [1, 2, 15, 16, 17, 33];
 const WIDTHS: [usize; 6] = [1, 7, 16, 63, 65, 896];
 
 pub fn check(ops: &dyn Ops) {
-    for (seed, rows) in ROWS.into_iter().enumerate() {
+    let num_rows = if wants_few_cases() { 2 } else { ROWS.len() };
+    for (seed, rows) in ROWS.into_iter().rev().take(num_rows).enumerate() {
         for width in WIDTHS {
             let rng = &mut Rng::new((seed * 1000 + width) as u64);
             for dtype in FLOATS {

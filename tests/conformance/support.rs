@@ -25,6 +25,12 @@ pub fn for_each_backend(check: impl Fn(&dyn Ops)) {
     backends().iter().for_each(|ops| check(ops));
 }
 
+/// Whether tables of kernels shall be as short as reaches every kernel: for sanitizers, under which
+/// a case takes several times as long.
+pub fn wants_few_cases() -> bool {
+    std::env::var_os("TOKENMILL_FEW_CASES").is_some()
+}
+
 /// Whether a backend multiplies bf16 as such: it rounds activations to it then.
 pub fn multiplies_bf16(ops: &dyn Ops) -> bool {
     ["amx", "bf16"].iter().any(|name| ops.name().contains(name))
