@@ -3,6 +3,10 @@
 //! `check` panics on a mismatch: by then a wrong shape is our mistake, never a user's.
 //! Backends call it first and trust it afterwards.
 
+mod experts;
+
+pub use experts::*;
+
 use super::kv_tensor::{KvView, KvViewMut};
 use crate::formats::PackedMatrix;
 use crate::request::SamplingParams;

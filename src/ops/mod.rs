@@ -56,6 +56,10 @@ pub struct StepLimits {
     pub max_logit_rows: usize,
     /// Columns of logits.
     pub vocab_size: usize,
+    /// Experts of the layer that has most.
+    pub num_experts: usize,
+    /// Most experts that compute a token.
+    pub experts_per_token: usize,
 }
 
 /// A layer of a model and its cache, as far as kernels depend on them.
@@ -199,6 +203,25 @@ pub trait Ops: Send + Sync {
     /// `out = (activation(x · gateᵀ) * (x · upᵀ)) · downᵀ`.
     fn gated_mlp(&self, args: GatedMlpArgs<'_>) {
         mlp_in_steps(self, args);
+    }
+
+    /// Whether [`Ops::route_experts`] and [`Ops::expert_mlp`] exist here; asked when a model is
+    /// opened.
+    fn has_experts(&self) -> bool {
+        false
+    }
+
+    /// Chooses experts for every token, and what their results are multiplied by.
+    fn route_experts(&self, args: RouteExpertsArgs<'_>) {
+        args.check();
+        panic!("{} has no experts", self.name());
+    }
+
+    /// `out[t] = Σ weights[t, i] · mlp of expert expert_ids[t, i] (x[t])`, added up in ascending
+    /// order of the experts' ids.
+    fn expert_mlp(&self, args: ExpertMlpArgs<'_>) {
+        args.check();
+        panic!("{} has no experts", self.name());
     }
 
     /// `out = activation(gate) * up`.

@@ -22,6 +22,8 @@ fn limits() -> StepLimits {
         head_dim: 128,
         max_logit_rows: 1,
         vocab_size: 1,
+        num_experts: 0,
+        experts_per_token: 0,
     }
 }
 

@@ -10,6 +10,7 @@ mod attention;
 mod attention_kernels;
 mod candle;
 mod cuda_matmul;
+mod experts;
 mod invariance;
 mod kernels;
 mod matmul;
@@ -38,6 +39,12 @@ fn matmul_agrees_with_the_referee() {
 }
 
 #[test]
+fn experts_agree_with_the_referee() {
+    for_each_backend(experts::check_routing);
+    experts::check_products(&backends());
+}
+
+#[test]
 fn attention_agrees_with_the_referee() {
     attention::check(&backends());
 }
@@ -50,6 +57,7 @@ fn the_sampler_agrees_with_the_referee() {
 #[test]
 fn no_result_depends_on_the_batch() {
     for_each_backend(invariance::check);
+    for_each_backend(experts::check_invariance);
 }
 
 #[test]
@@ -58,6 +66,7 @@ fn no_result_depends_on_the_number_of_threads() {
         let one = CpuOps::new(Some(1), isa.choice()).unwrap();
         let two = CpuOps::new(Some(2), isa.choice()).unwrap();
         invariance::check_equal(&one, &two);
+        experts::check_equal(&one, &two);
     }
 }
 

@@ -149,6 +149,8 @@ fn measure(ops: &dyn Ops, args: &KernelsArgs) -> Result<Vec<KernelRow>, OpsError
         head_dim: args.head_dim,
         max_logit_rows: 1,
         vocab_size: 1,
+        num_experts: 0,
+        experts_per_token: 0,
     })?;
     let bench = Bench { ops, milliseconds: args.milliseconds };
     let mut rows = vec![bench.copy(args.copy_size as usize)?];

@@ -20,6 +20,7 @@ pub(super) const ALL: &[(&str, f64, Run)] = &[
     ("rope", COMPUTED, rope),
     ("matmul", COMPUTED, matmul),
     ("gated_matmul", COMPUTED, gated_matmul),
+    ("experts", COMPUTED, experts),
     ("attention", COMPUTED, attention),
     ("copy_blocks", MOVED, copy_blocks),
     ("gather_rows", MOVED, gather_rows),
@@ -62,6 +63,8 @@ fn reserve(side: &Side<'_>) -> Result<(), OpsError> {
         head_dim: 128,
         max_logit_rows: 8,
         vocab_size: 1000,
+        num_experts: 8,
+        experts_per_token: 3,
     })
 }
 
@@ -158,6 +161,57 @@ fn gated_matmul(side: &mut Side<'_>) -> Result<(), OpsError> {
         });
         side.note(name, &out);
     }
+    Ok(())
+}
+
+/// Tokens choose three of eight experts by themselves; nothing where there are none.
+fn experts(side: &mut Side<'_>) -> Result<(), OpsError> {
+    if !side.ops.has_experts() {
+        return Ok(());
+    }
+    reserve(side)?;
+    for (name, format) in FORMATS {
+        let mut expert = || {
+            let (gate, up) = (matrix(side, format, [80, 192])?, matrix(side, format, [80, 192])?);
+            Ok(Expert { gate, up, down: matrix(side, format, [192, 80])? })
+        };
+        let experts: Vec<Expert> = (0..8).map(|_| expert()).collect::<Result<_, OpsError>>()?;
+        for rows in ROWS {
+            mix(side, &experts, rows, &format!("{name}, {rows} rows"))?;
+        }
+    }
+    Ok(())
+}
+
+fn mix(side: &mut Side<'_>, experts: &[Expert], rows: usize, case: &str) -> Result<(), OpsError> {
+    let (x, logits) = (side.activations([rows, 192])?, side.floats([rows, experts.len()])?);
+    let mut expert_ids = side.integers(&vec![0; 3 * rows], [rows, 3])?;
+    let mut weights = side.floats([rows, 3])?;
+    side.ops.route_experts(RouteExpertsArgs {
+        expert_ids: expert_ids.view_mut(),
+        weights: weights.view_mut(),
+        logits: logits.view(),
+        routing: Routing::Softmax { renormalize: true },
+    });
+    side.note(format!("{case}, weights"), &weights);
+    let mut out = side.room([rows, 192])?;
+    let (mut gathered, mut yielded) = (side.room([rows, 192])?, side.room([rows, 192])?);
+    let (mut a, mut b, mut c) =
+        (side.room([rows, 80])?, side.room([rows, 80])?, side.room([rows, 80])?);
+    side.ops.expert_mlp(ExpertMlpArgs {
+        out: out.view_mut(),
+        x: x.view(),
+        experts,
+        activation: Activation::Silu,
+        expert_ids: expert_ids.view(),
+        weights: weights.view(),
+        scratch: ExpertScratch {
+            gathered: gathered.view_mut(),
+            middle: [a.view_mut(), b.view_mut(), c.view_mut()],
+            yielded: yielded.view_mut(),
+        },
+    });
+    side.note(case, &out);
     Ok(())
 }
 

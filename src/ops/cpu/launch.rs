@@ -17,11 +17,16 @@ use crate::output::SampledToken;
 use crate::tensor::{DType, Fp8, View};
 
 /// Elements per task of a row-wise operation: a few microseconds.
-const TASK_ELEMENTS: usize = 16_384;
+pub(super) const TASK_ELEMENTS: usize = 16_384;
 
 impl CpuOps {
     /// Calls `task` with ranges that cover `0..num_rows`, on all threads when it is worth it.
-    fn for_rows(&self, num_rows: usize, width: usize, task: impl Fn(Range<usize>) + Sync) {
+    pub(super) fn for_rows(
+        &self,
+        num_rows: usize,
+        width: usize,
+        task: impl Fn(Range<usize>) + Sync,
+    ) {
         let rows_per_task = (TASK_ELEMENTS / width.max(1)).max(1);
         self.pool.run(num_rows.div_ceil(rows_per_task), |_, i| {
             let first = i * rows_per_task;

@@ -13,7 +13,8 @@
 //! | `amx`, `tile_blocks`, `tile_codes`, `tile_groups`, `tile_write` | tiles, and the matmuls on them |
 //! | `tile_attention`, `tile_cache`, `tile_pack`, `tile_rows`, `tile_softmax` | attention on them |
 //! | `context_parts` | how attention over parts of a context is joined |
-//! | `launch`, `launch_attention`, `launch_matmul`, `partition` | how operations are cut into tasks |
+//! | `experts` | which experts compute a token, and which tokens an expert computes |
+//! | `launch`, `launch_attention`, `launch_experts`, `launch_matmul`, `launch_mlp`, `partition` | how operations are cut into tasks |
 //!
 //! Activations are f32. No result depends on the number of threads, nor on which other rows
 //! or sequences are in the batch: that is part of every kernel's contract and tested bit by bit.
@@ -32,10 +33,12 @@ mod byte_simd;
 #[cfg(target_arch = "x86_64")]
 mod byte_vectors;
 mod context_parts;
+mod experts;
 mod isa;
 mod kv_rows;
 mod launch;
 mod launch_attention;
+mod launch_experts;
 mod launch_matmul;
 mod launch_mlp;
 mod lines;
@@ -117,6 +120,7 @@ pub struct CpuOps {
     samplers: PerThread<sample::SampleScratch>,
     prepared: Mutex<launch_matmul::Prepared>,
     attention_plan: Mutex<launch_attention::AttentionPlan>,
+    experts: Mutex<launch_experts::ExpertState>,
 }
 
 impl CpuOps {
@@ -139,6 +143,7 @@ impl CpuOps {
             samplers: PerThread::new(threads),
             prepared: Mutex::default(),
             attention_plan: Mutex::default(),
+            experts: Mutex::default(),
         })
     }
 
@@ -194,11 +199,14 @@ impl Ops for CpuOps {
 
     fn scratch_bytes(&self, limits: &StepLimits) -> usize {
         launch_matmul::scratch_bytes(limits.max_num_tokens, limits.max_width, self.threads())
+            + launch_experts::ExpertState::size_bytes(limits)
     }
 
     fn reserve(&self, limits: &StepLimits) -> Result<(), OpsError> {
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
         prepared.reserve(limits.max_num_tokens, limits.max_width);
+        let mut experts = self.experts.lock().unwrap_or_else(PoisonError::into_inner);
+        experts.reserve(limits);
         Ok(())
     }
 
@@ -266,6 +274,20 @@ impl Ops for CpuOps {
     fn gated_mlp(&self, args: GatedMlpArgs<'_>) {
         args.check();
         self.multiply_mlp(args);
+    }
+
+    fn has_experts(&self) -> bool {
+        true
+    }
+
+    fn route_experts(&self, args: RouteExpertsArgs<'_>) {
+        args.check();
+        self.route(args);
+    }
+
+    fn expert_mlp(&self, args: ExpertMlpArgs<'_>) {
+        args.check();
+        self.multiply_experts(args);
     }
 
     fn gated_activation(&self, args: GatedActivationArgs<'_>) {

@@ -165,6 +165,8 @@ mod tests {
         head_dim: 128,
         max_logit_rows: 256,
         vocab_size: 262_208,
+        num_experts: 0,
+        experts_per_token: 0,
     };
     const LAYER: LayerShape =
         LayerShape { head_dim: 128, hidden_size: 8192, kv_dtype: DType::BF16, block_size: 16 };

@@ -5,6 +5,7 @@
 //! and it is itself tested against candle (`tests/conformance/candle.rs`).
 
 mod cache;
+mod experts;
 mod sample;
 
 use half::{bf16, f16};
@@ -97,6 +98,20 @@ impl Ops for ReferenceOps {
                 }
             }
         }
+    }
+
+    fn has_experts(&self) -> bool {
+        true
+    }
+
+    fn route_experts(&self, args: RouteExpertsArgs<'_>) {
+        args.check();
+        experts::route_experts(args);
+    }
+
+    fn expert_mlp(&self, args: ExpertMlpArgs<'_>) {
+        args.check();
+        experts::expert_mlp(self, args);
     }
 
     fn gated_activation(&self, args: GatedActivationArgs<'_>) {

@@ -1,0 +1,75 @@
+//! Routing and experts, one token and one expert at a time.
+
+use super::ReferenceOps;
+use crate::ops::args::*;
+use crate::ops::mlp_in_steps;
+use crate::tensor::{DType, Tensor};
+
+/// See [`crate::ops::Ops::route_experts`].
+pub fn route_experts(args: RouteExpertsArgs<'_>) {
+    let (per_token, num_experts) = (args.expert_ids.size(1), args.logits.size(1));
+    let logits = args.logits.as_slice::<f32>().chunks_exact(num_experts);
+    let ids = args.expert_ids.into_mut_slice::<u32>().chunks_exact_mut(per_token);
+    let weights = args.weights.into_mut_slice::<f32>().chunks_exact_mut(per_token);
+    for ((logits, ids), weights) in logits.zip(ids).zip(weights) {
+        let mut order: Vec<u32> = (0..num_experts as u32).collect();
+        // A stable sort, so that of equal logits the lower id comes first.
+        order.sort_by(|&a, &b| {
+            let order = logits[b as usize].partial_cmp(&logits[a as usize]);
+            order.expect("logits are numbers")
+        });
+        ids.copy_from_slice(&order[..per_token]);
+        ids.sort_unstable();
+        let Routing::Softmax { renormalize } = args.routing;
+        let probabilities = softmax(logits);
+        let chosen: Vec<f64> = ids.iter().map(|&id| probabilities[id as usize]).collect();
+        let sum = if renormalize { chosen.iter().sum() } else { 1.0 };
+        for (weight, probability) in weights.iter_mut().zip(chosen) {
+            *weight = (probability / sum) as f32;
+        }
+    }
+}
+
+fn softmax(logits: &[f32]) -> Vec<f64> {
+    let largest = logits.iter().fold(f64::NEG_INFINITY, |most, &x| most.max(f64::from(x)));
+    let powers: Vec<f64> = logits.iter().map(|&x| (f64::from(x) - largest).exp()).collect();
+    let sum: f64 = powers.iter().sum();
+    powers.into_iter().map(|power| power / sum).collect()
+}
+
+/// See [`crate::ops::Ops::expert_mlp`].
+pub fn expert_mlp(ops: &ReferenceOps, args: ExpertMlpArgs<'_>) {
+    let (per_token, width) = (args.expert_ids.size(1), args.out.size(1));
+    let ids = args.expert_ids.as_slice::<u32>().chunks_exact(per_token);
+    let weights = args.weights.as_slice::<f32>().chunks_exact(per_token);
+    let out = args.out.into_mut_slice::<f32>().chunks_exact_mut(width);
+    for (token, ((ids, weights), out)) in ids.zip(weights).zip(out).enumerate() {
+        let mut sum = vec![0.0_f64; width];
+        for (&id, &weight) in ids.iter().zip(weights) {
+            let Expert { gate, up, down } = &args.experts[id as usize];
+            let mut yielded = Tensor::zeros(DType::F32, [1, width]);
+            let mut middle = [0, 1, 2].map(|_| Tensor::zeros(DType::F32, [1, gate.num_rows]));
+            let [middle, gate_out, up_out] = middle.each_mut().map(Tensor::view_mut);
+            mlp_in_steps(
+                ops,
+                GatedMlpArgs {
+                    gated: GatedMatmulArgs {
+                        out: middle,
+                        x: args.x.rows(token..token + 1),
+                        gate: (gate, None),
+                        up: (up, None),
+                        activation: args.activation,
+                        scratch: [gate_out, up_out],
+                    },
+                    down: Projection { out: yielded.view_mut(), weight: down, bias: None },
+                },
+            );
+            for (sum, &y) in sum.iter_mut().zip(yielded.as_slice::<f32>()) {
+                *sum += f64::from(weight) * f64::from(y);
+            }
+        }
+        for (out, sum) in out.iter_mut().zip(sum) {
+            *out = sum as f32;
+        }
+    }
+}
