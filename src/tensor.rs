@@ -228,6 +228,12 @@ impl Tensor {
         self.view_mut().into_rows(0..rows)
     }
 
+    /// The first elements as a tensor of this shape, mutably borrowed.
+    pub fn front_mut(&mut self, shape: impl Into<Shape>) -> ViewMut<'_> {
+        let (shape, len) = (shape.into(), self.shape.len());
+        self.view_mut().reshape([len]).into_rows(0..shape.len()).reshape(shape)
+    }
+
     /// The first `rows` rows, borrowed.
     pub fn rows(&self, rows: usize) -> View<'_> {
         self.view().rows(0..rows)

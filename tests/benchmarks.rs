@@ -66,6 +66,32 @@ impl Drop for Server {
 }
 
 #[test]
+fn a_step_of_a_mixture_reads_the_experts_that_its_tokens_choose() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = serde_json::json!({
+        "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": 300, "hidden_size": 64,
+        "moe_intermediate_size": 128, "intermediate_size": 96, "num_experts": 16,
+        "num_experts_per_tok": 2, "norm_topk_prob": true, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": true
+    });
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let path = folder.path().to_str().unwrap();
+    let args = ["bench", "steps", path, "--load-format", "dummy", "--batch-sizes", "1,8"];
+    let rest = ["--batch-context-len", "16", "--context-lens", "16", "--num-iters", "1"];
+    let (record, _) = record(&[&args, SMALL, &rest].concat(), &folder, "s.json");
+    let rows = record["results"]["rows"].as_array().unwrap();
+    let read = |row: usize| rows[row]["read_bytes"].as_f64().unwrap();
+    let expert_bytes = (2 * 3 * 64 * 128) as f64; // bf16
+    // Two of sixteen experts for one token; (1 - 7/8 to the eighth) of them for eight.
+    let kv_bytes = 7.0 * 16.0 * record["model"]["kv_token_bytes"].as_f64().unwrap();
+    let more = (read(1) - read(0) - kv_bytes) / (2.0 * expert_bytes);
+    let expected = 16.0 * (1.0 - 0.875_f64.powi(8)) - 2.0;
+    assert!((more - expected).abs() < 0.01, "{more} experts more, expected {expected}");
+    let flops = |row: usize| rows[row]["flops"].as_u64().unwrap();
+    assert_eq!(flops(1), 8 * flops(0));
+}
+
+#[test]
 fn latency_counts_every_token_and_no_prompt_is_cached() {
     let folder = tempfile::tempdir().unwrap();
     let args = ["bench", "latency", "--input-len", "40", "--output-len", "6", "--batch-size", "3"];

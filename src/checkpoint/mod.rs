@@ -36,6 +36,8 @@ pub struct TensorInfo {
 pub enum TensorRole {
     /// An embedding table or the weight of a linear layer.
     Matrix,
+    /// The matrix that chooses experts, which keeps its precision.
+    Router,
     /// The bias of a linear layer.
     Bias,
     /// The weight of a normalisation.

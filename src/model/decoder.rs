@@ -12,8 +12,9 @@ use super::embedding::Embedding;
 use super::error::ModelError;
 use super::kv_cache::KvCache;
 use super::mlp::Mlp;
+use super::moe::Moe;
 use super::rope::RopeTable;
-use super::spec::{LayerSpec, ModelSpec};
+use super::spec::{FeedForwardSpec, LayerSpec, ModelSpec};
 use super::workspace::Workspace;
 use crate::device::RankContext;
 use crate::ops::args::{AddNormArgs, GatherRowsArgs, NormArgs};
@@ -25,7 +26,29 @@ struct Layer {
     input_norm: Tensor,
     attention: Attention,
     post_attention_norm: Tensor,
-    mlp: Mlp,
+    feed_forward: FeedForward,
+}
+
+/// What computes after attention.
+enum FeedForward {
+    Mlp(Box<Mlp>),
+    Moe(Box<Moe>),
+}
+
+impl FeedForward {
+    fn load(spec: &FeedForwardSpec, loader: &Loader<'_>) -> Result<FeedForward, ModelError> {
+        Ok(match spec {
+            FeedForwardSpec::Mlp(mlp) => FeedForward::Mlp(Box::new(Mlp::load(mlp, loader)?)),
+            FeedForwardSpec::Moe(moe) => FeedForward::Moe(Box::new(Moe::load(moe, loader)?)),
+        })
+    }
+
+    fn forward(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
+        match self {
+            FeedForward::Mlp(mlp) => mlp.forward(rank, num_tokens, workspace),
+            FeedForward::Moe(moe) => moe.forward(rank, num_tokens, workspace),
+        }
+    }
 }
 
 /// A loaded model.
@@ -55,7 +78,7 @@ impl Decoder {
                     loader,
                 )?,
                 post_attention_norm: loader.tensor(&layer.post_attention_norm)?,
-                mlp: Mlp::load(&layer.mlp, loader)?,
+                feed_forward: FeedForward::load(&layer.feed_forward, loader)?,
             })
         };
         Ok(Decoder {
@@ -88,7 +111,7 @@ impl Decoder {
             let kv = &mut cache.layers[i];
             layer.attention.forward(rank, &self.rope, batch, kv, workspace);
             self.add_norm(rank, num_tokens, &layer.post_attention_norm, workspace);
-            layer.mlp.forward(rank, num_tokens, workspace);
+            layer.feed_forward.forward(rank, num_tokens, workspace);
             let next_norm = self.layers.get(i + 1).map_or(&self.final_norm, |l| &l.input_norm);
             self.add_norm(rank, num_tokens, next_norm, workspace);
         }

@@ -12,11 +12,13 @@ use serde::Deserialize;
 use crate::ops::args::RopeStyle;
 
 /// The descriptions: name of the family, text of its file.
-const SOURCES: [(&str, &str); 4] = [
+const SOURCES: [(&str, &str); 6] = [
     ("llama", include_str!("../../models/families/llama.toml")),
     ("mistral", include_str!("../../models/families/mistral.toml")),
+    ("mixtral", include_str!("../../models/families/mixtral.toml")),
     ("qwen2", include_str!("../../models/families/qwen2.toml")),
     ("qwen3", include_str!("../../models/families/qwen3.toml")),
+    ("qwen3_moe", include_str!("../../models/families/qwen3_moe.toml")),
 ];
 
 static FAMILIES: LazyLock<Vec<Family>> = LazyLock::new(|| {
@@ -55,6 +57,8 @@ pub struct Family {
     pub defaults: Defaults,
     /// Names in the checkpoint.
     pub tensors: TensorNames,
+    /// Mixtures of experts, in a family that has them.
+    pub experts: Option<ExpertsFamily>,
 }
 
 /// Spelling of [`RopeStyle`] in a description.
@@ -117,6 +121,8 @@ pub enum WindowRule {
     Never,
     /// All of them, unless `sliding_window` is null.
     AllLayers,
+    /// All of them, but only with `use_sliding_window`.
+    AllLayersIfUsed,
     /// Only with `use_sliding_window`: those that `layer_types` names, or else the layers
     /// from `max_window_layers` on.
     UpperLayers,
@@ -168,11 +174,14 @@ pub struct TensorNames {
     pub v: String,
     /// Output projection of attention.
     pub o: String,
-    /// Gate projection.
+    /// Gate projection of an MLP; empty where all layers have experts instead.
+    #[serde(default)]
     pub gate: String,
-    /// Up projection.
+    /// Up projection, likewise.
+    #[serde(default)]
     pub up: String,
-    /// Down projection.
+    /// Down projection, likewise.
+    #[serde(default)]
     pub down: String,
     /// Norm of query heads; needed with [`QkNorm::PerHead`].
     #[serde(default)]
@@ -180,6 +189,80 @@ pub struct TensorNames {
     /// Norm of key heads; needed with [`QkNorm::PerHead`].
     #[serde(default)]
     pub k_norm: String,
+}
+
+/// How a family mixes experts.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExpertsFamily {
+    /// How router logits become weights.
+    pub routing: RoutingName,
+    /// Whether the weights of a token are divided by their sum.
+    pub renormalize: RenormalizeRule,
+    /// Which layers have experts; the others have an MLP.
+    pub layers: ExpertLayers,
+    /// The fields of config.json that may say how many experts a layer has.
+    pub num_experts_fields: Vec<String>,
+    /// The field of config.json that says how wide an expert is.
+    pub intermediate_size_field: String,
+    /// Fields that config.json may leave out.
+    pub defaults: ExpertDefaults,
+    /// Names in the checkpoint.
+    pub tensors: ExpertTensorNames,
+}
+
+/// Spelling of [`crate::ops::args::Routing`] in a description.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RoutingName {
+    /// A softmax over all experts, of which the most probable are chosen.
+    Softmax,
+}
+
+/// Whether weights of chosen experts are divided by their sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RenormalizeRule {
+    /// In every model of the family.
+    Always,
+    /// `norm_topk_prob` in config.json decides; absent means no.
+    Config,
+}
+
+/// Which layers have experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExpertLayers {
+    /// All of them.
+    All,
+    /// Every `decoder_sparse_step`-th, except those in `mlp_only_layers`.
+    Stepped,
+}
+
+/// What a family means by fields about experts that config.json leaves out.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExpertDefaults {
+    /// Experts of a layer.
+    pub num_experts: usize,
+    /// Experts that compute a token.
+    pub num_experts_per_tok: usize,
+    /// Width of an expert; without it config.json must say so.
+    pub intermediate_size: Option<usize>,
+}
+
+/// Names of tensors; `{layer}` and `{expert}` stand for numbers.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExpertTensorNames {
+    /// The matrix that chooses, as a linear layer.
+    pub router: String,
+    /// Gate projection of an expert.
+    pub gate: String,
+    /// Up projection of an expert.
+    pub up: String,
+    /// Down projection of an expert.
+    pub down: String,
 }
 
 impl Family {
@@ -207,7 +290,13 @@ mod tests {
             assert_eq!(per_head, !family.tensors.q_norm.is_empty(), "{}: q_norm", family.name);
             assert_eq!(per_head, !family.tensors.k_norm.is_empty(), "{}: k_norm", family.name);
             let windowed = family.sliding_window != WindowRule::Never;
-            assert_eq!(windowed, family.defaults.sliding_window.is_some(), "{}", family.name);
+            assert!(windowed || family.defaults.sliding_window.is_none(), "{}", family.name);
+            let layers = family.experts.as_ref().map(|experts| experts.layers);
+            let has_mlp = layers != Some(ExpertLayers::All);
+            let TensorNames { gate, up, down, .. } = &family.tensors;
+            for name in [gate, up, down] {
+                assert_eq!(has_mlp, !name.is_empty(), "{}: gate, up, down", family.name);
+            }
         }
     }
 

@@ -115,6 +115,15 @@ impl<'a> Fields<'a> {
             .ok_or_else(|| self.unsupported(name, "is a token id or a list of them"))
     }
 
+    /// A list of numbers from 0; absent is an empty list.
+    pub(super) fn numbers(&self, name: &str) -> Result<Vec<usize>, ModelError> {
+        let read = |value: &Value| {
+            serde_json::from_value(value.clone())
+                .map_err(|_| self.unsupported(name, "is a list of whole numbers"))
+        };
+        self.get(name).map_or(Ok(Vec::new()), read)
+    }
+
     /// An object, whose fields are named after this prefix.
     pub(super) fn object(
         &self,

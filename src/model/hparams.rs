@@ -7,6 +7,7 @@
 use serde_json::Value;
 
 use super::error::ModelError;
+use super::expert_params::ExpertParams;
 use super::family::{Family, WindowRule};
 use super::fields::Fields;
 use super::rope::{RopeScaling, RopeSpec, yarn_attention_factor};
@@ -28,6 +29,8 @@ pub struct HyperParams {
     pub hidden_size: usize,
     /// Width of the MLP.
     pub intermediate_size: usize,
+    /// Mixtures of experts, in a family that has them.
+    pub experts: Option<ExpertParams>,
     /// Query heads.
     pub num_heads: usize,
     /// Key and value heads; divides `num_heads`.
@@ -87,17 +90,19 @@ impl HyperParams {
         let max_position =
             config.size("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
         let rope = read_rope(config, family, head_dim, max_position)?;
+        let windows = read_windows(config, family)?;
         Ok(HyperParams {
             vocab_size: config.required_size("vocab_size")?,
             hidden_size: config.required_size("hidden_size")?,
             intermediate_size: config.required_size("intermediate_size")?,
+            experts: ExpertParams::read(config, family, windows.len())?,
             num_heads,
             num_kv_heads,
             head_dim,
             max_position: reach(&rope.scaling, max_position),
             norm_eps: config.positive("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps) as f32,
             rope,
-            windows: read_windows(config, family)?,
+            windows,
             attention_bias: config.flag("attention_bias")?.unwrap_or(false),
             mlp_bias: config.flag("mlp_bias")?.unwrap_or(false),
             activation: read_activation(config, family)?,
@@ -176,11 +181,12 @@ fn read_windows(config: Fields<'_>, family: &Family) -> Result<Vec<Option<usize>
     let defaults = &family.defaults;
     let default = defaults.sliding_window.filter(|_| !config.is_written("sliding_window"));
     let window = config.size("sliding_window")?.or(default);
+    let used = config.flag("use_sliding_window")?.unwrap_or(false);
     match family.sliding_window {
         WindowRule::Never => Ok(vec![None; num_layers]),
         WindowRule::AllLayers => Ok(vec![window; num_layers]),
+        WindowRule::AllLayersIfUsed => Ok(vec![window.filter(|_| used); num_layers]),
         WindowRule::UpperLayers => {
-            let used = config.flag("use_sliding_window")?.unwrap_or(false);
             let window = window.filter(|_| used);
             let windowed = windowed_layers(config, family, num_layers)?;
             Ok(windowed.into_iter().map(|has_window| window.filter(|_| has_window)).collect())

@@ -15,6 +15,7 @@ pub struct Mlp {
     up: Linear,
     down: Linear,
     activation: Activation,
+    intermediate_size: usize,
 }
 
 impl Mlp {
@@ -25,20 +26,23 @@ impl Mlp {
             up: load_linear(&spec.up, Partition::Column, loader)?,
             down: load_linear(&spec.down, Partition::Row, loader)?,
             activation: spec.activation,
+            intermediate_size: spec.intermediate_size,
         })
     }
 
     /// Replaces `workspace.hidden` (normalised input) by the block's output.
     pub fn forward(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
         let Workspace { hidden, normed, gate, up, activated, .. } = workspace;
+        // Layers with experts may be wider.
+        let middle = [num_tokens, self.intermediate_size];
         rank.ops.gated_mlp(GatedMlpArgs {
             gated: GatedMatmulArgs {
-                out: activated.rows_mut(num_tokens),
+                out: activated.front_mut(middle),
                 x: hidden.rows(num_tokens),
                 gate: self.gate.weight_and_bias(),
                 up: self.up.weight_and_bias(),
                 activation: self.activation,
-                scratch: [gate.rows_mut(num_tokens), up.rows_mut(num_tokens)],
+                scratch: [gate.front_mut(middle), up.front_mut(middle)],
             },
             down: self.down.projection(&*rank.comm, normed.rows_mut(num_tokens)),
         });

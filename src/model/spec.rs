@@ -4,11 +4,12 @@
 //! and its shape, so that a checkpoint can be checked before any of it is used.
 
 use super::error::ModelError;
-use super::family::{Family, QkNorm};
+use super::expert_params::ExpertParams;
+use super::family::{ExpertsFamily, Family, QkNorm};
 use super::hparams::{HyperParams, read_config};
 use super::rope::RopeSpec;
 use crate::checkpoint::{ExpectedTensor, TensorRole};
-use crate::ops::args::Activation;
+use crate::ops::args::{Activation, Routing};
 use crate::tensor::DType;
 
 /// One model.
@@ -44,17 +45,26 @@ pub struct ModelSpec {
     pub dtype: DType,
 }
 
-/// One layer: norm, attention, norm, MLP.
+/// One layer: norm, attention, norm, feed-forward block.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerSpec {
     /// Name of the weight of the norm before attention, `[hidden_size]`.
     pub input_norm: String,
     /// Attention.
     pub attention: AttentionSpec,
-    /// Name of the weight of the norm before the MLP, `[hidden_size]`.
+    /// Name of the weight of the norm before the feed-forward block, `[hidden_size]`.
     pub post_attention_norm: String,
-    /// MLP.
-    pub mlp: MlpSpec,
+    /// What computes after attention.
+    pub feed_forward: FeedForwardSpec,
+}
+
+/// The feed-forward block of one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FeedForwardSpec {
+    /// The same MLP for every token.
+    Mlp(MlpSpec),
+    /// Some of many MLPs for each token.
+    Moe(MoeSpec),
 }
 
 /// Attention of one layer.
@@ -106,6 +116,19 @@ pub struct MlpSpec {
     pub down: LinearSpec,
 }
 
+/// Mixture of experts of one layer: the weighted sum of what the chosen experts yield.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MoeSpec {
+    /// Its products choose the experts of a token, `[num_experts, hidden_size]`.
+    pub router: LinearSpec,
+    /// How experts are chosen and weighted.
+    pub routing: Routing,
+    /// Experts that compute a token.
+    pub experts_per_token: usize,
+    /// The experts, all of the same sizes and without biases.
+    pub experts: Vec<MlpSpec>,
+}
+
 /// A linear layer; its tensors are `name.weight` and, with a bias, `name.bias`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinearSpec {
@@ -153,11 +176,25 @@ impl ModelSpec {
         self.layers.len()
     }
 
+    /// Experts of the layer that has most; 0 in a model without.
+    pub fn num_experts(&self) -> usize {
+        self.moes().map(|moe| moe.experts.len()).max().unwrap_or(0)
+    }
+
+    /// Most experts that compute a token; 0 in a model without.
+    pub fn experts_per_token(&self) -> usize {
+        self.moes().map(|moe| moe.experts_per_token).max().unwrap_or(0)
+    }
+
+    fn moes(&self) -> impl Iterator<Item = &MoeSpec> {
+        self.layers.iter().filter_map(|layer| layer.feed_forward.moe())
+    }
+
     /// The widest input of any projection.
     pub fn widest_input(&self) -> usize {
         let of_layer = |layer: &LayerSpec| {
             let attended = layer.attention.num_heads * layer.attention.head_dim;
-            attended.max(layer.mlp.intermediate_size)
+            attended.max(layer.feed_forward.intermediate_size())
         };
         self.layers.iter().map(of_layer).max().unwrap_or(0).max(self.hidden_size)
     }
@@ -173,7 +210,7 @@ impl ModelSpec {
             tensors.push(norm(&layer.input_norm, self.hidden_size));
             layer.attention.extend_expected(&mut tensors);
             tensors.push(norm(&layer.post_attention_norm, self.hidden_size));
-            layer.mlp.extend_expected(&mut tensors);
+            layer.feed_forward.extend_expected(&mut tensors);
         }
         tensors.push(norm(&self.final_norm, self.hidden_size));
         if !self.tied {
@@ -196,7 +233,44 @@ impl AttentionSpec {
     }
 }
 
+impl FeedForwardSpec {
+    /// Width between the projections, of an MLP or of each expert.
+    pub fn intermediate_size(&self) -> usize {
+        match self {
+            FeedForwardSpec::Mlp(mlp) => mlp.intermediate_size,
+            FeedForwardSpec::Moe(moe) => moe.experts[0].intermediate_size,
+        }
+    }
+
+    /// The mixture of experts, if it is one.
+    pub fn moe(&self) -> Option<&MoeSpec> {
+        match self {
+            FeedForwardSpec::Mlp(_) => None,
+            FeedForwardSpec::Moe(moe) => Some(moe),
+        }
+    }
+
+    fn extend_expected(&self, tensors: &mut Vec<ExpectedTensor>) {
+        match self {
+            FeedForwardSpec::Mlp(mlp) => mlp.extend_expected(tensors),
+            FeedForwardSpec::Moe(moe) => {
+                tensors.push(ExpectedTensor {
+                    name: moe.router.weight_name(),
+                    shape: vec![moe.router.out_features, moe.router.in_features],
+                    role: TensorRole::Router,
+                });
+                moe.experts.iter().for_each(|expert| expert.extend_expected(tensors));
+            }
+        }
+    }
+}
+
 impl MlpSpec {
+    /// Elements of its matrices.
+    pub fn num_weights(&self) -> usize {
+        [&self.gate, &self.up, &self.down].map(LinearSpec::num_weights).iter().sum()
+    }
+
     fn extend_expected(&self, tensors: &mut Vec<ExpectedTensor>) {
         for projection in [&self.gate, &self.up, &self.down] {
             projection.extend_expected(tensors);
@@ -208,6 +282,11 @@ impl LinearSpec {
     /// Name of the weight tensor.
     pub fn weight_name(&self) -> String {
         format!("{}.weight", self.name)
+    }
+
+    /// Elements of the matrix.
+    pub fn num_weights(&self) -> usize {
+        self.out_features * self.in_features
     }
 
     /// Name of the bias tensor.
@@ -246,7 +325,7 @@ fn layer(family: &Family, hparams: &HyperParams, index: usize) -> LayerSpec {
         input_norm: name(&family.tensors.input_norm),
         attention: attention(family, hparams, index),
         post_attention_norm: name(&family.tensors.post_attention_norm),
-        mlp: mlp(family, hparams, index),
+        feed_forward: feed_forward(family, hparams, index),
     }
 }
 
@@ -273,6 +352,42 @@ fn attention(family: &Family, hparams: &HyperParams, index: usize) -> AttentionS
                 Some(QkNormSpec { q_norm: name(&names.q_norm), k_norm: name(&names.k_norm) })
             }
         },
+    }
+}
+
+fn feed_forward(family: &Family, hparams: &HyperParams, index: usize) -> FeedForwardSpec {
+    match (&family.experts, &hparams.experts) {
+        (Some(names), Some(params)) if params.layers[index] => {
+            FeedForwardSpec::Moe(moe(names, params, hparams, index))
+        }
+        _ => FeedForwardSpec::Mlp(mlp(family, hparams, index)),
+    }
+}
+
+fn moe(
+    family: &ExpertsFamily,
+    params: &ExpertParams,
+    hparams: &HyperParams,
+    index: usize,
+) -> MoeSpec {
+    let names = &family.tensors;
+    let name = |template: &str| template.replace("{layer}", &index.to_string());
+    let (hidden, width) = (hparams.hidden_size, params.intermediate_size);
+    let expert = |expert: usize| {
+        let name = |template: &str| name(template).replace("{expert}", &expert.to_string());
+        MlpSpec {
+            intermediate_size: width,
+            activation: hparams.activation,
+            gate: linear(&name(&names.gate), (width, hidden), false),
+            up: linear(&name(&names.up), (width, hidden), false),
+            down: linear(&name(&names.down), (hidden, width), false),
+        }
+    };
+    MoeSpec {
+        router: linear(&name(&names.router), (params.num_experts, hidden), false),
+        routing: params.routing,
+        experts_per_token: params.experts_per_token,
+        experts: (0..params.num_experts).map(expert).collect(),
     }
 }
 

@@ -33,6 +33,22 @@ pub struct Workspace {
     pub selected: Tensor,
     /// `[max_logit_rows, vocab_size]`.
     pub logits: Tensor,
+    /// What layers with experts need beside, in a model that has any.
+    pub expert_rows: Option<ExpertRows>,
+}
+
+/// Rows of layers with experts.
+pub struct ExpertRows {
+    /// `[max_num_tokens, num_experts]`, f32.
+    pub router_logits: Tensor,
+    /// `[max_num_tokens, experts_per_token]`, u32.
+    pub expert_ids: Tensor,
+    /// As `expert_ids`, f32.
+    pub weights: Tensor,
+    /// `[max_num_tokens, hidden_size]`: the tokens of experts that run together.
+    pub gathered: Tensor,
+    /// As `gathered`: what these experts yield.
+    pub yielded: Tensor,
 }
 
 /// Shapes of the workspace tensors: `[rows, width]`.
@@ -44,6 +60,9 @@ struct Shapes {
     kv: usize,
     intermediate: usize,
     vocab: usize,
+    /// Experts, and those of a token, of the layer that has most; 0 without experts.
+    experts: usize,
+    experts_per_token: usize,
 }
 
 impl Shapes {
@@ -57,8 +76,10 @@ impl Shapes {
             hidden: spec.hidden_size,
             q: widest(|l| l.attention.num_heads * l.attention.head_dim),
             kv: widest(|l| l.attention.num_kv_heads * l.attention.head_dim),
-            intermediate: widest(|l| l.mlp.intermediate_size),
+            intermediate: widest(|l| l.feed_forward.intermediate_size()),
             vocab: spec.vocab_size,
+            experts: spec.num_experts(),
+            experts_per_token: spec.experts_per_token(),
         }
     }
 
@@ -66,7 +87,34 @@ impl Shapes {
         let per_token = 3 * self.hidden + 2 * self.q + 3 * self.kv + 3 * self.intermediate;
         let activations = self.token_rows * per_token + self.logit_rows * self.hidden;
         let logits = self.logit_rows * self.vocab;
-        activations * dtype.size_bytes() + logits * DType::F32.size_bytes()
+        activations * dtype.size_bytes()
+            + logits * DType::F32.size_bytes()
+            + self.token_rows * self.expert_bytes(dtype)
+    }
+
+    /// Bytes of a token's [`ExpertRows`].
+    fn expert_bytes(&self, dtype: DType) -> usize {
+        if self.experts == 0 {
+            return 0;
+        }
+        let choice = DType::U32.size_bytes() + DType::F32.size_bytes();
+        self.experts * DType::F32.size_bytes()
+            + self.experts_per_token * choice
+            + 2 * self.hidden * dtype.size_bytes()
+    }
+}
+
+impl ExpertRows {
+    fn new(ops: &dyn Ops, s: &Shapes) -> Result<ExpertRows, OpsError> {
+        let zeros = |dtype: DType, width: usize| ops.zeros(dtype, [s.token_rows, width].into());
+        let activations = ops.activation_dtype();
+        Ok(ExpertRows {
+            router_logits: zeros(DType::F32, s.experts)?,
+            expert_ids: zeros(DType::U32, s.experts_per_token)?,
+            weights: zeros(DType::F32, s.experts_per_token)?,
+            gathered: zeros(activations, s.hidden)?,
+            yielded: zeros(activations, s.hidden)?,
+        })
     }
 }
 
@@ -95,6 +143,10 @@ impl Workspace {
             activated: tokens(s.intermediate)?,
             selected: ops.zeros(dtype, [s.logit_rows, s.hidden].into())?,
             logits: ops.zeros(DType::F32, [s.logit_rows, s.vocab].into())?,
+            expert_rows: match s.experts {
+                0 => None,
+                _ => Some(ExpertRows::new(ops, &s)?),
+            },
         })
     }
 

@@ -252,8 +252,8 @@ impl MemoryPlan {
             head_dim: attentions().map(|a| a.head_dim).max().unwrap_or(0),
             max_logit_rows: self.max_logit_rows,
             vocab_size: spec.vocab_size,
-            num_experts: 0,
-            experts_per_token: 0,
+            num_experts: spec.num_experts(),
+            experts_per_token: spec.experts_per_token(),
         }
     }
 }

@@ -54,6 +54,12 @@ impl Linear {
         Ok(Linear { weight, bias: None, partition: Partition::Replicated })
     }
 
+    /// Reads the matrix that chooses experts, which is never quantized: a choice is all or nothing.
+    pub fn router(loader: &Loader<'_>, name: &str, shape: [usize; 2]) -> Result<Linear, LoadError> {
+        let weight = loader.precise(name, shape)?;
+        Ok(Linear { weight, bias: None, partition: Partition::Replicated })
+    }
+
     /// The matrix, and the bias of a layer that is not summed over ranks.
     pub fn weight_and_bias(&self) -> WeightAndBias<'_> {
         assert_ne!(self.partition, Partition::Row, "the ranks' sums would repeat the bias");

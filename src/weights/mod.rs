@@ -116,9 +116,18 @@ impl<'a> Loader<'a> {
         self.prepare(crate::formats::dense::pack(table))
     }
 
+    /// A small matrix of floats that keeps its precision, copied like other small tensors.
+    fn precise(&self, name: &str, shape: [usize; 2]) -> Result<PackedMatrix, LoadError> {
+        let matrix = plain::load_float(self.source, &plain::weight_name(name), &shape)?;
+        self.arrange(crate::formats::dense::pack(self.detached(matrix)))
+    }
+
     /// Quantizes and arranges what was read.
     fn prepare(&self, matrix: PackedMatrix) -> Result<PackedMatrix, LoadError> {
-        let matrix = quantized(matrix, self.quantization, self.threads);
+        self.arrange(quantized(matrix, self.quantization, self.threads))
+    }
+
+    fn arrange(&self, matrix: PackedMatrix) -> Result<PackedMatrix, LoadError> {
         match self.ops {
             Some(ops) => Ok(ops.arrange(matrix)?),
             None => Ok(matrix),
@@ -138,10 +147,11 @@ impl<'a> Loader<'a> {
     fn tensor_bytes(&self, tensor: &ExpectedTensor) -> usize {
         let dtype = self.source.info(&tensor.name).and_then(|info| supported_dtype(info.dtype));
         let floats = dtype.filter(|dtype| dtype.is_float());
-        if let (TensorRole::Matrix, &[rows, cols], Some(dtype)) =
+        let quantization = self.quantization.filter(|_| tensor.role == TensorRole::Matrix);
+        if let (TensorRole::Matrix | TensorRole::Router, &[rows, cols], Some(dtype)) =
             (tensor.role, tensor.shape.as_slice(), floats)
         {
-            match (self.quantization, self.ops) {
+            match (quantization, self.ops) {
                 (Some(wanted), _) => return quantize::size_bytes(wanted, [rows, cols]),
                 (None, Some(ops)) => return ops.arranged_bytes(dtype, [rows, cols]),
                 (None, None) => {}

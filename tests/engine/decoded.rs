@@ -30,6 +30,7 @@ const CONFIG: &str = r#"{
 /// How the same requests are to be computed.
 #[derive(Clone, Debug)]
 pub struct Setting {
+    pub config: &'static str,
     pub threads: usize,
     pub max_num_seqs: usize,
     pub max_num_batched_tokens: usize,
@@ -40,6 +41,7 @@ pub struct Setting {
 }
 
 pub const ROOMY: Setting = Setting {
+    config: CONFIG,
     threads: 1,
     max_num_seqs: 32,
     max_num_batched_tokens: 512,
@@ -57,9 +59,9 @@ fn runner(setting: &Setting) -> ModelRunner {
     runner_on(&rank.expect("this machine has a CPU"), setting)
 }
 
-/// A runner of the small Llama on any device.
+/// A runner of the small model on any device.
 pub fn runner_on(rank: &RankContext, setting: &Setting) -> ModelRunner {
-    let spec = ModelSpec::from_config(CONFIG).expect("the config is supported");
+    let spec = ModelSpec::from_config(setting.config).expect("the config is supported");
     let cache = CacheConfig {
         memory_bytes: None,
         fraction: 0.4,
@@ -152,7 +154,7 @@ fn note(traces: &mut BTreeMap<(RequestId, u32), Trace>, event: TokenEvent) -> bo
 
 /// Runs the requests to their ends and returns what each yielded, and how often any was
 /// preempted.
-fn run(
+pub fn run(
     requests: Vec<TokenizedRequest>,
     setting: &Setting,
 ) -> (BTreeMap<(RequestId, u32), Trace>, u64) {
@@ -189,7 +191,7 @@ pub fn run_on(
     panic!("{finished} of {expected} sequences finished");
 }
 
-fn requests(count: usize) -> Vec<TokenizedRequest> {
+pub fn requests(count: usize) -> Vec<TokenizedRequest> {
     (0..count).map(|i| request(i, sampling_for(i), 24, 1)).collect()
 }
 

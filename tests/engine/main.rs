@@ -4,6 +4,7 @@
 mod support;
 
 mod decoded;
+mod experts;
 mod oracle;
 mod replayed;
 mod scheduler;

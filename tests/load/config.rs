@@ -6,7 +6,7 @@ use tokenmill::checkpoint::{CheckpointError, TensorInfo, TensorSource};
 use tokenmill::model::check::check;
 use tokenmill::model::error::ModelError;
 use tokenmill::model::rope::RopeScaling;
-use tokenmill::model::spec::ModelSpec;
+use tokenmill::model::spec::{FeedForwardSpec, ModelSpec};
 use tokenmill::ops::args::Activation;
 use tokenmill::tensor::{DType, Tensor};
 
@@ -128,7 +128,13 @@ fn end_tokens_are_one_or_several() {
 fn dtypes_and_activations_have_several_names() {
     assert_eq!(llama(json!({"torch_dtype": "float16"})).dtype, DType::F16);
     assert_eq!(llama(json!({"dtype": "float32"})).dtype, DType::F32);
-    let activation = |name| llama(json!({"hidden_act": name})).layers[0].mlp.activation;
+    let activation = |name| {
+        let spec = llama(json!({"hidden_act": name}));
+        match &spec.layers[0].feed_forward {
+            FeedForwardSpec::Mlp(mlp) => mlp.activation,
+            FeedForwardSpec::Moe(_) => panic!("Llama has no experts"),
+        }
+    };
     assert_eq!(activation("silu"), Activation::Silu);
     assert_eq!(activation("gelu_pytorch_tanh"), Activation::GeluTanh);
     assert_eq!(activation("gelu"), Activation::Gelu);
@@ -155,7 +161,7 @@ fn what_cannot_be_served_is_refused_with_one_sentence() {
         ),
         (
             json!({"architectures": ["GPT2LMHeadModel"]}),
-            r#"config.json: architectures is ["GPT2LMHeadModel"]; supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"#,
+            r#"config.json: architectures is ["GPT2LMHeadModel"]; supported are LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"#,
         ),
         (
             json!({"quantization_config": {"quant_method": "gptq"}}),

@@ -7,6 +7,7 @@
 )]
 
 mod config;
+mod experts;
 mod files;
 mod hub;
 mod hub_server;

@@ -63,6 +63,37 @@ fn qwen2_5_0_5b_has_its_published_size_and_no_window() {
 }
 
 #[test]
+fn mixtral_8x7b_has_its_published_size() {
+    let spec = spec(json!({
+        "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32,
+        "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "num_local_experts": 8, "output_router_logits": false, "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": null,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "vocab_size": 32000
+    }));
+    assert_eq!(num_parameters(&spec), 46_702_792_704);
+}
+
+#[test]
+fn qwen3_30b_a3b_has_its_published_size() {
+    let spec = spec(json!({
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": false,
+        "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645,
+        "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
+        "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [],
+        "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": true,
+        "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+        "rope_scaling": null, "rope_theta": 1000000.0, "sliding_window": null,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_sliding_window": false,
+        "vocab_size": 151936
+    }));
+    assert_eq!(num_parameters(&spec), 30_532_122_624);
+}
+
+#[test]
 fn qwen3_0_6b_has_its_published_size_and_wide_heads() {
     let spec = spec(json!({
         "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "bos_token_id": 151643,

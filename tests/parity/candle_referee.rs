@@ -6,19 +6,21 @@
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{llama, mistral, qwen2, qwen3};
+use candle_transformers::models::{llama, mistral, mixtral, qwen2, qwen3, qwen3_moe};
 use serde_json::{Map, Value, json};
 
 use crate::recorded::Case;
 
 /// The cases that candle can compute.
-pub const SUPPORTED: [&str; 7] = [
+pub const SUPPORTED: [&str; 9] = [
     "llama",
     "llama_tied_f32",
     "llama_llama3",
     "mistral_window",
+    "mixtral",
     "qwen2_tied",
     "qwen3",
+    "qwen3_moe",
     "qwen3_tied",
 ];
 
@@ -41,6 +43,10 @@ pub fn logits(case: &Case, prompt_len: usize) -> Vec<f32> {
             let config = serde_json::from_value(config).unwrap();
             mistral::Model::new(&config, weights).unwrap().forward(&prompt, 0)
         }
+        "mixtral" => {
+            let config = serde_json::from_value(config).unwrap();
+            mixtral::Model::new(&config, weights).unwrap().forward(&prompt, 0)
+        }
         "qwen2" => {
             let config = serde_json::from_value(config).unwrap();
             qwen2::ModelForCausalLM::new(&config, weights).unwrap().forward(&prompt, 0)
@@ -48,6 +54,10 @@ pub fn logits(case: &Case, prompt_len: usize) -> Vec<f32> {
         "qwen3" => {
             let config = serde_json::from_value(config).unwrap();
             qwen3::ModelForCausalLM::new(&config, weights).unwrap().forward(&prompt, 0)
+        }
+        "qwen3_moe" => {
+            let config = serde_json::from_value(config).unwrap();
+            qwen3_moe::ModelForCausalLM::new(&config, weights).unwrap().forward(&prompt, 0)
         }
         other => panic!("candle has no {other} here"),
     };
@@ -64,8 +74,17 @@ fn config_for_candle(case: &Case) -> Value {
     let window = config.get("sliding_window").and_then(Value::as_u64);
     if let Some(window) = window {
         config.insert("sliding_window".to_owned(), json!(window - 1));
-    } else if config["model_type"] == "qwen2" {
+    } else if config["model_type"] == "qwen2" || config["model_type"] == "mixtral" {
         config.insert("sliding_window".to_owned(), json!(case.token_ids.len()));
+    }
+    if config["model_type"] == "mixtral" {
+        config.insert("use_flash_attn".to_owned(), json!(false));
+    }
+    if let Some(num_experts) = config.get("num_local_experts").cloned() {
+        config.insert("num_experts".to_owned(), num_experts);
+    }
+    if config["model_type"] == "qwen3_moe" {
+        config.insert("max_window_layers".to_owned(), json!(0));
     }
     Value::Object(config)
 }

@@ -3,7 +3,8 @@
 use tokenmill::checkpoint::{Checkpoint, TensorSource};
 use tokenmill::model::check::check;
 use tokenmill::model::rope::{RopeScaling, RopeTable};
-use tokenmill::model::spec::ModelSpec;
+use tokenmill::model::spec::{ModelSpec, MoeSpec};
+use tokenmill::ops::args::Routing;
 use tokenmill::tensor::{DType, Tensor};
 
 use crate::recorded::Case;
@@ -41,6 +42,17 @@ fn descriptions_say_what_the_recorder_asked_for() {
     assert!(spec("qwen2_tied").layers[0].attention.q.bias);
     assert_eq!(spec("qwen3").layers[0].attention.head_dim, 24);
     assert_eq!(spec("qwen3").rope.theta, 1e6);
+    let experts = |name: &str| -> Vec<Option<(usize, usize)>> {
+        let moe = |moe: &MoeSpec| (moe.experts.len(), moe.experts_per_token);
+        spec(name).layers.iter().map(|layer| layer.feed_forward.moe().map(moe)).collect()
+    };
+    assert_eq!(experts("mixtral"), [Some((5, 2)); 2]);
+    assert_eq!(windows("mixtral_window"), [Some(16)]);
+    assert_eq!(experts("qwen3_moe"), [Some((7, 3)); 2]);
+    assert_eq!(experts("qwen3_moe_dense_layers"), [None, None, None, Some((7, 3))]);
+    assert_eq!(windows("qwen3_moe_dense_layers"), [Some(20); 4]);
+    let routing = |name: &str| spec(name).layers[0].feed_forward.moe().map(|moe| moe.routing);
+    assert_eq!(routing("qwen3_moe"), Some(Routing::Softmax { renormalize: true }));
     assert!(matches!(spec("llama_llama3").rope.scaling, RopeScaling::Llama3 { .. }));
     assert_eq!(spec("llama_linear").max_position, 1024);
     assert_eq!(spec("llama_yarn").max_position, 256);

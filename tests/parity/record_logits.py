@@ -29,10 +29,14 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 FOLDER = pathlib.Path(__file__).parent / "recorded"
@@ -76,6 +80,14 @@ YARN_MSCALE = rope(
 )
 LLAMA, MISTRAL = (LlamaConfig, LlamaForCausalLM), (MistralConfig, MistralForCausalLM)
 QWEN2, QWEN3 = (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)
+MIXTRAL, QWEN3_MOE = (MixtralConfig, MixtralForCausalLM), (Qwen3MoeConfig, Qwen3MoeForCausalLM)
+QWEN3_MOE_SIZES = dict(
+    hidden_size=64,
+    head_dim=24,
+    num_experts=7,
+    num_experts_per_tok=3,
+    moe_intermediate_size=40,
+)
 
 # name: (classes, changed configuration, dtype of the weights, older spelling of config.json)
 CASES = {
@@ -125,6 +137,44 @@ CASES = {
         dict(hidden_size=64, head_dim=32, num_hidden_layers=1, tie_word_embeddings=True),
         torch.bfloat16,
         True,
+    ),
+    "mixtral": (
+        MIXTRAL,
+        dict(num_local_experts=5, num_experts_per_tok=2, intermediate_size=72),
+        torch.bfloat16,
+        True,
+    ),
+    "mixtral_window": (
+        MIXTRAL,
+        dict(
+            num_local_experts=4,
+            num_experts_per_tok=1,
+            intermediate_size=56,
+            sliding_window=16,
+            num_hidden_layers=1,
+        ),
+        torch.bfloat16,
+        False,
+    ),
+    "qwen3_moe": (
+        QWEN3_MOE,
+        dict(QWEN3_MOE_SIZES, norm_topk_prob=True),
+        torch.bfloat16,
+        True,
+    ),
+    "qwen3_moe_dense_layers": (
+        QWEN3_MOE,
+        dict(
+            QWEN3_MOE_SIZES,
+            norm_topk_prob=False,
+            num_hidden_layers=4,
+            decoder_sparse_step=2,
+            mlp_only_layers=[1],
+            use_sliding_window=True,
+            sliding_window=20,
+        ),
+        torch.bfloat16,
+        False,
     ),
 }
 

@@ -13,7 +13,7 @@ use crate::cli::open::{self, Opened};
 use crate::config::EngineConfig;
 use crate::engine::Engine;
 use crate::model::kv_cache::KvCache;
-use crate::model::spec::ModelSpec;
+use crate::model::spec::{MlpSpec, ModelSpec, MoeSpec};
 use crate::ops::cpu::physical_cores;
 use crate::output::FinishReason;
 use crate::request::{GenerateRequest, Prompt, RequestId, SamplingParams, StopConditions};
@@ -55,9 +55,9 @@ impl InProcess {
         self.opened.spec.vocab_size
     }
 
-    /// Bytes of weights that a step reads.
-    pub fn step_weights_bytes(&self) -> usize {
-        step_weights_bytes(&self.opened.spec, &self.opened.plan)
+    /// Bytes of weights that a step of so many tokens reads.
+    pub fn step_weights_bytes(&self, num_tokens: usize) -> usize {
+        step_weights_bytes(&self.opened.spec, &self.opened.plan, num_tokens)
     }
 
     /// Sends the prompts and waits for `output_len` tokens after each.
@@ -93,7 +93,7 @@ pub(super) fn model_facts(
         "backend": backend,
         "threads": num_threads(config),
         "weights_bytes": plan.weights_bytes,
-        "step_weights_bytes": step_weights_bytes(spec, plan),
+        "step_weights_bytes": step_weights_bytes(spec, plan, 1),
         "kv_token_bytes": KvCache::block_bytes(spec, 1, plan.kv_dtype),
         "max_model_len": plan.max_model_len,
     })
@@ -108,16 +108,21 @@ pub(super) fn headline(facts: &Value) -> String {
     format!("{}: {weights:.3} GB of weights{format}, {}", text("name"), text("backend"))
 }
 
-/// Bytes of weights that a step reads: all but an embedding table that is not also the output
-/// projection, of which a step reads a few rows. The table's share is taken by its elements.
-fn step_weights_bytes(spec: &ModelSpec, plan: &MemoryPlan) -> usize {
-    if spec.tied {
-        return plan.weights_bytes;
-    }
+/// Bytes of weights that a step of so many tokens reads: all but an embedding table that is not
+/// also the output projection, of which a step reads a few rows, and experts that no token chose,
+/// as many as when all are equally likely. Shares are taken by elements.
+pub(super) fn step_weights_bytes(spec: &ModelSpec, plan: &MemoryPlan, num_tokens: usize) -> usize {
     let elements = |tensor: &ExpectedTensor| tensor.shape.iter().product::<usize>();
     let all: usize = spec.expected_tensors().iter().map(elements).sum();
-    let table = (spec.vocab_size * spec.hidden_size) as f64 / all as f64;
-    (plan.weights_bytes as f64 * (1.0 - table)) as usize
+    let table = if spec.tied { 0 } else { spec.vocab_size * spec.hidden_size };
+    let idle = |moe: &MoeSpec| {
+        let not_chosen = 1.0 - moe.experts_per_token as f64 / moe.experts.len() as f64;
+        let weights: usize = moe.experts.iter().map(MlpSpec::num_weights).sum();
+        weights as f64 * not_chosen.powf(num_tokens as f64)
+    };
+    let moes = spec.layers.iter().filter_map(|layer| layer.feed_forward.moe());
+    let unread = table as f64 + moes.map(idle).sum::<f64>();
+    (plan.weights_bytes as f64 * (1.0 - unread / all as f64)) as usize
 }
 
 async fn generate(

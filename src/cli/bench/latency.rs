@@ -80,7 +80,7 @@ pub fn run(args: LatencyArgs) -> anyhow::Result<()> {
         }
     }
     recorder.end();
-    let weights_bytes = engine.step_weights_bytes() as f64;
+    let weights_bytes = engine.step_weights_bytes(batch_size) as f64;
     let figures = figures(&batches, weights_bytes, recorder.memory_read());
     figures.print();
     let options = json!({

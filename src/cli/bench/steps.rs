@@ -13,12 +13,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::figures::Spread;
-use super::in_process::{headline, model_facts, num_threads};
+use super::in_process::{headline, model_facts, num_threads, step_weights_bytes};
 use super::record::{Kind, RecordArgs, Recorder};
 use super::{EngineArgs, parse_count};
 use crate::cli::open::{self, Loaded};
 use crate::config::EngineConfig;
-use crate::model::spec::ModelSpec;
+use crate::model::spec::{FeedForwardSpec, LinearSpec, MlpSpec, ModelSpec};
 use crate::ops::kv_tensor::KvTensor;
 use crate::request::SamplingParams;
 use crate::runner::{MemoryPlan, ModelRunner, StepRunner};
@@ -96,8 +96,7 @@ pub fn run(mut args: StepsArgs) -> anyhow::Result<()> {
     let facts = model_facts(&config, &spec, &plan, &backend);
     println!("{}", headline(&facts));
     let cells = cells(&mut args, &plan)?;
-    let weights_bytes = facts["step_weights_bytes"].as_u64().unwrap_or_default() as usize;
-    let mut bench = StepBench { runner, spec, plan, weights_bytes };
+    let mut bench = StepBench { runner, spec, plan };
     bench.fill_cache(&cells)?;
     println!(
         "{:>7} {:>8} {:>10} {:>10} {:>10}",
@@ -188,7 +187,6 @@ struct StepBench {
     runner: ModelRunner,
     spec: ModelSpec,
     plan: MemoryPlan,
-    weights_bytes: usize,
 }
 
 impl StepBench {
@@ -212,13 +210,14 @@ impl StepBench {
             (0..num_iters).map(|_| self.execute(&batch)).collect();
         let step_ms = Spread::of(readings?).context("a step has readings")?;
         let cost = StepCost::of(&self.spec, self.plan.kv_dtype, context_len);
+        let weights_bytes = step_weights_bytes(&self.spec, &self.plan, batch_size);
         Ok(StepRow {
             sweep,
             batch_size,
             context_len,
             step_ms,
             tokens_per_s: batch_size as f64 / step_ms.p50 * 1e3,
-            read_bytes: self.weights_bytes + batch_size * cost.kv_bytes,
+            read_bytes: weights_bytes + batch_size * cost.kv_bytes,
             flops: batch_size * cost.flops,
         })
     }
@@ -276,20 +275,20 @@ struct StepCost {
 
 impl StepCost {
     fn of(spec: &ModelSpec, kv_dtype: DType, context_len: usize) -> StepCost {
-        let output = spec.lm_head.in_features * spec.lm_head.out_features;
+        let output = spec.lm_head.num_weights();
         let mut cost = StepCost { kv_bytes: 0, flops: 2 * output };
         for layer in &spec.layers {
-            let (attention, mlp) = (&layer.attention, &layer.mlp);
-            let linears = [
-                &attention.q,
-                &attention.k,
-                &attention.v,
-                &attention.o,
-                &mlp.gate,
-                &mlp.up,
-                &mlp.down,
-            ];
-            let weights: usize = linears.iter().map(|l| l.in_features * l.out_features).sum();
+            let attention = &layer.attention;
+            let linears = [&attention.q, &attention.k, &attention.v, &attention.o];
+            let weights = linears.map(LinearSpec::num_weights).iter().sum::<usize>()
+                + match &layer.feed_forward {
+                    FeedForwardSpec::Mlp(mlp) => mlp.num_weights(),
+                    FeedForwardSpec::Moe(moe) => {
+                        let chosen = &moe.experts[..moe.experts_per_token];
+                        let experts: usize = chosen.iter().map(MlpSpec::num_weights).sum();
+                        moe.router.num_weights() + experts
+                    }
+                };
             let seen = attention.sliding_window.map_or(context_len, |w| w.min(context_len));
             cost.flops += 2 * weights + 4 * seen * attention.num_heads * attention.head_dim;
             let vector_bytes = KvTensor::vector_bytes(kv_dtype, attention.head_dim);
@@ -321,6 +320,21 @@ mod tests {
         assert_eq!(cost.kv_bytes, 3 * 2 * 100 * 4 * 2);
         let cost = StepCost::of(&spec, DType::I8, 100);
         assert_eq!(cost.kv_bytes, 3 * 2 * 100 * (4 + 4));
+    }
+
+    #[test]
+    fn a_token_costs_the_experts_that_compute_it() {
+        let mut config: serde_json::Value = serde_json::from_str(CONFIG).unwrap();
+        config["architectures"] = json!(["Qwen3MoeForCausalLM"]);
+        config["num_experts"] = json!(5);
+        config["num_experts_per_tok"] = json!(2);
+        config["moe_intermediate_size"] = json!(6);
+        config["mlp_only_layers"] = json!([1]);
+        let spec = ModelSpec::from_config(&config.to_string()).unwrap();
+        let cost = StepCost::of(&spec, DType::BF16, 100);
+        // Two layers with a router of 5×8 and two experts of three matrices of 6×8.
+        let weights = 3 * (2 * 64 + 2 * 32) + 3 * 80 + 2 * (40 + 2 * 3 * 48) + 160;
+        assert_eq!(cost.flops, 2 * weights + 3 * 4 * 100 * 8);
     }
 
     #[test]
