@@ -35,8 +35,10 @@ const SHAPES: [(usize, usize, usize); 14] = [
     (257, 16, 64),
 ];
 
-/// One for each kind of kernel, the last with k cut over blocks.
-const FEW_SHAPES: [(usize, usize, usize); 3] = [(9, 130, 200), (33, 65, 200), (66, 20, 2100)];
+/// One for each kind of kernel, the third with k cut over blocks, the last with rows of no whole
+/// sixteen bytes.
+const FEW_SHAPES: [(usize, usize, usize); 4] =
+    [(9, 130, 200), (33, 65, 200), (66, 20, 2104), (3, 31, 95)];
 
 fn shapes() -> impl Iterator<Item = (usize, (usize, usize, usize))> {
     let shapes = if wants_few_cases() { &FEW_SHAPES[..] } else { &SHAPES };
