@@ -82,6 +82,10 @@ pub fn check_quantized(ops: &dyn Ops) {
     mlp(ops);
 }
 
+/// `(rows, k, width, columns)` of a gated MLP whose middle is larger than second-level caches: it
+/// goes past them where that pays.
+const LARGE_MIDDLE: (usize, usize, usize, usize) = (2100, 64, 256, 16);
+
 /// A gated MLP equals its steps, bit for bit: with one row and many, widths that fill lines and
 /// others, and matrices of equal and of different formats.
 fn mlp(ops: &dyn Ops) {
@@ -93,7 +97,7 @@ fn mlp(ops: &dyn Ops) {
         all
     };
     for (rows, k, width, cols) in
-        [(1, 64, 128, 33), (33, 96, 192, 40), (49, 64, 72, 16), (300, 64, 128, 50)]
+        [(1, 64, 128, 33), (33, 96, 192, 40), (49, 64, 72, 16), (300, 64, 128, 50), LARGE_MIDDLE]
     {
         let (gates, ups) = (matrices(rng, width, k), matrices(rng, width, k));
         let mut downs = matrices(rng, cols, width);
