@@ -22,8 +22,8 @@ pub const FEW_ROWS: usize = 2 * TILE_ROWS;
 /// Steps of a slice: its two blocks and a pair of tiles of rows (16 KiB each) share the first-level
 /// cache, where sixteen steps push each other out.
 const SLICE_STEPS: usize = 8;
-/// Pairs of tiles of rows whose slice (32 KiB each) and accumulators (4 KiB per pair of blocks)
-/// share half of the second-level cache.
+/// Pairs of tiles of rows whose slice (16 KiB each) and accumulators (4 KiB per pair of blocks)
+/// stay in half of the second-level cache.
 const TILE_PAIRS: usize = 8;
 
 /// Four accumulators: rows × first block, next rows × first block, the same for the second.
