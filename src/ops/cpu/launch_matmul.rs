@@ -13,7 +13,7 @@ use super::byte_matmul::{ByteBlocks, ByteTask, ByteWeights};
 use super::isa::Isa;
 use super::lines::{CodedLines, FillBf16, FillCodes, LineBuffers, Lines};
 use super::matmul::{DenseRows, Operands, PANEL, multiply_columns};
-use super::partition::{Layout, PAIR_COLS, Sizes};
+use super::partition::{PAIR_COLS, Sizes};
 use super::rows::Convert;
 use super::share::{Parts, Scratch, settle_stores};
 use super::simd::{Float, Kernel};
@@ -430,10 +430,9 @@ impl CpuOps {
     /// Columns of a task, when all matrices together have `all_cols`.
     fn cols_per_task(&self, inputs: &Inputs<'_>, weight: &PackedMatrix, all_cols: usize) -> usize {
         let &Inputs { num_rows, k, .. } = inputs;
-        let layout = if weight.format.is_in_blocks() { Layout::Blocks } else { Layout::Vectors };
         let (num_cols, row_bytes) = (weight.num_rows, weight.row_bytes());
         let threads = self.threads();
-        Sizes { layout, num_rows, k, num_cols, all_cols, row_bytes, threads }.cols_per_task()
+        Sizes { num_rows, k, num_cols, all_cols, row_bytes, threads }.cols_per_task()
     }
 
     /// In single precision, padded to whole blocks.

@@ -65,6 +65,8 @@ mod tile_groups;
 #[cfg(target_arch = "x86_64")]
 mod tile_pack;
 #[cfg(target_arch = "x86_64")]
+mod tile_products;
+#[cfg(target_arch = "x86_64")]
 mod tile_rows;
 #[cfg(target_arch = "x86_64")]
 mod tile_softmax;

@@ -13,32 +13,18 @@ pub const PAIR_COLS: usize = 2 * BLOCK_ROWS;
 pub const TASKS_PER_THREAD: usize = 4;
 /// Weight bytes per task: long enough to stream, short enough to balance.
 const TASK_WEIGHT_BYTES: usize = 512 << 10;
+/// Most multiplications of a task: enough to hide that its first weights come late, and few enough
+/// to balance cores of which one is slower.
+const TASK_PRODUCTS: usize = 1 << 28;
 /// Multiplications below which matrices are not cut.
 const MATMUL_INLINE: usize = 1 << 18;
-/// Up to this many rows, tasks stream weights; beyond, they are bound by arithmetic.
-const FEW_ROWS: usize = 32;
-/// Most sums of a task with many rows in blocks: their accumulators (128 KiB) fit a cache.
-const BLOCK_SUMS: usize = 32 << 10;
-/// Most rows whose sums a task keeps at a time.
-const BLOCK_ROWS_KEPT: usize = 256;
 /// Columns of the thread with most of them that are good enough, in percent of the mean.
 /// Evening out what is left would cost more in shorter tasks.
 const LONGEST_PERCENT: usize = 115;
 
-/// How a matrix lies and is multiplied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Layout {
-    /// In blocks of sixteen rows.
-    Blocks,
-    /// Row-major, on vectors.
-    Vectors,
-}
-
 /// Sizes of one matrix of an operation.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
-    /// How it lies.
-    pub layout: Layout,
     /// Rows of activations.
     pub num_rows: usize,
     /// Elements of a row.
@@ -60,19 +46,10 @@ impl Sizes {
             return self.num_cols.max(1);
         }
         let balanced = self.all_cols.div_ceil(self.threads * TASKS_PER_THREAD);
-        let most = balanced.min(self.most_cols()).max(1).div_ceil(PAIR_COLS);
-        self.even_pairs(most) * PAIR_COLS
-    }
-
-    /// Columns beyond which a task gains nothing.
-    fn most_cols(self) -> usize {
         let streamed = TASK_WEIGHT_BYTES / self.row_bytes.max(1);
-        match self.layout {
-            Layout::Blocks if self.num_rows > FEW_ROWS => {
-                BLOCK_SUMS / self.num_rows.min(BLOCK_ROWS_KEPT).next_multiple_of(BLOCK_ROWS)
-            }
-            _ => streamed,
-        }
+        let computed = TASK_PRODUCTS / (self.num_rows * self.k);
+        let most = balanced.min(streamed).min(computed).max(1).div_ceil(PAIR_COLS);
+        self.even_pairs(most) * PAIR_COLS
     }
 
     /// The most pairs of columns, up to `most`, with which no thread gets much more than others;
@@ -123,14 +100,9 @@ mod tests {
         }
     }
 
-    /// How matrices of `k` elements per row lie, and the bytes of a row: f32, bf16, bytes, INT4.
-    fn layouts(k: usize) -> [(Layout, usize); 4] {
-        [
-            (Layout::Blocks, 2 * k),
-            (Layout::Blocks, k),
-            (Layout::Blocks, k / 2),
-            (Layout::Vectors, 4 * k),
-        ]
+    /// Bytes of a row of `k` elements: f32, bf16, bytes, INT4.
+    fn row_bytes(k: usize) -> [usize; 4] {
+        [4 * k, 2 * k, k, k / 2]
     }
 
     /// Columns of the tasks of an operation, in the order in which they are taken.
@@ -175,19 +147,12 @@ mod tests {
     fn no_thread_of_a_small_or_a_large_machine_gets_much_more_than_the_mean() {
         for model in &MODELS {
             for (k, matrices) in model.operations() {
-                for (layout, row_bytes) in layouts(k) {
+                for row_bytes in row_bytes(k) {
                     for num_rows in [1, 16, 64, 1024] {
                         for threads in THREADS {
                             let (num_cols, all_cols) = (0, 0);
-                            let sizes = Sizes {
-                                layout,
-                                num_rows,
-                                k,
-                                num_cols,
-                                all_cols,
-                                row_bytes,
-                                threads,
-                            };
+                            let sizes =
+                                Sizes { num_rows, k, num_cols, all_cols, row_bytes, threads };
                             check(sizes, &matrices);
                         }
                     }
@@ -201,10 +166,9 @@ mod tests {
         for num_rows in [1, 1024] {
             for threads in 1..=72 {
                 for num_cols in (320..12_000).step_by(224) {
-                    let (layout, row_bytes, k) = (Layout::Blocks, 2048, 1024);
+                    let (row_bytes, k) = (2048, 1024);
                     let all_cols = num_cols;
-                    let sizes =
-                        Sizes { layout, num_rows, k, num_cols, all_cols, row_bytes, threads };
+                    let sizes = Sizes { num_rows, k, num_cols, all_cols, row_bytes, threads };
                     check(sizes, &[num_cols]);
                 }
             }
@@ -214,25 +178,24 @@ mod tests {
     #[test]
     fn two_threads_get_long_tasks() {
         let size = |num_rows, k, num_cols| {
-            let (layout, row_bytes, all_cols) = (Layout::Blocks, 2 * k, num_cols);
-            Sizes { layout, num_rows, k, num_cols, all_cols, row_bytes, threads: 2 }.cols_per_task()
+            let (row_bytes, all_cols) = (2 * k, num_cols);
+            Sizes { num_rows, k, num_cols, all_cols, row_bytes, threads: 2 }.cols_per_task()
         };
         // Half a megabyte of weights where they are streamed.
         assert_eq!(
             [size(1, 896, 4864), size(1, 2048, 8192), size(32, 4096, 14_336)],
             [320, 128, 64]
         );
-        // Accumulators that fit a cache where they are not.
-        assert_eq!([size(256, 896, 4864), size(1024, 2048, 8192)], [128, 128]);
-        assert_eq!([size(64, 896, 4864), size(128, 2048, 8192)], [512, 256]);
+        // A quarter of a billion multiplications where there are many rows.
+        assert_eq!([size(256, 896, 4864), size(1024, 2048, 8192)], [320, 128]);
+        assert_eq!([size(1024, 4864, 896), size(1024, 896, 4864)], [64, 320]);
         // Not fewer tasks than let a fast thread take over.
-        assert_eq!([size(1, 896, 896), size(1024, 4864, 896)], [128, 128]);
+        assert_eq!([size(1, 896, 896), size(64, 4864, 896)], [128, 64]);
     }
 
     #[test]
     fn an_operation_below_a_microsecond_or_so_is_not_cut() {
         let sizes = Sizes {
-            layout: Layout::Vectors,
             num_rows: 1,
             k: 64,
             num_cols: 512,

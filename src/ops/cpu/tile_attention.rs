@@ -17,13 +17,14 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::amx::{Amx, Bf16, Left, ROW_BYTES, Right, TILE_BYTES, TILE_LEN, TILE_ROWS, Tiles};
+use super::amx::{Amx, Bf16, ROW_BYTES, TILE_BYTES, TILE_LEN, TILE_ROWS, Tiles};
 use super::attention::{Attend, AttendTile, Sizes};
 use super::avx512::transpose16;
 use super::context_parts::{Base, Partial, State, parts_of, within};
 use super::kv_rows::Cached;
 use super::tile_cache::{CHUNKS, Cache, KV_TILE, MAX_HEAD_DIM, left};
 use super::tile_pack::pack;
+use super::tile_products::{Ahead, Left, Right};
 use super::tile_rows::{self, TileRows};
 use super::tile_softmax::{CHUNK, Column, Sums, join_sums, limit, rescale, rows_in};
 
@@ -310,8 +311,6 @@ impl Pass<'_> {
                 lower: value(2 * i + 1),
                 row_stride: ROW_BYTES,
                 step: TILE_BYTES,
-                next_upper: value(2 * i),
-                next_lower: value(2 * i + 1),
             };
             // SAFETY: values and weights have a tile for every chunk.
             unsafe { multiply(tiles, values, (0..columns.len()).map(weight), chunks.len()) };
@@ -404,9 +403,11 @@ unsafe fn multiply(
     unsafe {
         match (right.next(), right.next()) {
             (Some(first), Some(second)) => {
-                tiles.multiply_two::<Bf16>(left, first, second, steps);
+                tiles.multiply_two::<Bf16>(left, first, second, steps, Ahead::NOTHING);
             }
-            (Some(first), None) => tiles.multiply_one::<Bf16>(left, first, steps),
+            (Some(first), None) => {
+                tiles.multiply_one::<Bf16>(left, first, steps, Ahead::NOTHING);
+            }
             (None, _) => {}
         }
     }

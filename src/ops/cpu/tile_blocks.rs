@@ -4,33 +4,29 @@
 //! a row of an accumulator is sixteen output columns of one row. Two tiles of rows and two blocks
 //! share a pass: a pair of blocks, or a block of the gate and the same of what it multiplies.
 //!
-//! Few rows: weights go from memory to tiles, once. Many rows: the summed axis is cut into slices,
-//! so that a pair's weights stay in the first-level cache and the slice of all rows in the
-//! second-level one; accumulators wait in memory between slices, which changes no sum.
+//! A pass takes two blocks through all rows and all of the summed axis, so that sums never leave
+//! the tiles before they are whole. The next pass's weights come from memory meanwhile; rows stay
+//! in the second-level cache, as many at a time as it holds.
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::amx::{Amx, Left, ROW_BYTES, Right, TILE_BYTES, TILE_LEN, TileElement, Tiles};
-use super::lines::{Lines, TILE_ROWS};
+use super::amx::{Amx, ROW_BYTES, TILE_BYTES, TILE_LEN, TileElement, Tiles};
+use super::lines::{LINE_BYTES, Lines, TILE_ROWS};
 use super::share::Scratch;
+use super::tile_products::{Ahead, Left, Right};
 use super::tile_write::{Finish, write_gated, write_lines};
 use super::weight_blocks::{BlockOutput, Blocks};
 
-/// Up to this many rows, weights are read once.
-pub const FEW_ROWS: usize = 2 * TILE_ROWS;
-/// Steps of a slice: its two blocks and a pair of tiles of rows (16 KiB each) share the first-level
-/// cache, where sixteen steps push each other out.
-const SLICE_STEPS: usize = 8;
-/// Pairs of tiles of rows whose slice (16 KiB each) and accumulators (4 KiB per pair of blocks)
-/// stay in half of the second-level cache.
-const TILE_PAIRS: usize = 8;
+/// Bytes of rows that stay in the second-level cache (2 MiB on every machine with tiles) beside
+/// the weights of two passes and what neighbours on the same core leave there.
+const ROWS_BYTES: usize = 5 << 18;
+/// Parts of a pass through a pair of tiles of rows, between which finished rows are written:
+/// tiles and vectors work side by side.
+const PARTS: usize = 2;
 
 /// Four accumulators: rows × first block, next rows × first block, the same for the second.
 pub type Sums = [[u32; TILE_LEN]; 4];
-
-/// Weights of both blocks of a pass that are asked for ahead of their use.
-type Ahead = [*const u8; 2];
 
 /// A matrix and what becomes of its sums.
 #[derive(Clone, Copy)]
@@ -62,14 +58,19 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
     /// Computes some blocks of output columns for all rows.
     pub fn run_blocks(&self, blocks: Range<usize>, scratch: &mut Scratch) {
         let mut tiles = Tiles::open(self.amx);
-        if self.x.num_rows <= FEW_ROWS {
-            return self.stream(&mut tiles, blocks, scratch);
-        }
+        let sums = sums_of(scratch.take_words(2 * 4 * TILE_LEN));
         let num_pairs = self.x.num_tiles().div_ceil(2);
-        for first in (0..num_pairs).step_by(TILE_PAIRS) {
-            let pairs = first..num_pairs.min(first + TILE_PAIRS);
-            self.reuse(&mut tiles, pairs, blocks.clone(), scratch);
+        let most = (ROWS_BYTES / (2 * self.x.steps * TILE_BYTES)).max(1);
+        let pairs_at_a_time = num_pairs.div_ceil(num_pairs.div_ceil(most));
+        let mut work = Work { finished: None, next_slot: 0, sums };
+        for first in (0..num_pairs).step_by(pairs_at_a_time) {
+            let pairs = first..num_pairs.min(first + pairs_at_a_time);
+            for pass in self.passes(&blocks) {
+                let next = self.next_weights(&blocks, &pass, pairs.end < num_pairs);
+                self.run_pass(&mut tiles, &pass, pairs.clone(), next, &mut work);
+            }
         }
+        self.write_finished(&mut work, 2 * TILE_ROWS);
     }
 
     /// Blocks of one pass: of one matrix, or the same of both.
@@ -77,12 +78,9 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
         if self.up.is_some() { 1 } else { 2 }
     }
 
-    /// The right operands of a pass, from `step` on; the second is missing at an odd end.
-    fn rights(&self, blocks: &Range<usize>, step: usize) -> (Right, Option<Right>) {
-        let right = |block: *const u8| Right {
-            start: block.wrapping_add(step * TILE_BYTES),
-            row_stride: ROW_BYTES,
-        };
+    /// The right operands of a pass; the second is missing at an odd end.
+    fn rights(&self, blocks: &Range<usize>) -> (Right, Option<Right>) {
+        let right = |start: *const u8| Right { start, row_stride: ROW_BYTES };
         let first = self.main.blocks.block(blocks.start);
         let second = match &self.up {
             Some(up) => Some(up.blocks.block(blocks.start)),
@@ -99,57 +97,33 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
             self.x.line(row, step).cast::<u8>()
         };
         let (upper, lower) = (tile(2 * pair), tile(2 * pair + 1));
-        Left {
-            upper,
-            lower,
-            row_stride: ROW_BYTES,
-            step: self.x.rows_per_tile() * ROW_BYTES,
-            next_upper: upper,
-            next_lower: lower,
-        }
+        Left { upper, lower, row_stride: ROW_BYTES, step: self.x.rows_per_tile() * ROW_BYTES }
     }
 
-    /// What a pass multiplies by a pair of tiles of rows, from `step` on.
-    fn operands(&self, blocks: &Range<usize>, pair: usize, step: usize) -> Operands {
-        let (first, second) = self.rights(blocks, step);
+    /// What a pass multiplies by a pair of tiles of rows.
+    fn operands(&self, blocks: &Range<usize>, pair: usize) -> Operands {
+        let (first, second) = self.rights(blocks);
         let is_alone = self.x.num_tiles() == 1;
-        Operands { left: self.left(pair, step), first, second, is_alone }
+        Operands { left: self.left(pair, 0), first, second, is_alone }
     }
 
-    /// Few rows.
-    fn stream(&self, tiles: &mut Tiles, blocks: Range<usize>, scratch: &mut Scratch) {
-        let sums = sums_of(scratch.take_words(4 * TILE_LEN));
-        let ahead_bytes = self.blocks_per_pass() * self.main.blocks.block_bytes;
-        for pass in self.passes(&blocks) {
-            tiles.clear();
-            let ahead = self.weights(&pass, 0).map(|start| start.wrapping_add(ahead_bytes));
-            let mut operands = self.operands(&pass, 0, 0);
-            // SAFETY: blocks have all steps, and rows have room to be read as whole tiles.
-            unsafe { operands.multiply::<E>(tiles, self.x.steps, Some(ahead)) }
-            tiles.store(&mut sums[0]);
-            self.write_pass(pass, sums);
-        }
-    }
-
-    /// Where the weights of a pass begin, from `step` on: of both blocks, or twice of the one.
-    fn weights(&self, blocks: &Range<usize>, step: usize) -> Ahead {
-        let (first, second) = self.rights(blocks, step);
-        [first.start, second.unwrap_or(first).start]
-    }
-
-    /// The weights that are needed after those of `pass` and `steps`, if this task needs any.
+    /// Where the weights begin that are needed after those of `pass`: of both blocks, or twice of
+    /// the one. None after the last, unless it goes on with the first.
     fn next_weights(
         &self,
         blocks: &Range<usize>,
         pass: &Range<usize>,
-        steps: &Range<usize>,
-    ) -> Option<Ahead> {
-        let pass_of = |start: usize| start..blocks.end.min(start + self.blocks_per_pass());
-        if pass.end < blocks.end {
-            Some(self.weights(&pass_of(pass.end), steps.start))
+        begins_again: bool,
+    ) -> Option<[*const u8; 2]> {
+        let start = if pass.end < blocks.end {
+            pass.end
+        } else if begins_again {
+            blocks.start
         } else {
-            (steps.end < self.x.steps).then(|| self.weights(&pass_of(blocks.start), steps.end))
-        }
+            return None;
+        };
+        let (first, second) = self.rights(&(start..blocks.end.min(start + self.blocks_per_pass())));
+        Some([first.start, second.unwrap_or(first).start])
     }
 
     /// Writes the sums of few rows.
@@ -163,58 +137,40 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
         blocks.clone().step_by(len).map(move |block| block..end.min(block + len))
     }
 
-    /// Many rows: some pairs of tiles of them.
-    fn reuse(
+    /// Multiplies the blocks of a pass by some pairs of tiles of rows, asks for the next weights,
+    /// and writes what was finished before.
+    fn run_pass(
         &self,
         tiles: &mut Tiles,
+        pass: &Range<usize>,
         pairs: Range<usize>,
-        blocks: Range<usize>,
-        scratch: &mut Scratch,
+        next: Option<[*const u8; 2]>,
+        work: &mut Work<'_>,
     ) {
-        let num_slices = self.x.steps.div_ceil(SLICE_STEPS);
-        let slice_steps = self.x.steps.div_ceil(num_slices);
-        let num_passes = blocks.len().div_ceil(self.blocks_per_pass());
-        // Between slices all accumulators are kept, else the last ones until they are written.
-        let kept = if num_slices > 1 { num_passes * pairs.len() } else { 2 };
-        let sums = sums_of(scratch.take_words(kept * 4 * TILE_LEN));
-        let mut finished: Option<Finished> = None;
-        for first_step in (0..self.x.steps).step_by(slice_steps) {
-            let steps = first_step..self.x.steps.min(first_step + slice_steps);
-            for (i, pass) in self.passes(&blocks).enumerate() {
-                let next = self.next_weights(&blocks, &pass, &steps);
-                for pair in pairs.clone() {
-                    let slot = (i * pairs.len() + pair - pairs.start) % kept;
-                    if first_step == 0 {
-                        tiles.clear();
-                    } else {
-                        tiles.load(&sums[slot]);
-                    }
-                    let mut operands = self.operands(&pass, pair, first_step);
-                    let parts =
-                        Parts { steps: steps.clone(), i: pair - pairs.start, len: pairs.len() };
-                    for (part, is_ahead) in parts.iter() {
-                        let skipped = (part.start - steps.start) * TILE_BYTES;
-                        let ahead = next.filter(|_| is_ahead);
-                        let ahead = ahead.map(|next| next.map(|start| start.wrapping_add(skipped)));
-                        // SAFETY: blocks have all steps, and rows have room to be read as whole
-                        // tiles.
-                        unsafe { operands.multiply::<E>(tiles, part.len(), ahead) }
-                        if let Some(finished) = &mut finished {
-                            self.write(finished, sums, 2 * TILE_ROWS / Parts::MOST);
-                        }
-                    }
-                    if let Some(finished) = &mut finished {
-                        self.write(finished, sums, 2 * TILE_ROWS);
-                    }
-                    tiles.store(&mut sums[slot]);
-                    if steps.end == self.x.steps {
-                        finished = Some(Finished::new(slot, pair, pass.clone()));
-                    }
-                }
+        let part_steps = self.x.steps.div_ceil(PARTS);
+        let spread = Spread::over(pairs.len());
+        for pair in pairs.clone() {
+            tiles.clear();
+            let mut operands = self.operands(pass, pair);
+            let mut ahead = spread.of_pair(pair - pairs.start, self.x.steps, next);
+            for first_step in (0..self.x.steps).step_by(part_steps) {
+                let steps = part_steps.min(self.x.steps - first_step);
+                // SAFETY: blocks have all steps, and rows have room to be read as whole tiles.
+                unsafe { operands.multiply::<E>(tiles, steps, &mut ahead) }
+                self.write_finished(work, 2 * TILE_ROWS / PARTS);
             }
+            self.write_finished(work, 2 * TILE_ROWS);
+            let slot = work.next_slot;
+            tiles.store(&mut work.sums[slot]);
+            work.finished = Some(Finished::new(slot, pair, pass.clone()));
+            work.next_slot = 1 - slot;
         }
-        if let Some(mut finished) = finished {
-            self.write(&mut finished, sums, 2 * TILE_ROWS);
+    }
+
+    /// Writes the next rows of what is finished, if anything is.
+    fn write_finished(&self, work: &mut Work<'_>, num_rows: usize) {
+        if let Some(finished) = &mut work.finished {
+            self.write(finished, work.sums, num_rows);
         }
     }
 
@@ -271,8 +227,7 @@ struct Operands {
 }
 
 impl Operands {
-    /// Adds the products of as many steps, and goes on behind them. With `ahead`, as many steps of
-    /// these weights are asked for meanwhile.
+    /// Adds the products of as many steps, and goes on behind them, with what is asked for too.
     ///
     /// # Safety
     /// There must be so many steps.
@@ -281,23 +236,17 @@ impl Operands {
         &mut self,
         tiles: &mut Tiles,
         steps: usize,
-        ahead: Option<Ahead>,
+        ahead: &mut Ahead,
     ) {
-        let (mut left, first) = (self.left, self.first);
-        if let Some([first, second]) = ahead {
-            left.next_upper = first;
-            left.next_lower = second;
-        }
+        let (left, first) = (self.left, self.first);
         // SAFETY: the same contract.
         unsafe {
-            match (self.second, ahead) {
-                (Some(second), None) => tiles.multiply_two::<E>(left, first, second, steps),
-                (Some(second), Some(_)) if self.is_alone => {
-                    tiles.stream_upper::<E>(left, first, second, steps);
+            match self.second {
+                Some(second) if self.is_alone => {
+                    tiles.multiply_upper::<E>(left, first, second, steps, *ahead);
                 }
-                (Some(second), Some(_)) => tiles.stream_two::<E>(left, first, second, steps),
-                (None, None) => tiles.multiply_one::<E>(left, first, steps),
-                (None, Some(_)) => tiles.stream_one::<E>(left, first, steps),
+                Some(second) => tiles.multiply_two::<E>(left, first, second, steps, *ahead),
+                None => tiles.multiply_one::<E>(left, first, steps, *ahead),
             }
         }
         let skip = |start: &mut *const u8, bytes: usize| *start = start.wrapping_add(steps * bytes);
@@ -307,7 +256,47 @@ impl Operands {
         if let Some(second) = &mut self.second {
             skip(&mut second.start, TILE_BYTES);
         }
+        skip(&mut ahead.first, ahead.lines * LINE_BYTES);
+        skip(&mut ahead.second, ahead.lines * LINE_BYTES);
     }
+}
+
+/// How a pass's requests for the next weights are spread over its pairs of tiles of rows: memory
+/// needs the time of all pairs to bring them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Spread {
+    /// Pairs beside which weights are asked for, from the first on.
+    pairs: usize,
+    /// Lines of each block that a step asks for.
+    lines: usize,
+}
+
+impl Spread {
+    fn over(num_pairs: usize) -> Spread {
+        let pairs = (1 << num_pairs.ilog2()).min(Ahead::MOST / Ahead::LEAST);
+        Spread { pairs, lines: Ahead::MOST / pairs }
+    }
+
+    /// What is asked for beside pair `i`.
+    fn of_pair(self, i: usize, steps: usize, next: Option<[*const u8; 2]>) -> Ahead {
+        match next {
+            Some(next) if i < self.pairs => {
+                let skipped = i * steps * self.lines * LINE_BYTES;
+                let [first, second] = next.map(|start| start.wrapping_add(skipped));
+                Ahead { first, second, lines: self.lines }
+            }
+            _ => Ahead::NOTHING,
+        }
+    }
+}
+
+/// Sums on their way to where they are written.
+struct Work<'a> {
+    finished: Option<Finished>,
+    /// Where the next are stored.
+    next_slot: usize,
+    /// Those that are being written, and those that come next.
+    sums: &'a mut [Sums],
 }
 
 /// Sums of a pair of tiles of rows that are being written while the next are computed: tiles
@@ -325,29 +314,36 @@ impl Finished {
     }
 }
 
-/// The steps of a slice for pair `i` of `len`, in parts. Each part of the next pass's weights is
-/// asked for beside the same part of one pair: memory needs the time of all pairs to bring them.
-struct Parts {
-    steps: Range<usize>,
-    i: usize,
-    len: usize,
-}
-
-impl Parts {
-    /// Most parts of a slice: enough to write finished rows between them, and no more.
-    const MOST: usize = 2;
-
-    fn iter(self) -> impl Iterator<Item = (Range<usize>, bool)> {
-        let Parts { steps, i, len } = self;
-        let part_steps = steps.len().div_ceil(Parts::MOST);
-        let num_parts = steps.len().div_ceil(part_steps);
-        steps.clone().step_by(part_steps).enumerate().map(move |(part, start)| {
-            (start..steps.end.min(start + part_steps), part * len / num_parts == i)
-        })
-    }
-}
-
 /// Words as accumulators.
 pub fn sums_of(words: &mut [u32]) -> &mut [Sums] {
     words.as_chunks_mut().0.as_chunks_mut().0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_line_of_the_next_weights_is_asked_for_once() {
+        const STEPS: usize = 14;
+        let starts = [1 << 20, 2 << 20];
+        for num_pairs in 1..40 {
+            let spread = Spread::over(num_pairs);
+            let mut asked = [vec![0; STEPS * Ahead::MOST], vec![0; STEPS * Ahead::MOST]];
+            for pair in 0..num_pairs {
+                let next = Some(starts.map(|start| start as *const u8));
+                let ahead = spread.of_pair(pair, STEPS, next);
+                for (asked, (from, start)) in
+                    asked.iter_mut().zip([ahead.first, ahead.second].iter().zip(starts))
+                {
+                    let first = (*from as usize).saturating_sub(start) / LINE_BYTES;
+                    for line in 0..STEPS * ahead.lines {
+                        asked[first + line] += 1;
+                    }
+                }
+            }
+            assert!(asked.iter().flatten().all(|&times| times == 1), "{num_pairs} pairs");
+            assert_eq!(spread.of_pair(0, STEPS, None).lines, 0);
+        }
+    }
 }

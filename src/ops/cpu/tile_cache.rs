@@ -8,9 +8,10 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::amx::{Left, ROW_BYTES, TILE_LEN, TILE_ROWS};
+use super::amx::{ROW_BYTES, TILE_LEN, TILE_ROWS};
 use super::attention::AttendTile;
 use super::avx512::transpose16;
+use super::tile_products::Left;
 use super::tile_rows::TileRows;
 use super::tile_softmax::CHUNK;
 
@@ -25,14 +26,7 @@ pub const MAX_HEAD_DIM: usize = 256;
 /// Two tiles of keys of `dim` elements that follow each other.
 pub fn left(keys: *const u8, dim: usize) -> Left {
     let lower = keys.wrapping_add(TILE_ROWS * 2 * dim);
-    Left {
-        upper: keys,
-        lower,
-        row_stride: 2 * dim,
-        step: ROW_BYTES,
-        next_upper: keys,
-        next_lower: keys,
-    }
+    Left { upper: keys, lower, row_stride: 2 * dim, step: ROW_BYTES }
 }
 
 /// The cached vectors of one KV head of one sequence.

@@ -11,15 +11,18 @@ use std::arch::x86_64::*;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::amx::{Bf16, ROW_BYTES, Right, TILE_BYTES, TileElement, Tiles};
+use super::amx::{Bf16, ROW_BYTES, TILE_BYTES, TILE_ROWS, TileElement, Tiles};
 use super::avx512_bf16::Avx512Bf16;
 use super::share::Scratch;
-use super::tile_blocks::{BlockTask, FEW_ROWS, Half, sums_of};
+use super::tile_blocks::{BlockTask, Half, sums_of};
+use super::tile_products::{Ahead, Right};
 use super::tile_write::ScaleCols;
 use super::weight_blocks::{Blocks, SliceScales};
 use super::wide_simd::Words;
 use crate::formats::blocks::{LINE_BYTES, WORD_BYTES};
 
+/// Up to this many rows, codes are widened once: one pair of tiles.
+const FEW_ROWS: usize = 2 * TILE_ROWS;
 /// Lines of codes of a step: a tile of bf16.
 const STEP_LINES: usize = Bf16::PER_ROW / WORD_BYTES;
 /// Bytes of codes of a step.
@@ -96,9 +99,11 @@ impl<W: Words<Avx512Bf16>> CodedTask<'_, W> {
             // SAFETY: these steps were widened; rows have room to be read as whole tiles.
             unsafe {
                 match second {
-                    Some(_) if is_alone => tiles.multiply_upper::<Bf16>(left, right, lower, 1),
-                    Some(_) => tiles.multiply_two::<Bf16>(left, right, lower, 1),
-                    None => tiles.multiply_one::<Bf16>(left, right, 1),
+                    Some(_) if is_alone => {
+                        tiles.multiply_upper::<Bf16>(left, right, lower, 1, Ahead::NOTHING);
+                    }
+                    Some(_) => tiles.multiply_two::<Bf16>(left, right, lower, 1, Ahead::NOTHING),
+                    None => tiles.multiply_one::<Bf16>(left, right, 1, Ahead::NOTHING),
                 }
             }
         }
