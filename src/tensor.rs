@@ -7,6 +7,7 @@
 //! files.
 
 mod dtype;
+mod large_pages;
 mod memory;
 
 use std::any::Any;
@@ -18,7 +19,6 @@ use std::sync::Arc;
 
 pub use dtype::{DType, Element, Fp8};
 use memory::HostAllocation;
-pub use memory::prefer_large_pages;
 
 /// Alignment of owned tensors in bytes: one cache line, one AVX-512 register.
 pub const ALIGNMENT: usize = 64;

@@ -11,7 +11,6 @@ pub mod dense;
 pub mod fp8;
 pub mod int4;
 pub mod int8;
-pub mod joined;
 pub mod q8;
 
 use blocks::BLOCK_ROWS;

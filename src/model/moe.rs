@@ -6,16 +6,11 @@ use super::error::ModelError;
 use super::spec::{MlpSpec, MoeSpec};
 use super::workspace::{ExpertRows, Workspace};
 use crate::device::RankContext;
-use crate::formats::joined;
 use crate::ops::args::{
     Activation, Expert, ExpertMlpArgs, ExpertScratch, RouteExpertsArgs, Routing,
 };
 use crate::weights::Loader;
 use crate::weights::linear::{Linear, Partition};
-
-/// Experts whose matrices lie in one piece of memory: enough to fill large pages, few enough to
-/// be in memory twice while they are moved.
-const EXPERTS_JOINED: usize = 16;
 
 /// One layer's router and experts.
 pub struct Moe {
@@ -35,7 +30,11 @@ impl Moe {
         let shape = [router.out_features, router.in_features];
         Ok(Moe {
             router: Linear::router(loader, &router.name, shape)?,
-            experts: load_experts(&spec.experts, loader)?,
+            experts: spec
+                .experts
+                .iter()
+                .map(|spec| load_expert(spec, loader))
+                .collect::<Result<_, _>>()?,
             routing: spec.routing,
             experts_per_token: spec.experts_per_token,
             activation,
@@ -78,19 +77,6 @@ impl Moe {
         rank.comm.all_reduce(normed.rows_mut(num_tokens));
         std::mem::swap(hidden, normed);
     }
-}
-
-/// Loads experts, those of a few at a time into one piece of memory.
-fn load_experts(specs: &[MlpSpec], loader: &Loader<'_>) -> Result<Vec<Expert>, ModelError> {
-    let mut experts = Vec::with_capacity(specs.len());
-    for specs in specs.chunks(EXPERTS_JOINED) {
-        let start = experts.len();
-        for spec in specs {
-            experts.push(load_expert(spec, loader)?);
-        }
-        joined::join(experts[start..].iter_mut().flat_map(Expert::matrices_mut));
-    }
-    Ok(experts)
 }
 
 fn load_expert(spec: &MlpSpec, loader: &Loader<'_>) -> Result<Expert, ModelError> {

@@ -51,13 +51,6 @@ pub struct Expert {
     pub down: PackedMatrix,
 }
 
-impl Expert {
-    /// All of them.
-    pub fn matrices_mut(&mut self) -> [&mut PackedMatrix; 3] {
-        [&mut self.gate, &mut self.up, &mut self.down]
-    }
-}
-
 /// See [`crate::ops::Ops::expert_mlp`].
 pub struct ExpertMlpArgs<'a> {
     /// `[num_tokens, out_features]`.

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::tensor::prefer_large_pages;
+use crate::tensor::{DType, Tensor};
 
 /// A mutable slice whose parts go to different tasks.
 #[derive(Clone, Copy)]
@@ -53,35 +53,24 @@ pub fn settle_stores() {
     }
 }
 
-/// A cache line of f32.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([f32; 16]);
-
 /// Scratch memory that grows to the largest size ever asked for and stays there.
 #[derive(Default)]
 pub struct Scratch {
-    lines: Vec<Line>,
+    /// f32.
+    memory: Option<Tensor>,
 }
 
 impl Scratch {
     /// `len` floats with any content, aligned to a cache line.
     pub fn take(&mut self, len: usize) -> &mut [f32] {
-        let num_lines = len.div_ceil(16);
-        if self.lines.len() < num_lines {
-            self.reserve(len);
-            self.lines.resize(num_lines, Line([0.0; 16]));
-        }
-        // SAFETY: a line is sixteen f32 without padding, and the borrow is exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<f32>(), len) }
+        self.reserve(len);
+        self.memory.as_mut().map_or(&mut [], |memory| &mut memory.as_mut_slice()[..len])
     }
 
     /// Makes room for `len` floats without touching it.
     pub fn reserve(&mut self, len: usize) {
-        let missing = len.div_ceil(16).saturating_sub(self.lines.len());
-        if self.lines.capacity() - self.lines.len() < missing {
-            self.lines.reserve(missing);
-            prefer_large_pages(self.lines.spare_capacity_mut());
+        if self.memory.as_ref().is_none_or(|memory| memory.shape().len() < len) {
+            self.memory = Some(Tensor::zeros_on_large_pages(DType::F32, [len]));
         }
     }
 
