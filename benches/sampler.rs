@@ -42,6 +42,7 @@ fn sampler(criterion: &mut Criterion) {
                 prompt_token_ids: &[],
                 output_token_ids: &[],
                 banned_token_ids: &[],
+                bitmask: None,
             };
             let rows: Vec<SampleRow<'_>> = (0..num_rows).map(row).collect();
             criterion.bench_function(&format!("sample {name}, {num_rows} rows"), |bencher| {

@@ -4,7 +4,7 @@
 //   input  words (u32): ROW_WORDS per row, then what rows point to (layout: ops/cuda/sample.rs)
 //   output words: OUT_WORDS per row, then the most likely tokens of rows that want them
 //
-// The order of work is the referee's (ops/reference/sample.rs): masks, bias, penalties,
+// The order of work is the referee's (ops/reference/sample.rs): bitmask, lists, bias, penalties,
 // temperature, min-p, top-k, top-p, and a draw by inverse CDF in ascending token id. NaN is -inf.
 //
 // A block per row. Weights e^(x - max) are integers of 2^-44, so that sums have the same bits in
@@ -28,13 +28,14 @@ constexpr int BINS = 256;
 // 2^18 weights of at most 1 still fit into 64 bits, and what truncation loses of them all is 2^-26.
 constexpr float WEIGHT_ONE = 0x1p44f;
 
-enum Flag : uint32_t { SCORE = 1, REPORT = 2, HAS_ALLOWED = 4, HAS_MIN_P = 8 };
+enum Flag : uint32_t { SCORE = 1, REPORT = 2, HAS_ALLOWED = 4, HAS_MIN_P = 8, HAS_BITMASK = 16 };
 enum EditFlag : uint32_t { BANNED = 1, SEEN = 2 };
 constexpr int COUNT_SHIFT = 2;
 
 using u64 = unsigned long long;
 
-// One row's words, as ops/cuda/sample.rs writes them.
+// One row's words, as ops/cuda/sample.rs writes them. The words of its bitmask, where it has one,
+// follow its allowed tokens: bits of all tokens, and none beyond.
 struct Row {
   uint32_t flags, token_id;
   float temperature;
@@ -275,12 +276,37 @@ __device__ void undo(float* logits, const Row& row, const uint32_t* words) {
   __syncthreads();
 }
 
-// A bit per allowed token.
-__device__ void mark_allowed(uint32_t* bits, int size, const uint32_t* ids, uint32_t num_ids) {
-  for (int i = threadIdx.x; i < (size + 31) / 32; i += blockDim.x) bits[i] = 0;
+// A bit per token that the list of allowed tokens, where there is one, and the bitmask, where
+// there is one, both allow.
+__device__ void mark_allowed(uint32_t* bits, int size, const Row& row, const uint32_t* words) {
+  const uint32_t* const ids = words + row.first_allowed;
+  const uint32_t* const bitmask = ids + row.num_allowed;
+  const bool has_list = row.flags & HAS_ALLOWED, has_bitmask = row.flags & HAS_BITMASK;
+  const int num_words = (size + 31) / 32;
+  for (int i = threadIdx.x; i < num_words; i += blockDim.x) bits[i] = has_list ? 0 : bitmask[i];
   __syncthreads();
-  for (uint32_t i = threadIdx.x; i < num_ids; i += blockDim.x) atomicOr(&bits[ids[i] / 32], 1u << (ids[i] % 32));
+  if (!has_list) return;
+  for (uint32_t i = threadIdx.x; i < row.num_allowed; i += blockDim.x) atomicOr(&bits[ids[i] / 32], 1u << (ids[i] % 32));
   __syncthreads();
+  if (!has_bitmask) return;
+  for (int i = threadIdx.x; i < num_words; i += blockDim.x) bits[i] &= bitmask[i];
+  __syncthreads();
+}
+
+// Where nothing may be chosen: the first of the most likely tokens among those that the bitmask
+// allows; of all, where it allows none.
+__device__ int unchoosable(const Logits& raw, const Row& row, const uint32_t* words) {
+  u64 mine;
+  if (row.flags & HAS_BITMASK) {
+    const uint32_t* const bitmask = words + row.first_allowed + row.num_allowed;
+    u64 best = 0;  // less than any allowed token: keys of -inf are not 0
+    raw.for_mine([&](int i, float x) {
+      if (bitmask[i / 32] >> (i % 32) & 1) best = Max()(best, static_cast<u64>(key_of(x)) << 32 | ~static_cast<uint32_t>(i));
+    });
+    best = block_reduce(best, Max(), 0ull);
+    if (best != 0) return index_of(best);
+  }
+  return index_of(argmax(raw, mine));
 }
 
 // Narrows scaled logits by min-p, top-k and top-p, and draws. `max` is the largest of them.
@@ -314,8 +340,8 @@ __device__ int draw(const Logits& scaled, u64 mine, float max, const Row& row) {
 
 __device__ int choose(float* x, int size, const Row& row, uint32_t* words, uint32_t* allowed_bits) {
   const Logits raw{x, size, nullptr, 1.0f};
-  const bool has_allowed = row.flags & HAS_ALLOWED;
-  if (has_allowed) mark_allowed(allowed_bits, size, words + row.first_allowed, row.num_allowed);
+  const bool has_allowed = row.flags & (HAS_ALLOWED | HAS_BITMASK);
+  if (has_allowed) mark_allowed(allowed_bits, size, row, words);
   edit(x, row, words);
   Logits logits{x, size, has_allowed ? allowed_bits : nullptr, 1.0f};
   u64 mine;
@@ -327,7 +353,7 @@ __device__ int choose(float* x, int size, const Row& row, uint32_t* words, uint3
     chosen = draw(logits, mine, __fdiv_rn(largest_of(best), row.temperature), row);
   }
   undo(x, row, words);
-  return none ? index_of(argmax(raw, mine)) : chosen;
+  return none ? unchoosable(raw, row, words) : chosen;
 }
 
 // The most likely tokens, in no order, after what log-probabilities are computed from.
@@ -351,7 +377,7 @@ __device__ void report(const Logits& raw, const Row& row, uint32_t* out, uint32_
   __syncthreads();
 }
 
-// Block: whole warps. Dynamic shared memory: a bit per token where any row has allowed tokens.
+// Block: whole warps. Dynamic shared memory: a bit per token where any row has a list of allowed tokens or a bitmask.
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) sample_f32(float* logits, uint32_t* words, uint32_t* output, int vocab_size) {
   SIMT_DYN_SHARED(uint32_t, allowed_bits);
   const Row row = reinterpret_cast<const Row*>(words)[blockIdx.x];

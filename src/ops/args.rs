@@ -4,12 +4,13 @@
 //! Backends call it first and trust it afterwards.
 
 mod experts;
+mod sampling;
 
 pub use experts::*;
+pub use sampling::*;
 
 use super::kv_tensor::{KvView, KvViewMut};
 use crate::formats::PackedMatrix;
-use crate::request::SamplingParams;
 use crate::tensor::{DType, View, ViewMut};
 
 /// See [`super::Ops::embed`].
@@ -334,49 +335,4 @@ pub struct CopyBlocksArgs<'a> {
     pub v_cache: KvViewMut<'a>,
     /// `(source, destination)` block ids; no destination is also a source.
     pub pairs: &'a [(u32, u32)],
-}
-
-/// What to do with one row of logits.
-pub enum RowTask {
-    /// Choose a token.
-    Sample,
-    /// Report the log-probability of this token without choosing (prompt log-probabilities).
-    Score {
-        /// The token to report.
-        token_id: u32,
-    },
-}
-
-/// One row of a [`SampleArgs`].
-pub struct SampleRow<'a> {
-    /// Choose or score.
-    pub task: RowTask,
-    /// How to choose. For `Score` rows `prompt_logprobs` says how many alternatives to report.
-    pub params: &'a SamplingParams,
-    /// Seed of this continuation.
-    pub seed: u64,
-    /// Position of the token to choose; with the seed it determines the random number.
-    pub position: u32,
-    /// Prompt tokens, when a penalty needs them; else empty.
-    pub prompt_token_ids: &'a [u32],
-    /// Tokens generated so far, when a penalty needs them; else empty.
-    pub output_token_ids: &'a [u32],
-    /// Tokens that must not be chosen here (end tokens before `min_tokens`).
-    pub banned_token_ids: &'a [u32],
-}
-
-/// See [`super::Ops::sample`]. Logits are scratch: a backend may overwrite them.
-pub struct SampleArgs<'a> {
-    /// `[num_rows, vocab_size]`, f32.
-    pub logits: ViewMut<'a>,
-    /// One per row of `logits`.
-    pub rows: &'a [SampleRow<'a>],
-}
-
-impl SampleArgs<'_> {
-    /// Panics unless the shapes agree.
-    pub fn check(&self) {
-        assert_eq!(self.logits.size(0), self.rows.len(), "sample: rows");
-        assert_eq!(self.logits.dtype(), DType::F32, "sample: logits");
-    }
 }

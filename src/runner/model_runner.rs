@@ -207,5 +207,6 @@ fn sample_row<'a>(batch: &'a ScheduledBatch, wanted: &WantedRow) -> SampleRow<'a
         prompt_token_ids: &batch.history[seq.prompt_history.clone()],
         output_token_ids: &batch.history[seq.output_history.clone()],
         banned_token_ids: &batch.banned[seq.banned.clone()],
+        bitmask: None,
     }
 }

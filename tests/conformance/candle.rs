@@ -177,6 +177,7 @@ fn log_probabilities_are_candles() {
         prompt_token_ids: &[],
         output_token_ids: &[],
         banned_token_ids: &[],
+        bitmask: None,
     };
     let scored = ReferenceOps
         .sample(SampleArgs { logits: ViewMut::of(&mut logits, [1, 777]), rows: &[row] });

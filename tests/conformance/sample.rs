@@ -1,10 +1,10 @@
-//! The sampler: every option alone and together, ties, masks, broken logits.
+//! The sampler: every option alone and together, ties, bitmasks, broken logits.
 //!
 //! Tokens must be the referee's own. Backends sum weights in f32 where the referee uses f64,
 //! so a draw within 1e-6 of a token's edge could differ; the seeds here keep clear of edges.
 
 use tokenmill::ops::Ops;
-use tokenmill::ops::args::{RowTask, SampleArgs, SampleRow};
+use tokenmill::ops::args::{RowTask, SampleArgs, SampleRow, TokenBitmask};
 use tokenmill::ops::reference::ReferenceOps;
 use tokenmill::output::SampledToken;
 use tokenmill::request::SamplingParams;
@@ -22,8 +22,9 @@ pub fn check(ops: &dyn Ops) {
             let logits = logits(vocab, spread);
             for (name, params) in params(vocab) {
                 let what = format!("{} sample {vocab} {shape} {name}", ops.name());
-                compare(ops, &what, &logits, &params);
+                compare(ops, &what, &logits, &params, None);
             }
+            masked(ops, shape, &logits);
         }
     }
     broken_logits(ops);
@@ -83,8 +84,56 @@ fn params(vocab: usize) -> Vec<(&'static str, SamplingParams)> {
     ]
 }
 
+/// Words around those that a vocabulary needs, with bits of tokens that it does not have.
+fn bitmasks(vocab: usize) -> Vec<(&'static str, Vec<u32>)> {
+    let num_words = vocab.div_ceil(32);
+    let rng = &mut Rng::new(vocab as u64 + 2);
+    let mut random = |num_words: usize| (0..num_words).map(|_| rng.below(1 << 32) as u32).collect();
+    let only = |id: usize| (0..num_words).map(|i| u32::from(i == id / 32) << (id % 32)).collect();
+    let mut beyond = vec![0; num_words + 2];
+    beyond[num_words..].fill(u32::MAX);
+    if !vocab.is_multiple_of(32) {
+        beyond[num_words - 1] = u32::MAX << (vocab % 32);
+    }
+    vec![
+        ("half of all", random(num_words)),
+        ("half of all and more words", random(num_words + 2)),
+        ("half of the first", random(num_words / 2)),
+        ("the last", only(vocab - 1)),
+        ("the banned", only(1.min(vocab - 1))),
+        ("all", vec![u32::MAX; num_words]),
+        ("none", vec![0; num_words]),
+        ("none, without words", vec![]),
+        ("none but what does not exist", beyond),
+    ]
+}
+
+/// Bitmasks beside options that they meet.
+fn masked(ops: &dyn Ops, shape: &str, logits: &[f32]) {
+    let vocab = logits.len();
+    let meets = |name: &str| {
+        ["greedy", "plain", "top-k 5", "top-p 0.5", "allowed", "none allowed", "everything"]
+            .contains(&name)
+    };
+    // The referee sorts: of a realistic vocabulary a few rows are enough.
+    let (num_masks, num_params) = if vocab > 1000 { (2, 2) } else { (usize::MAX, usize::MAX) };
+    for (mask, words) in bitmasks(vocab).into_iter().take(num_masks) {
+        let params = params(vocab).into_iter().filter(|(name, _)| meets(name));
+        for (name, params) in params.take(num_params) {
+            let what = format!("{} sample {vocab} {shape} {name}, bitmask: {mask}", ops.name());
+            compare(ops, &what, logits, &params, Some(TokenBitmask::new(&words)));
+        }
+    }
+}
+
 /// Draws at several positions, with and without log-probabilities, with history and bans.
-fn compare(ops: &dyn Ops, what: &str, logits: &[f32], params: &SamplingParams) {
+fn compare(
+    ops: &dyn Ops,
+    what: &str,
+    logits: &[f32],
+    params: &SamplingParams,
+    bitmask: Option<TokenBitmask<'_>>,
+) {
     let vocab = logits.len();
     let rng = &mut Rng::new(vocab as u64 + 1);
     let prompt: Vec<u32> = (0..20).map(|_| rng.below(vocab + 2) as u32).collect();
@@ -98,6 +147,7 @@ fn compare(ops: &dyn Ops, what: &str, logits: &[f32], params: &SamplingParams) {
         prompt_token_ids: &prompt,
         output_token_ids: &output,
         banned_token_ids: &[1, 1 << 30],
+        bitmask,
     };
     let score = RowTask::Score { token_id: rng.below(vocab) as u32 };
     let rows = [
@@ -156,8 +206,10 @@ fn broken_logits(ops: &dyn Ops) {
     ];
     for (i, logits) in rows.iter().enumerate() {
         for (name, params) in params(40) {
-            compare(ops, &format!("{} broken logits {i} {name}", ops.name()), logits, &params);
+            let what = format!("{} broken logits {i} {name}", ops.name());
+            compare(ops, &what, logits, &params, None);
         }
+        masked(ops, &format!("broken logits {i}"), logits);
     }
 }
 
@@ -167,6 +219,8 @@ fn many_rows(ops: &dyn Ops) {
     let all = params(vocab);
     let rng = &mut Rng::new(77);
     let logits: Vec<f32> = rng.floats(vocab * num_rows).iter().map(|x| 6.0 * x).collect();
+    let masks = bitmasks(vocab);
+    let mask = |i: usize| TokenBitmask::new(&masks[i / 3 % masks.len()].1);
     let row = |i: usize| SampleRow {
         task: RowTask::Sample,
         params: &all[i % all.len()].1,
@@ -175,6 +229,7 @@ fn many_rows(ops: &dyn Ops) {
         prompt_token_ids: &[1, 2, 3],
         output_token_ids: &[3, 4],
         banned_token_ids: &[],
+        bitmask: i.is_multiple_of(3).then(|| mask(i)),
     };
     let rows: Vec<SampleRow<'_>> = (0..num_rows).map(row).collect();
     let mut scratch = logits.clone();
@@ -198,6 +253,7 @@ fn draws_follow_the_probabilities() {
         prompt_token_ids: &[],
         output_token_ids: &[],
         banned_token_ids: &[],
+        bitmask: None,
     };
     let rows: Vec<SampleRow<'_>> = (0..8000).map(row).collect();
     for_each_backend(|ops| {
@@ -212,11 +268,71 @@ fn draws_follow_the_probabilities() {
     });
 }
 
+/// One row with bans, of logits of which nothing else is wanted.
+fn choose_masked(ops: &dyn Ops, logits: &[f32], words: &[u32], banned: &[u32]) -> u32 {
+    let row = SampleRow {
+        task: RowTask::Sample,
+        params: &SamplingParams::default(),
+        seed: 9,
+        position: 3,
+        prompt_token_ids: &[],
+        output_token_ids: &[],
+        banned_token_ids: banned,
+        bitmask: Some(TokenBitmask::new(words)),
+    };
+    sample(ops, logits, &[row])[0].token_id
+}
+
+#[test]
+fn a_grammar_gives_way_last() {
+    let inf = f32::INFINITY;
+    let logits: Vec<f32> = (0..40).map(|id| if id < 35 { id as f32 } else { -inf }).collect();
+    let word = |ids: &[u32]| ids.iter().fold(0, |word, id| word | 1 << id);
+    let check = |ops: &dyn Ops| {
+        let choose = |words: &[u32], banned: &[u32]| choose_masked(ops, &logits, words, banned);
+        // What is banned is chosen before what the grammar forbids, the most likely of it.
+        assert_eq!(choose(&[word(&[5, 7, 6])], &[5, 6, 7]), 7);
+        // Of what is impossible, the first.
+        assert_eq!(choose(&[0, word(&[5, 7, 6])], &[]), 37);
+        // A bitmask that allows nothing is no bitmask.
+        assert_eq!(choose(&[0, 0], &[]), 34);
+        assert_eq!(choose(&[], &[]), 34);
+    };
+    check(&ReferenceOps);
+    for_each_backend(check);
+}
+
+#[test]
+fn only_tokens_with_a_set_bit_are_drawn() {
+    let logits = logits(1000, 0.5);
+    let words: Vec<u32> = (0..20).map(|i| 0x1111_0001 << (i % 4)).collect();
+    let bitmask = TokenBitmask::new(&words);
+    let params = SamplingParams { temperature: 1.5, ..SamplingParams::default() };
+    let row = |position| SampleRow {
+        task: RowTask::Sample,
+        params: &params,
+        seed: 2,
+        position,
+        prompt_token_ids: &[],
+        output_token_ids: &[],
+        banned_token_ids: &[],
+        bitmask: Some(bitmask),
+    };
+    let rows: Vec<SampleRow<'_>> = (0..500).map(row).collect();
+    for_each_backend(|ops| {
+        let tokens = sample(ops, &logits, &rows);
+        let different: std::collections::BTreeSet<u32> =
+            tokens.iter().map(|token| token.token_id).collect();
+        assert!(different.iter().all(|&id| bitmask.allows(id)), "{different:?}");
+        assert!(different.len() > 60, "of 100 tokens only {different:?}");
+    });
+}
+
 #[test]
 fn the_referee_filters_by_hand_computed_sets() {
     // Probabilities 0.4, 0.3, 0.2, 0.1; token ids in mixed order.
     let logits: Vec<f32> = [0.2f32, 0.4, 0.1, 0.3].iter().map(|p| p.ln()).collect();
-    let possible = |params: SamplingParams| {
+    let possible_of = |params: SamplingParams, words: Option<&[u32]>| {
         let mut seen = std::collections::BTreeSet::new();
         for position in 0..300 {
             let row = SampleRow {
@@ -227,11 +343,13 @@ fn the_referee_filters_by_hand_computed_sets() {
                 prompt_token_ids: &[],
                 output_token_ids: &[1],
                 banned_token_ids: &[],
+                bitmask: words.map(TokenBitmask::new),
             };
             seen.insert(sample(&ReferenceOps, &logits, &[row])[0].token_id);
         }
         seen.into_iter().collect::<Vec<_>>()
     };
+    let possible = |params| possible_of(params, None);
     let plain = SamplingParams::default;
     assert_eq!(possible(plain()), [0, 1, 2, 3]);
     assert_eq!(possible(SamplingParams { top_k: 2, ..plain() }), [1, 3]);
@@ -245,4 +363,12 @@ fn the_referee_filters_by_hand_computed_sets() {
     assert_eq!(possible(SamplingParams { presence_penalty: penalty, ..plain() }), [0, 2, 3]);
     let logit_bias = vec![(2, 100.0)];
     assert_eq!(possible(SamplingParams { logit_bias, ..plain() }), [2]);
+    // Of 0.3, 0.2 and 0.1, the first is half and the first two are five sixths.
+    let masked = |params| possible_of(params, Some(&[0b1101]));
+    assert_eq!(masked(plain()), [0, 2, 3]);
+    assert_eq!(masked(SamplingParams { top_k: 2, ..plain() }), [0, 3]);
+    assert_eq!(masked(SamplingParams { top_p: 0.45, ..plain() }), [3]);
+    assert_eq!(masked(SamplingParams { top_p: 0.55, ..plain() }), [0, 3]);
+    assert_eq!(masked(SamplingParams { min_p: 0.5, ..plain() }), [0, 3]);
+    assert_eq!(masked(SamplingParams { temperature: 0.0, ..plain() }), [3]);
 }

@@ -334,6 +334,7 @@ fn sample(side: &mut Side<'_>) -> Result<(), OpsError> {
             prompt_token_ids: &[1, 2, 3],
             output_token_ids: &[4, 5],
             banned_token_ids: &[],
+            bitmask: None,
         };
         let rows: Vec<_> = (0..4).map(row).collect();
         let sampled = side.ops.sample(SampleArgs { logits: logits.view_mut(), rows: &rows });

@@ -1,8 +1,8 @@
 //! Choosing and scoring tokens on the device: one upload, one kernel, one download.
 //!
 //! The kernel reads words of 32 bits: a record per row, then the edits of single tokens (bias,
-//! bans, penalties; a token has one) and the lists of allowed tokens that records point to. It
-//! answers with a record per row and the most likely tokens where they are wanted;
+//! bans, penalties; a token has one), the lists of allowed tokens and the bitmasks that records
+//! point to. It answers with a record per row and the most likely tokens where they are wanted;
 //! log-probabilities are computed from those here. Random numbers are functions of seed and
 //! position and come along.
 //!
@@ -40,6 +40,7 @@ const SCORE: u32 = 1;
 const REPORT: u32 = 2;
 const HAS_ALLOWED: u32 = 4;
 const HAS_MIN_P: u32 = 8;
+const HAS_BITMASK: u32 = 16;
 
 const BANNED: u32 = 1;
 const SEEN: u32 = 2;
@@ -56,7 +57,7 @@ struct Buffers {
 
 /// Words of a buffer in which `rows` rows fit, or one row that has all that a row can have.
 fn capacity(rows: usize, vocab_size: usize) -> [usize; 2] {
-    let longest_lists = (EDIT_WORDS + 1) * vocab_size;
+    let longest_lists = (EDIT_WORDS + 1) * vocab_size + vocab_size.div_ceil(32);
     let longest_top = TOP_WORDS * vocab_size;
     [
         rows * ROW_WORDS + longest_lists.max(SHARED_WORDS),
@@ -184,6 +185,7 @@ impl Batch {
             (flags, token_id) = (flags | SCORE, scored);
         }
         flags |= if lists.allowed.is_some() { HAS_ALLOWED } else { 0 };
+        flags |= if lists.bitmask.is_empty() { 0 } else { HAS_BITMASK };
         flags |= if params.min_p > 0.0 { HAS_MIN_P } else { 0 };
         let allowed = lists.allowed.as_deref().unwrap_or(&[]);
         let first_edit = self.words.len();
@@ -212,9 +214,10 @@ impl Batch {
             self.words.extend([id, edit.bias.to_bits(), flags]);
         }
         self.words.extend(allowed);
+        self.words.extend(&lists.bitmask);
         self.tops.push((self.answer_words, num_top));
         self.answer_words += TOP_WORDS * num_top;
-        self.has_allowed |= lists.allowed.is_some();
+        self.has_allowed |= flags & (HAS_ALLOWED | HAS_BITMASK) != 0;
     }
 
     /// What the answer says of a row.
@@ -261,13 +264,16 @@ struct Lists {
     num_top: Option<usize>,
     edits: BTreeMap<u32, Edit>,
     allowed: Option<Vec<u32>>,
+    /// A bit per token; empty without a bitmask.
+    bitmask: Vec<u32>,
 }
 
 impl Lists {
     fn of(row: &SampleRow<'_>, vocab_size: usize) -> Lists {
         let num_top = num_top(row).map(|num_top| vocab_size.min(num_top as usize));
         if matches!(row.task, RowTask::Score { .. }) {
-            return Lists { num_top, edits: BTreeMap::new(), allowed: None };
+            let (edits, bitmask) = (BTreeMap::new(), Vec::new());
+            return Lists { num_top, edits, allowed: None, bitmask };
         }
         let exists = |id: u32| (id as usize) < vocab_size;
         let mut edits: BTreeMap<u32, Edit> = BTreeMap::new();
@@ -294,10 +300,12 @@ impl Lists {
             ids.dedup();
             ids
         });
-        Lists { num_top, edits, allowed }
+        let bitmask = row.bitmask.map(|bitmask| bitmask.words(vocab_size).collect());
+        Lists { num_top, edits, allowed, bitmask: bitmask.unwrap_or_default() }
     }
 
     fn words(&self) -> usize {
-        EDIT_WORDS * self.edits.len() + self.allowed.as_ref().map_or(0, Vec::len)
+        let allowed = self.allowed.as_ref().map_or(0, Vec::len);
+        EDIT_WORDS * self.edits.len() + allowed + self.bitmask.len()
     }
 }

@@ -1,10 +1,10 @@
 //! The referee's sampler: sorts the whole vocabulary and sums in f64.
 //!
-//! Order of work, as in vLLM: log-probabilities of the raw logits; allowed and banned tokens;
-//! bias; penalties; temperature; min-p; top-k; top-p; inverse CDF in ascending token id.
-//! A NaN logit counts as -inf. When nothing may be chosen, the argmax of the raw logits is.
+//! Order of work, as in vLLM: log-probabilities of the raw logits; bitmask, allowed and banned
+//! tokens; bias; penalties; temperature; min-p; top-k; top-p; inverse CDF in ascending token id.
+//! A NaN logit counts as -inf. What is chosen when nothing may be: [`SampleRow`].
 
-use crate::ops::args::{RowTask, SampleRow};
+use crate::ops::args::{RowTask, SampleRow, TokenBitmask};
 use crate::ops::random;
 use crate::output::{SampledToken, TokenLogprobs};
 use crate::request::SamplingParams;
@@ -45,13 +45,13 @@ fn token_logprobs(raw: &[f32], token_id: u32, num_top: u32) -> TokenLogprobs {
 fn choose(raw: &[f32], row: &SampleRow<'_>) -> u32 {
     let params = row.params;
     let mut logits = raw.to_vec();
-    mask(&mut logits, params, row.banned_token_ids);
+    mask(&mut logits, row);
     penalise(&mut logits, params, row.prompt_token_ids, row.output_token_ids);
     for x in &mut logits {
         *x = if x.is_nan() { f32::NEG_INFINITY } else { *x };
     }
     if maximum(&logits) == f32::NEG_INFINITY {
-        return argmax(raw);
+        return unchoosable(raw, row.bitmask);
     }
     if params.temperature == 0.0 {
         return argmax(&logits);
@@ -63,8 +63,21 @@ fn choose(raw: &[f32], row: &SampleRow<'_>) -> u32 {
     inverse_cdf(&logits, random::uniform(row.seed, row.position))
 }
 
+/// The most likely token that the bitmask allows, or, where it allows none, of all.
+fn unchoosable(raw: &[f32], bitmask: Option<TokenBitmask<'_>>) -> u32 {
+    let is_allowed = |id: u32| bitmask.is_none_or(|bitmask| bitmask.allows(id));
+    let ids = || descending(raw).into_iter().map(|id| id as u32);
+    ids().find(|&id| is_allowed(id)).unwrap_or_else(|| argmax(raw))
+}
+
 /// Leaves only allowed tokens that are not banned, then adds the bias.
-fn mask(logits: &mut [f32], params: &SamplingParams, banned: &[u32]) {
+fn mask(logits: &mut [f32], row: &SampleRow<'_>) {
+    let params = row.params;
+    if let Some(bitmask) = row.bitmask {
+        for (id, x) in logits.iter_mut().enumerate() {
+            *x = if bitmask.allows(id as u32) { *x } else { f32::NEG_INFINITY };
+        }
+    }
     if let Some(allowed) = &params.allowed_token_ids {
         for (id, x) in logits.iter_mut().enumerate() {
             if !allowed.contains(&(id as u32)) {
@@ -72,7 +85,7 @@ fn mask(logits: &mut [f32], params: &SamplingParams, banned: &[u32]) {
             }
         }
     }
-    for &id in banned {
+    for &id in row.banned_token_ids {
         if let Some(x) = logits.get_mut(id as usize) {
             *x = f32::NEG_INFINITY;
         }

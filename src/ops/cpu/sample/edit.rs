@@ -1,17 +1,42 @@
 //! Changes to logits that depend on token ids: masks, bias and penalties.
 
-use crate::ops::args::SampleRow;
+use crate::ops::args::{SampleRow, TokenBitmask};
 
 /// True when [`apply`] would change something.
 pub fn any(row: &SampleRow<'_>) -> bool {
     let params = row.params;
-    params.allowed_token_ids.is_some()
+    row.bitmask.is_some()
+        || params.allowed_token_ids.is_some()
         || !params.logit_bias.is_empty()
         || !row.banned_token_ids.is_empty()
         || params.needs_history()
 }
 
-/// Masks, bias, penalties, in this order; `marks` is all 0 before and after.
+/// Leaves only tokens whose bits are set.
+pub fn keep_allowed(logits: &mut [f32], bitmask: TokenBitmask<'_>) {
+    let words = bitmask.words(logits.len());
+    for (logits, word) in logits.chunks_mut(32).zip(words) {
+        match word {
+            u32::MAX => {}
+            0 => logits.fill(f32::NEG_INFINITY),
+            _ => keep_bits(logits, word),
+        }
+    }
+}
+
+fn keep_bits(logits: &mut [f32], word: u32) {
+    for (bit, x) in logits.iter_mut().enumerate() {
+        *x = if word >> bit & 1 == 1 { *x } else { f32::NEG_INFINITY };
+    }
+}
+
+/// The first token below `vocab_size` whose bit is set.
+pub fn first_allowed(bitmask: TokenBitmask<'_>, vocab_size: usize) -> Option<u32> {
+    let mut words = (0..).zip(bitmask.words(vocab_size));
+    words.find(|(_, word)| *word != 0).map(|(i, word)| 32 * i + word.trailing_zeros())
+}
+
+/// Lists of tokens, bias, penalties, in this order; `marks` is all 0 before and after.
 pub fn apply(logits: &mut [f32], row: &SampleRow<'_>, marks: &mut Vec<u32>, kept: &mut Vec<f32>) {
     if let Some(allowed) = &row.params.allowed_token_ids {
         keep_only(logits, allowed, kept);

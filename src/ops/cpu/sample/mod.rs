@@ -10,7 +10,7 @@ mod kernels;
 mod select;
 
 use super::isa::Isa;
-use crate::ops::args::{RowTask, SampleRow};
+use crate::ops::args::{RowTask, SampleRow, TokenBitmask};
 use crate::ops::random;
 use crate::output::{SampledToken, TokenLogprobs};
 use crate::request::SamplingParams;
@@ -65,6 +65,9 @@ fn choose(
     let params = row.params;
     let mut best = isa.run(Argmax { x: logits });
     if edits {
+        if let Some(bitmask) = row.bitmask {
+            best = best_allowed(isa, logits, bitmask, best);
+        }
         let raw_best = best;
         edit::apply(logits, row, &mut scratch.marks, &mut scratch.values);
         isa.run(Clean { x: logits });
@@ -82,6 +85,22 @@ fn choose(
     let max = logits[best.0 as usize];
     let u = random::uniform(row.seed, row.position);
     draw(isa, logits, params, (max, u), scratch)
+}
+
+/// Leaves only tokens that a grammar allows and finds the best of them; where it allows none, the
+/// best of all, which nothing else can replace then.
+fn best_allowed(
+    isa: Isa,
+    logits: &mut [f32],
+    bitmask: TokenBitmask<'_>,
+    best_of_all: (u32, f32),
+) -> (u32, f32) {
+    edit::keep_allowed(logits, bitmask);
+    let best = isa.run(Argmax { x: logits });
+    if best.1 > f32::NEG_INFINITY {
+        return best;
+    }
+    edit::first_allowed(bitmask, logits.len()).map_or(best_of_all, |id| (id, best.1))
 }
 
 /// Filters and draws; `max` is the largest of the scaled logits.
