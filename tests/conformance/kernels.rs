@@ -10,7 +10,7 @@ use tokenmill::tensor::DType;
 
 use crate::on_device::OnDevice;
 use crate::shim::{self, Shim};
-use crate::{attention_kernels, cuda_matmul, rows, sample};
+use crate::{all_reduce, attention_kernels, cuda_matmul, rows, sample};
 
 /// A device with activations of bf16 or f16.
 fn simt(activations: DType) -> OnDevice<Shim> {
@@ -49,8 +49,10 @@ static MATMUL: Table = Table::new(|| {
 });
 static DENSE_MATMUL: Table = Table::new(cuda_matmul::check_dense);
 
+static ALL_REDUCE: Table = Table::new(all_reduce::check);
+
 /// All of them.
-static TABLES: [&Table; 5] = [&ROWS, &SAMPLE, &ATTENTION, &MATMUL, &DENSE_MATMUL];
+static TABLES: [&Table; 6] = [&ROWS, &SAMPLE, &ATTENTION, &MATMUL, &DENSE_MATMUL, &ALL_REDUCE];
 
 #[test]
 fn row_kernels_agree_with_the_referee() {
@@ -65,6 +67,11 @@ fn the_sampling_kernel_agrees_with_the_referee() {
 #[test]
 fn attention_kernels_agree_with_the_referee() {
     ATTENTION.pass();
+}
+
+#[test]
+fn ranks_of_all_reduce_kernels_get_the_sums_that_the_host_adds() {
+    ALL_REDUCE.pass();
 }
 
 #[test]

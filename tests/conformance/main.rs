@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
+mod all_reduce;
 mod attention;
 mod attention_kernels;
 mod candle;

@@ -7,12 +7,14 @@
 //! | `memory` | tensors on the device |
 //! | `rows` | embedding, norms, rotary embedding, activations, gathers, cache writes |
 //! | `attention`, `matmul`, `sample` | the others, one file per group of kernels |
+//! | `all_reduce` | sums over several GPUs; not an operation, since it knows of other ranks |
 //!
 //! Activations are bf16 (f16 where a kernel says so), logits f32, sums f32. A launch depends on
 //! shapes and scalars only, never on what lies in device memory, so that it can be recorded and
 //! played again. Which device runs it is the launcher's business: the driver's, or in tests the
 //! SIMT machine's.
 
+pub mod all_reduce;
 mod attention;
 pub mod cublas;
 pub mod driver;

@@ -42,8 +42,30 @@ pub fn test_libraries() -> Vec<Library> {
     )
 }
 
+/// Libraries of the kernels of one file, each with a machine of its own: they run side by side.
+pub fn copies_of(kernel_file: &str, count: usize) -> Vec<Library> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let built = paths_of(&[folder.join(kernel_file)], &folder.join("include")).remove(0);
+    let copy = |i: usize| {
+        let path = built.with_extension(format!("{i}.{}.so", std::process::id()));
+        fs::copy(&built, &path).expect("the target folder can be written");
+        // SAFETY: as below.
+        let library = unsafe { Library::new(&path).expect("it was just copied") };
+        fs::remove_file(&path).expect("what was loaded needs no name");
+        library
+    };
+    (0..count).map(copy).collect()
+}
+
 /// One library per file.
 fn libraries_of(kernels: &[PathBuf], include: &Path) -> Vec<Library> {
+    let built = paths_of(kernels, include);
+    // SAFETY: initialising a library only lists its kernels.
+    built.iter().map(|path| unsafe { Library::new(path).expect("it was just built") }).collect()
+}
+
+/// Where they are, compiled unless that was done before.
+fn paths_of(kernels: &[PathBuf], include: &Path) -> Vec<PathBuf> {
     let extra = std::env::var(FLAGS_VARIABLE).unwrap_or_default();
     let flags: Vec<&str> = FLAGS.iter().copied().chain(extra.split_whitespace()).collect();
     let mut headers = Sha256::new();
@@ -69,8 +91,7 @@ fn libraries_of(kernels: &[PathBuf], include: &Path) -> Vec<Library> {
     });
     let mut built = built.into_inner().unwrap();
     built.sort();
-    // SAFETY: initialising a library only lists its kernels.
-    built.iter().map(|path| unsafe { Library::new(path).expect("it was just built") }).collect()
+    built
 }
 
 fn sources(folder: &Path, extension: &str) -> Vec<PathBuf> {

@@ -53,6 +53,15 @@ static KERNELS: LazyLock<BTreeMap<String, Kernel>> = LazyLock::new(|| {
 static TEST_KERNELS: LazyLock<BTreeMap<String, Kernel>> =
     LazyLock::new(|| build::test_libraries().into_iter().flat_map(Kernel::all_of).collect());
 
+/// The kernels that ranks run at the same time, for each rank.
+static RANK_KERNELS: LazyLock<Vec<BTreeMap<String, Kernel>>> = LazyLock::new(|| {
+    let libraries = build::copies_of("all_reduce.cu", MAX_RANKS);
+    libraries.into_iter().map(|library| Kernel::all_of(library).into_iter().collect()).collect()
+});
+
+/// Most ranks of a replica.
+const MAX_RANKS: usize = 8;
+
 /// Whether the address sanitizer watches this process.
 pub fn has_sanitizer() -> bool {
     memory::has_sanitizer()
@@ -178,25 +187,39 @@ impl Shim {
     /// A device with the limits of an H100 but few multiprocessors, so that work is split over
     /// them as on a large device without taking as long.
     pub fn new() -> Shim {
-        Shim::with_facts(DeviceFacts {
-            compute_capability: (9, 0),
-            multiprocessors: 6,
-            shared_bytes_per_block: 227 << 10,
-        })
+        Shim::with_kernels(&KERNELS)
     }
 
     /// A device with the kernels of the tests of the machine itself.
     pub fn with_test_kernels() -> Shim {
-        Shim { kernels: &TEST_KERNELS, ..Shim::new() }
+        Shim::with_kernels(&TEST_KERNELS)
+    }
+
+    /// A device whose kernels run beside those of other ranks. Blocks run one after the other, so
+    /// ranks whose blocks wait for each other need the same seed, which gives them one order.
+    pub fn of_rank(rank: usize, seed: u64) -> Shim {
+        Shim { seed, ..Shim::with_kernels(&RANK_KERNELS[rank]) }
     }
 
     /// A device with other limits.
     pub fn with_facts(facts: DeviceFacts) -> Shim {
-        let given = std::env::var(SEED_VARIABLE).ok();
-        let seed = given.map_or_else(random_seed, |seed| seed.parse().expect(SEED_VARIABLE));
-        let (launches, memory, error) = (AtomicU64::new(0), Memory::default(), Mutex::new(None));
-        let recorded = Mutex::new(None);
-        Shim { seed, launches, memory, error, recorded, facts, kernels: &KERNELS }
+        Shim { facts, ..Shim::new() }
+    }
+
+    fn with_kernels(kernels: &'static BTreeMap<String, Kernel>) -> Shim {
+        Shim {
+            seed: seed(),
+            launches: AtomicU64::new(0),
+            memory: Memory::default(),
+            error: Mutex::new(None),
+            recorded: Mutex::new(None),
+            facts: DeviceFacts {
+                compute_capability: (9, 0),
+                multiprocessors: 6,
+                shared_bytes_per_block: 227 << 10,
+            },
+            kernels,
+        }
     }
 
     fn keep(&self, error: CudaError) {
@@ -241,9 +264,12 @@ impl Shim {
     }
 }
 
-fn random_seed() -> u64 {
+/// What decides the order of fibers: as the environment says, or at random.
+pub fn seed() -> u64 {
     use std::hash::{BuildHasher, Hasher, RandomState};
-    RandomState::new().build_hasher().finish() % 1_000_000
+    let given = std::env::var(SEED_VARIABLE).ok();
+    let random = || RandomState::new().build_hasher().finish() % 1_000_000;
+    given.map_or_else(random, |seed| seed.parse().expect(SEED_VARIABLE))
 }
 
 impl Launcher for Shim {
