@@ -10,6 +10,8 @@
 #   --ours NAME=FLAGS  a row of ours with these flags of `serve`; repeat (default: tokenmill=)
 #   --cases LIST     of a, b, c, d (default: all)
 #   --rounds N       each engine is started and measured N times, in turn (default: 3)
+#   --isa NAME       instructions that llama.cpp is built with and ours is held to: avx512 (with VNNI)
+#                    or avx2 (default: all that the machine has)
 #   --threads N      compute threads of every engine (default: physical cores)
 #   --work DIR       virtual environments, builds and models (default: ~/.cache/tokenmill/peers)
 #   --out DIR        records, report.md and plots (default: WORK/results/DATE)
@@ -33,7 +35,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 peers=llama.cpp models=bench-0.5b formats=Q8_0 cases=a,b,c,d rounds=3
 work=${XDG_CACHE_HOME:-$HOME/.cache}/tokenmill/peers
 tokenmill=${CARGO_TARGET_DIR:-$root/target}/release/tokenmill
-ours=() out="" threads=""
+ours=() out="" threads="" isa=native
 
 while (($#)); do
     [[ $1 == --help || $1 == -h ]] || (($# >= 2)) || { echo "$1 needs a value; --help lists all" >&2; exit 2; }
@@ -44,6 +46,7 @@ while (($#)); do
         --ours) ours+=("$2") ;;
         --cases) cases=$2 ;;
         --rounds) rounds=$2 ;;
+        --isa) isa=$2 ;;
         --threads) threads=$2 ;;
         --work) work=$2 ;;
         --out) out=$2 ;;
@@ -66,6 +69,8 @@ done
 for case in ${cases//,/ }; do
     [[ $case =~ ^[abcd]$ ]] || { echo "--cases knows no $case; it knows a, b, c and d" >&2; exit 2; }
 done
+[[ $isa =~ ^(native|avx512|avx2)$ ]] ||
+    { echo "--isa knows no $isa; it knows avx512 and avx2" >&2; exit 2; }
 ((${#ours[@]})) || ours=("tokenmill=")
 [[ -x $tokenmill ]] || { echo "no binary at $tokenmill; build it with: cargo build --release" >&2; exit 2; }
 cores() { lscpu --parse=Core,Socket | grep -v '^#' | sort -u | wc -l; }
@@ -111,10 +116,18 @@ environment() {
     echo "$at/bin"
 }
 
-# llama-server and llama-quantize, from the source distribution of llama-cpp-python.
+# llama-server and llama-quantize, from the source distribution of llama-cpp-python, for the
+# instructions that are asked for.
 build_llama_cpp() {
-    local bin at=$work/llama.cpp-$LLAMA_CPP_PYTHON source
-    [[ -x $at/bin/llama-server && -x $at/bin/llama-quantize ]] && { echo "$at/bin"; return; }
+    local bin source at=$work/llama.cpp-$LLAMA_CPP_PYTHON
+    local build=$at/build built=$at/bin instructions=(-DGGML_NATIVE=ON) option
+    if [[ $isa != native ]]; then
+        build=$at/build-$isa built=$at/bin-$isa instructions=(-DGGML_NATIVE=OFF)
+        for option in SSE42 AVX AVX2 FMA F16C BMI2; do instructions+=("-DGGML_$option=ON"); done
+        [[ $isa != avx512 ]] ||
+            for option in AVX512 AVX512_VBMI AVX512_VNNI; do instructions+=("-DGGML_$option=ON"); done
+    fi
+    [[ -x $built/llama-server && -x $built/llama-quantize ]] && { echo "$built"; return; }
     bin=$(environment build cmake ninja)
     mkdir -p "$at"
     "$bin/pip" download --quiet --no-deps --no-binary llama-cpp-python --dest "$at" \
@@ -123,18 +136,19 @@ build_llama_cpp() {
     source=$(echo "$at"/llama_cpp_python-*/vendor/llama.cpp)
     # gcc 12 believes that _tile_loadconfig reads a part of its operand and drops the stores that
     # fill the rest: an illegal instruction at the first product. A barrier keeps them.
-    sed -i 's/^\( *\)_tile_loadconfig(&tc);/\1__asm__ volatile("" ::: "memory");\n&/' \
-        "$source/ggml/src/ggml-cpu/amx/mmq.cpp"
+    grep -q '__asm__ volatile("" ::: "memory");' "$source/ggml/src/ggml-cpu/amx/mmq.cpp" ||
+        sed -i 's/^\( *\)_tile_loadconfig(&tc);/\1__asm__ volatile("" ::: "memory");\n&/' \
+            "$source/ggml/src/ggml-cpu/amx/mmq.cpp"
     grep -q '__asm__ volatile("" ::: "memory");' "$source/ggml/src/ggml-cpu/amx/mmq.cpp" ||
         { echo "llama.cpp's AMX code has changed; look at its tile configuration again" >&2; return 1; }
-    PATH=$bin:$PATH cmake -S "$source" -B "$at/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+    PATH=$bin:$PATH cmake -S "$source" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release "${instructions[@]}" \
         -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
         -DLLAMA_OPENSSL=OFF >"$logs/llama.cpp-build.log" 2>&1
-    PATH=$bin:$PATH cmake --build "$at/build" --target llama-server llama-quantize --parallel "$(nproc)" \
+    PATH=$bin:$PATH cmake --build "$build" --target llama-server llama-quantize --parallel "$(nproc)" \
         >>"$logs/llama.cpp-build.log" 2>&1
-    mkdir -p "$at/bin"
-    cp "$at/build/bin/llama-server" "$at/build/bin/llama-quantize" "$at/bin/"
-    echo "$at/bin"
+    mkdir -p "$built"
+    cp "$build/bin/llama-server" "$build/bin/llama-quantize" "$built/"
+    echo "$built"
 }
 
 # Paths and names of everything that is measured: "kind|row name|what it needs".
@@ -187,6 +201,7 @@ start_engine() {
     local kind=$1 model=$2 argument=$3 log=$4 folder=$work/models/$2
     case $kind in
         tokenmill)
+            [[ $isa == native ]] || argument="--cpu-isa $isa $argument"
             # shellcheck disable=SC2086 # the argument is a list of flags
             "$tokenmill" serve "$folder" --served-model-name "$model" --port "$port" --threads "$threads" \
                 --max-model-len 2048 --kv-cache-memory 2G $argument >"$log" 2>&1 &
@@ -254,7 +269,7 @@ measure() {
     echo "round $round: $row, $model, case $name" >&2
     "$tokenmill" bench serve --base-url "http://127.0.0.1:$port" --model "$model" --vocab-size 32767 \
         --seed "$seed" --metadata "engine=$row" --metadata "case=$name" --metadata "figure=$figure" \
-        --metadata "threads=$threads" --output-json "$record" "${@:4}" >>"$logs/bench.log" 2>&1 ||
+        --metadata "isa=$isa" --metadata "threads=$threads" --output-json "$record" "${@:4}" >>"$logs/bench.log" 2>&1 ||
         { echo "case $name failed; the end of $logs/bench.log:" >&2; tail -n 5 "$logs/bench.log" >&2; return 1; }
 }
 

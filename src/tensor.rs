@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 pub use dtype::{DType, Element, Fp8};
 use memory::HostAllocation;
+pub use memory::give_back_freed;
 
 /// Alignment of owned tensors in bytes: one cache line, one AVX-512 register.
 pub const ALIGNMENT: usize = 64;

@@ -21,6 +21,7 @@ use crate::runner::ModelRunner;
 use crate::runner::memory_plan::{MemoryDemand, MemoryPlan, free_memory_bytes};
 use crate::scheduler::SchedulerParams;
 use crate::telemetry::Metrics;
+use crate::tensor::give_back_freed;
 use crate::text::{self, TextPipeline};
 use crate::weights::Loader;
 
@@ -58,6 +59,7 @@ pub fn open(config: &EngineConfig) -> anyhow::Result<Opened> {
     let text = Arc::new(text_pipeline(&files, config, spec.vocab_size)?);
     let options = engine_options(config, &files, &spec, &plan)?;
     let engine = Engine::start(Box::new(runner), text, options);
+    give_back_freed();
     Ok(Opened { engine, spec, plan, backend, load_time: started.elapsed() })
 }
 
