@@ -169,28 +169,6 @@ pub fn activate<S: Simd>(simd: S, x: S::V, activation: Activation) -> S::V {
     }
 }
 
-/// The activation of several vectors at a time, so that their instructions overlap.
-#[inline(always)]
-pub fn activate_all<S: Simd, const N: usize>(simd: S, x: &mut [S::V; N], activation: Activation) {
-    match activation {
-        Activation::Silu => {
-            for x in x {
-                *x = silu(simd, *x);
-            }
-        }
-        Activation::GeluTanh => {
-            for x in x {
-                *x = gelu_tanh(simd, *x);
-            }
-        }
-        Activation::Gelu => {
-            for x in x {
-                *x = gelu(simd, *x);
-            }
-        }
-    }
-}
-
 /// `x / (1 + e^-x)`.
 #[inline(always)]
 fn silu<S: Simd>(simd: S, x: S::V) -> S::V {

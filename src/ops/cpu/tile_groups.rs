@@ -14,6 +14,7 @@ use super::byte_matmul::{ByteScales, ByteTask, ByteWeights};
 use super::byte_simd::ByteSimd;
 use super::lines::{LINE_BYTES, TILE_ROWS};
 use super::share::Scratch;
+use super::tile_write::{Floats, write_gated, write_lines};
 use super::weight_blocks::GroupScales;
 use crate::formats::int4::MIDDLE;
 
@@ -26,13 +27,11 @@ const ROWS_BYTES: usize = 256 << 10;
 const RING: usize = 4;
 /// Products that are started ahead of the one that is added.
 const AHEAD: usize = 3;
-/// Rows that are written at once: their instructions overlap.
-const ROWS_AT_ONCE: usize = 4;
 /// Bytes of half a tile of weights.
 const HALF_TILE: usize = TILE_BYTES / 2;
 
-/// Results of a tile of rows, a row's sixteen columns after the other.
-type Values = [[f32; TILE_ROWS]; TILE_ROWS];
+/// Bits of the results of a tile of rows, a row's sixteen columns after the other.
+type Values = [[u32; TILE_ROWS]; TILE_ROWS];
 
 /// Computes some blocks of a task for all rows.
 pub fn multiply_groups(amx: Amx, task: &ByteTask<'_>, blocks: Range<usize>, scratch: &mut Scratch) {
@@ -54,19 +53,6 @@ pub fn multiply_groups(amx: Amx, task: &ByteTask<'_>, blocks: Range<usize>, scra
     }
 }
 
-/// The results of some rows of a tile, from row `first` of all on.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn vectors(values: &Values, first: usize) -> [__m512; ROWS_AT_ONCE] {
-    let values = &values[first % TILE_ROWS..][..ROWS_AT_ONCE];
-    let mut vectors = [_mm512_setzero_ps(); ROWS_AT_ONCE];
-    for (vector, values) in vectors.iter_mut().zip(values) {
-        // SAFETY: a row has sixteen results.
-        *vector = unsafe { _mm512_loadu_ps(values.as_ptr()) };
-    }
-    vectors
-}
-
 struct Pass<'a> {
     amx: Amx,
     task: &'a ByteTask<'a>,
@@ -81,20 +67,23 @@ impl Pass<'_> {
         let simd = self.amx.vectors();
         let main = Unpacked::new(self.task.main, block, main_tiles);
         let up = self.task.up.map(|up| Unpacked::new(up, block, up_tiles));
-        let columns = self.task.out.columns(block);
-        let mut values = [[[0.0; TILE_ROWS]; TILE_ROWS]; 2];
+        let out = &self.task.out;
+        let mut values = [[[0; TILE_ROWS]; TILE_ROWS]; 2];
         for tile in tiles {
             self.multiply(simd, &main, tile, &mut values[0]);
             if let Some(up) = &up {
                 self.multiply(simd, up, tile, &mut values[1]);
             }
             let rows = tile * TILE_ROWS..self.task.x.lines.num_rows.min((tile + 1) * TILE_ROWS);
-            for first in rows.clone().step_by(ROWS_AT_ONCE) {
-                let rows = first..rows.end.min(first + ROWS_AT_ONCE);
-                let [main_values, up_values] = &values;
-                let up = if up.is_some() { Some(vectors(up_values, first)) } else { None };
-                // SAFETY: this task alone has the block.
-                unsafe { columns.write_rows(simd, (rows, 0), vectors(main_values, first), up) }
+            let [main_lines, up_lines] =
+                values.each_ref().map(|values| (Floats, values.as_flattened()));
+            // SAFETY: the instructions exist; this task alone has the block.
+            unsafe {
+                if self.task.up.is_some() {
+                    write_gated(simd, out, (rows, block), main_lines, up_lines);
+                } else {
+                    write_lines(simd, out, (rows, block), main_lines);
+                }
             }
         }
     }
@@ -123,7 +112,7 @@ impl Pass<'_> {
         }
         for (values, acc) in values.iter_mut().zip(acc) {
             // SAFETY: sixteen f32 are written; the instructions exist.
-            unsafe { _mm512_storeu_ps(values.as_mut_ptr(), acc) }
+            unsafe { _mm512_storeu_ps(values.as_mut_ptr().cast(), acc) }
         }
     }
 

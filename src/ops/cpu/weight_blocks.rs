@@ -8,7 +8,7 @@ use half::f16;
 use super::lines::FillRows;
 use super::lines::LINE_BYTES;
 use super::middle::Middle;
-use super::rows::activate_all;
+use super::rows::activate;
 use super::share::Parts;
 use super::simd::{Simd, load, store};
 use super::wide_simd::SLICE;
@@ -249,49 +249,18 @@ impl BlockColumns<'_> {
         main: &[f32; BLOCK_ROWS],
         up: Option<&[f32; BLOCK_ROWS]>,
     ) {
+        let target = self.output.target(row..row + 1, self.first / BLOCK_ROWS);
         for at in (0..BLOCK_ROWS).step_by(S::LANES) {
-            let up = match up {
-                Some(up) => Some([load(simd, up, at)]),
-                None => None,
-            };
-            // SAFETY: the caller's contract.
-            unsafe { self.write_rows(simd, (row..row + 1, at), [load(simd, main, at)], up) }
-        }
-    }
-
-    /// Writes the columns of a vector, from column `at` of the block on, in some rows of a tile: up
-    /// to `N`, a vector for each.
-    ///
-    /// # Safety
-    /// As of [`BlockColumns::write`].
-    #[inline(always)]
-    pub unsafe fn write_rows<S: Simd, const N: usize>(
-        &self,
-        simd: S,
-        (rows, at): (Range<usize>, usize),
-        mut values: [S::V; N],
-        up: Option<[S::V; N]>,
-    ) {
-        add_bias(simd, &mut values, self.bias, at);
-        if let Some(mut up) = up {
-            add_bias(simd, &mut up, self.up_bias, at);
-            activate_all(simd, &mut values, self.output.activation);
-            for (value, up) in values.iter_mut().zip(&up) {
-                *value = simd.mul(*value, *up);
+            let mut value = add_bias(simd, load(simd, main, at), self.bias, at);
+            if let Some(up) = up {
+                let up = add_bias(simd, load(simd, up, at), self.up_bias, at);
+                value = simd.mul(activate(simd, value, self.output.activation), up);
             }
-        }
-        let (block, count) = (self.first / BLOCK_ROWS, rows.len());
-        // SAFETY: the caller's contract.
-        unsafe {
-            if let Some(target) = self.output.target(rows.clone(), block) {
-                for (i, &value) in values.iter().enumerate() {
-                    if i < count {
-                        target.put(simd, i, at, value);
-                    }
-                }
-            } else {
-                for (row, &value) in rows.zip(&values) {
-                    self.put_last(simd, (row, at), value);
+            // SAFETY: the caller's contract.
+            unsafe {
+                match &target {
+                    Some(target) => target.put(simd, 0, at, value),
+                    None => self.put_last(simd, (row, at), value),
                 }
             }
         }
@@ -349,18 +318,11 @@ impl Target {
     }
 }
 
-/// Adds a bias to the same columns of several rows.
+/// Adds the bias of the columns of a vector, if there is one.
 #[inline(always)]
-fn add_bias<S: Simd, const N: usize>(
-    simd: S,
-    values: &mut [S::V; N],
-    bias: Option<&[f32; BLOCK_ROWS]>,
-    at: usize,
-) {
-    if let Some(bias) = bias {
-        let bias = load(simd, bias, at);
-        for value in values {
-            *value = simd.add(*value, bias);
-        }
+fn add_bias<S: Simd>(simd: S, value: S::V, bias: Option<&[f32; BLOCK_ROWS]>, at: usize) -> S::V {
+    match bias {
+        Some(bias) => simd.add(value, load(simd, bias, at)),
+        None => value,
     }
 }
