@@ -73,69 +73,78 @@ macro_rules! ask {
     };
 }
 
-/// A loop over steps: tiles of the left operand by one tile of the right one or by two. Asks in
-/// four places, each time for `lines` lines.
-macro_rules! product_loop {
-    ($op:literal, one, $left:expr, $first:expr, $steps:expr, $ahead:expr, $lines:tt) => {
+/// A loop over steps, with requests for lines ahead in its body.
+macro_rules! step_loop {
+    ([$($body:expr),*], $steps:expr, $ahead:expr, $lines:tt, $($operands:tt)*) => {
         asm!(
             "2:",
-            "tileloadd tmm4, [{upper} + {row}*1]",
-            ask!("next_first", "0", $lines),
-            "tileloadd tmm6, [{first} + {first_row}*1]",
-            ask!("next_second", "0", $lines),
-            "tileloadd tmm5, [{lower} + {row}*1]",
-            ask!("next_first", concat!($lines, " * 64"), $lines),
-            concat!($op, " tmm0, tmm4, tmm6"),
-            ask!("next_second", concat!($lines, " * 64"), $lines),
-            concat!($op, " tmm1, tmm5, tmm6"),
+            $($body,)*
             concat!("add {next_first}, ", $lines, " * 128"),
             concat!("add {next_second}, ", $lines, " * 128"),
-            "add {upper}, {step}",
-            "add {lower}, {step}",
-            "add {first}, {first_step}",
             "dec {n}",
             "jnz 2b",
-            upper = inout(reg) $left.upper => _,
-            lower = inout(reg) $left.lower => _,
             next_first = inout(reg) $ahead.first => _,
             next_second = inout(reg) $ahead.second => _,
+            n = inout(reg) $steps => _,
+            $($operands)*
+            options(readonly, nostack),
+        )
+    };
+}
+
+/// Tiles of the left operand by one tile of the right one or by two. Asks in four places, each
+/// time for `lines` lines.
+macro_rules! product_loop {
+    ($op:literal, one, $left:expr, $first:expr, $steps:expr, $ahead:expr, $lines:tt) => {
+        step_loop!(
+            [
+                "tileloadd tmm4, [{upper} + {row}*1]",
+                ask!("next_first", "0", $lines),
+                "tileloadd tmm6, [{first} + {first_row}*1]",
+                ask!("next_second", "0", $lines),
+                "tileloadd tmm5, [{lower} + {row}*1]",
+                ask!("next_first", concat!($lines, " * 64"), $lines),
+                concat!($op, " tmm0, tmm4, tmm6"),
+                ask!("next_second", concat!($lines, " * 64"), $lines),
+                concat!($op, " tmm1, tmm5, tmm6"),
+                "add {upper}, {step}",
+                "add {lower}, {step}",
+                "add {first}, {first_step}"
+            ],
+            $steps, $ahead, $lines,
+            upper = inout(reg) $left.upper => _,
+            lower = inout(reg) $left.lower => _,
             row = in(reg) $left.row_stride,
             step = in(reg) $left.step,
             first = inout(reg) $first.start => _,
             first_row = in(reg) $first.row_stride,
             first_step = in(reg) TILE_ROWS * $first.row_stride,
-            n = inout(reg) $steps => _,
-            options(readonly, nostack),
         )
     };
     ($op:literal, two, $left:expr, $first:expr, $second:expr, $steps:expr, $ahead:expr,
      $lines:tt) => {
-        asm!(
-            "2:",
-            "tileloadd tmm4, [{upper} + {row}*1]",
-            ask!("next_first", "0", $lines),
-            "tileloadd tmm6, [{first} + {line}*1]",
-            ask!("next_second", "0", $lines),
-            "tileloadd tmm5, [{lower} + {row}*1]",
-            concat!($op, " tmm0, tmm4, tmm6"),
-            ask!("next_first", concat!($lines, " * 64"), $lines),
-            "tileloadd tmm7, [{second} + {second_row}*1]",
-            concat!($op, " tmm1, tmm5, tmm6"),
-            concat!($op, " tmm2, tmm4, tmm7"),
-            ask!("next_second", concat!($lines, " * 64"), $lines),
-            concat!($op, " tmm3, tmm5, tmm7"),
-            concat!("add {next_first}, ", $lines, " * 128"),
-            concat!("add {next_second}, ", $lines, " * 128"),
-            "add {upper}, {step}",
-            "add {lower}, {step}",
-            "add {first}, 1024",
-            "add {second}, {second_step}",
-            "dec {n}",
-            "jnz 2b",
+        step_loop!(
+            [
+                "tileloadd tmm4, [{upper} + {row}*1]",
+                ask!("next_first", "0", $lines),
+                "tileloadd tmm6, [{first} + {line}*1]",
+                ask!("next_second", "0", $lines),
+                "tileloadd tmm5, [{lower} + {row}*1]",
+                concat!($op, " tmm0, tmm4, tmm6"),
+                ask!("next_first", concat!($lines, " * 64"), $lines),
+                "tileloadd tmm7, [{second} + {second_row}*1]",
+                concat!($op, " tmm1, tmm5, tmm6"),
+                concat!($op, " tmm2, tmm4, tmm7"),
+                ask!("next_second", concat!($lines, " * 64"), $lines),
+                concat!($op, " tmm3, tmm5, tmm7"),
+                "add {upper}, {step}",
+                "add {lower}, {step}",
+                "add {first}, 1024",
+                "add {second}, {second_step}"
+            ],
+            $steps, $ahead, $lines,
             upper = inout(reg) $left.upper => _,
             lower = inout(reg) $left.lower => _,
-            next_first = inout(reg) $ahead.first => _,
-            next_second = inout(reg) $ahead.second => _,
             row = in(reg) $left.row_stride,
             step = in(reg) $left.step,
             first = inout(reg) $first.start => _,
@@ -143,39 +152,31 @@ macro_rules! product_loop {
             second = inout(reg) $second.start => _,
             second_row = in(reg) $second.row_stride,
             second_step = in(reg) TILE_ROWS * $second.row_stride,
-            n = inout(reg) $steps => _,
-            options(readonly, nostack),
         )
     };
     ($op:literal, upper, $left:expr, $first:expr, $second:expr, $steps:expr, $ahead:expr,
      $lines:tt) => {
-        asm!(
-            "2:",
-            "tileloadd tmm4, [{upper} + {line}*1]",
-            ask!("next_first", "0", $lines),
-            "tileloadd tmm6, [{first} + {line}*1]",
-            ask!("next_second", "0", $lines),
-            concat!($op, " tmm0, tmm4, tmm6"),
-            ask!("next_first", concat!($lines, " * 64"), $lines),
-            "tileloadd tmm7, [{second} + {line}*1]",
-            ask!("next_second", concat!($lines, " * 64"), $lines),
-            concat!($op, " tmm2, tmm4, tmm7"),
-            concat!("add {next_first}, ", $lines, " * 128"),
-            concat!("add {next_second}, ", $lines, " * 128"),
-            "add {upper}, {step}",
-            "add {first}, 1024",
-            "add {second}, 1024",
-            "dec {n}",
-            "jnz 2b",
+        step_loop!(
+            [
+                "tileloadd tmm4, [{upper} + {line}*1]",
+                ask!("next_first", "0", $lines),
+                "tileloadd tmm6, [{first} + {line}*1]",
+                ask!("next_second", "0", $lines),
+                concat!($op, " tmm0, tmm4, tmm6"),
+                ask!("next_first", concat!($lines, " * 64"), $lines),
+                "tileloadd tmm7, [{second} + {line}*1]",
+                ask!("next_second", concat!($lines, " * 64"), $lines),
+                concat!($op, " tmm2, tmm4, tmm7"),
+                "add {upper}, {step}",
+                "add {first}, 1024",
+                "add {second}, 1024"
+            ],
+            $steps, $ahead, $lines,
             upper = inout(reg) $left.upper => _,
-            next_first = inout(reg) $ahead.first => _,
-            next_second = inout(reg) $ahead.second => _,
             step = in(reg) $left.step,
             first = inout(reg) $first.start => _,
             second = inout(reg) $second.start => _,
             line = in(reg) ROW_BYTES,
-            n = inout(reg) $steps => _,
-            options(readonly, nostack),
         )
     };
 }
