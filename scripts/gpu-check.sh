@@ -12,10 +12,11 @@
 #   torch            the same ceilings and attention by PyTorch, where python3 has torch
 #   steps-FORMAT     decode steps at batch 1 to 256 over 1k context, recorded and launched one by one
 #   prefill-FORMAT   prompts of 1k and 8k tokens
+#   moe-FORMAT       decode steps and prompts as above, of a mixture of experts: Qwen3-30B-A3B's shapes
 #   serve-FORMAT     1,000 tokens in and 1,000 out over HTTP, at 64 and 256 streams
 #   start            from the command to the first token
 #
-# FORMAT is bf16, fp8, int8 or int4: random weights in the shapes of Llama 3.1 8B. Without PART
+# FORMAT is bf16, fp8, int8 or int4: random weights in the shapes of Llama 3.1 8B, or as said. Without PART
 # all parts run, one after the other. Needs the binary, a driver, and for `bf16` fast CUDA's
 # cuBLASLt (that of PyTorch's wheels is found); `golden` and `torch` need python3.
 set -euo pipefail
@@ -30,7 +31,7 @@ while (($#)); do
         --binary) binary=$2; shift 2 ;;
         --out) out=$2; shift 2 ;;
         --device) device=$2; shift 2 ;;
-        -h | --help) sed -n '2,22s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        -h | --help) sed -n '2,23s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         -*) echo "unknown flag $1; --help lists what there is" >&2; exit 2 ;;
         *) parts+=("$1"); shift ;;
     esac
@@ -38,7 +39,7 @@ done
 formats=(bf16 fp8 int8 int4)
 if ((${#parts[@]} == 0)); then
     parts=(verify sanitize golden kernels torch start)
-    for format in "${formats[@]}"; do parts+=("steps-$format" "prefill-$format" "serve-$format"); done
+    for format in "${formats[@]}"; do parts+=("steps-$format" "prefill-$format" "moe-$format" "serve-$format"); done
 fi
 [[ -x $binary ]] || { echo "$binary is not there; name the binary with --binary" >&2; exit 2; }
 mkdir -p "$out"
@@ -59,10 +60,15 @@ PYTHON
 # quantization FORMAT: the flag that makes it of bf16.
 quantization() { [[ $1 == bf16 ]] || echo "--quantization $1"; }
 
-# A folder with the shapes of Llama 3.1 8B; `--load-format dummy` makes up the rest.
+# model_folder MODEL: a folder with its shapes; `--load-format dummy` makes up the rest.
 model_folder() {
-    mkdir -p "$out/llama-3.1-8b"
-    cat >"$out/llama-3.1-8b/config.json" <<'JSON'
+    mkdir -p "$out/$1"
+    "shapes_of_${1%%-*}" >"$out/$1/config.json"
+    echo "$out/$1"
+}
+
+shapes_of_llama() {
+    cat <<'JSON'
 {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
  "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
  "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
@@ -71,7 +77,18 @@ model_folder() {
  "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                   "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}
 JSON
-    echo "$out/llama-3.1-8b"
+}
+
+shapes_of_qwen3() {
+    cat <<'JSON'
+{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "torch_dtype": "bfloat16",
+ "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+ "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": true, "decoder_sparse_step": 1,
+ "mlp_only_layers": [], "num_hidden_layers": 48, "num_attention_heads": 32,
+ "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "rms_norm_eps": 1e-6,
+ "rope_theta": 1000000.0, "max_position_embeddings": 40960, "tie_word_embeddings": false,
+ "hidden_act": "silu", "attention_bias": false}
+JSON
 }
 
 # start_server FLAG...: waits until it is ready; sets `server` and `port`.
@@ -91,11 +108,11 @@ stop_server() {
     server=""
 }
 
-# engine_flags FORMAT MAX_LEN
+# engine_flags MODEL FORMAT MAX_LEN
 engine_flags() {
     # shellcheck disable=SC2046 # a flag and its value, or nothing
-    printf '%s\n' "$(model_folder)" --load-format dummy --device "$device" --max-model-len "$2" \
-        $(quantization "$1")
+    printf '%s\n' "$(model_folder "$1")" --load-format dummy --device "$device" --max-model-len "$3" \
+        $(quantization "$2")
 }
 
 part_verify() { "$binary" doctor --device "$device" --verify --json >"$out/verify.json"; }
@@ -155,31 +172,42 @@ print(json.dumps({"torch": torch.__version__, "gpu": torch.cuda.get_device_name(
 PYTHON
 }
 
-part_steps() {
+# measure_steps MODEL FORMAT CASE
+measure_steps() {
     local flags
-    mapfile -t flags < <(engine_flags "$1" 2048)
+    mapfile -t flags < <(engine_flags "$1" "$2" 2048)
     for mode in recorded eager; do
         local eager=()
         [[ $mode == recorded ]] || eager=(--enforce-eager)
         "$binary" bench steps "${flags[@]}" "${eager[@]}" --max-num-seqs 256 --no-limits \
             --batch-sizes 1,8,64,256 --batch-context-len 1024 --context-lens 1024 --num-iters 20 \
-            --metadata "case=steps-$1" --metadata "mode=$mode" --output-json "$out/steps-$1-$mode.json"
+            --metadata "case=$3" --metadata "mode=$mode" --output-json "$out/$3-$mode.json"
     done
 }
 
-part_prefill() {
+# measure_prefill MODEL FORMAT CASE
+measure_prefill() {
     local flags
-    mapfile -t flags < <(engine_flags "$1" 8448)
+    mapfile -t flags < <(engine_flags "$1" "$2" 8448)
     for length in 1024 8192; do
         "$binary" bench latency "${flags[@]}" --max-num-batched-tokens 8192 --no-limits \
             --input-len "$length" --output-len 1 --num-iters 5 \
-            --metadata "case=prefill-$1-$length" --output-json "$out/prefill-$1-$length.json"
+            --metadata "case=$3-$length" --output-json "$out/$3-$length.json"
     done
+}
+
+part_steps() { measure_steps llama-3.1-8b "$1" "steps-$1"; }
+
+part_prefill() { measure_prefill llama-3.1-8b "$1" "prefill-$1"; }
+
+part_moe() {
+    measure_steps qwen3-30b-a3b "$1" "moe-steps-$1"
+    measure_prefill qwen3-30b-a3b "$1" "moe-prefill-$1"
 }
 
 part_serve() {
     local flags
-    mapfile -t flags < <(engine_flags "$1" 2048)
+    mapfile -t flags < <(engine_flags llama-3.1-8b "$1" 2048)
     start_server "${flags[0]}" "${flags[@]:1:2}" "${flags[@]:5}" --served-model-name llama \
         --max-num-seqs 256 --max-num-batched-tokens 8192
     for streams in 64 256; do
