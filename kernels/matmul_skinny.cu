@@ -18,7 +18,7 @@
 #define MATMUL_SKINNY(format, W)                                                                                   \
   extern "C" __global__ void __launch_bounds__(32 * SKINNY_WARPS) matmul_skinny_##format(PRODUCT_PARAMETERS, int tiles) { \
     const Product product = PRODUCT;                                                                               \
-    matmul_skinny<W>(product, tiles);                                                                              \
+    matmul_skinny<W>(product, Panels(), tiles);                                                                    \
   }                                                                                                                \
   SIMT_EXPORT(matmul_skinny_##format)
 

@@ -27,28 +27,39 @@ struct SkinnyStage {
   static __device__ __forceinline__ int bytes(int rows) { return W_BYTES + GROUPS_BYTES + rows * X_STEP_BYTES; }
 };
 
-// Where a warp is in its list of panels and steps.
+// What a block of threads computes at a time: a panel for up to `Product::rows` rows.
+struct SkinnyItem {
+  Tile tile;
+  int first_row, num_rows;
+};
+
+// Items of a product of all rows.
+struct Panels {
+  static __device__ __forceinline__ SkinnyItem item(const Product& p, int index) { return {find_tile(p, index, 2), 0, p.rows}; }
+};
+
+// Where a warp is in its list of items and steps.
 struct SkinnyCursor {
-  int tile;  // of this block's
+  int item;  // of this block's
   int step;
   __device__ __forceinline__ void advance(int steps) {
     step += SKINNY_WARPS;
     if (step >= steps) {
       step = threadIdx.x / 32;
-      tile += gridDim.x;
+      item += gridDim.x;
     }
   }
 };
 
-// What a lane copies of a panel, at its first step.
+// What a lane copies for an item, at its first step.
 template <class W>
 struct SkinnySource {
   const unsigned char* rows[W::IS_ROW_MAJOR ? W::SLOTS_PER_PART : 1];
-  Tile tile;
+  SkinnyItem item;
 
-  __device__ __forceinline__ SkinnySource(const Product& p, const Tile& tile) : tile(tile) {
+  __device__ __forceinline__ SkinnySource(const Product& p, const SkinnyItem& item) : item(item) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const Half half = find_half(tile, g / 4);
+    const Half half = find_half(item.tile, g / 4);
 #pragma unroll
     for (int i = 0; i < (W::IS_ROW_MAJOR ? W::SLOTS_PER_PART : 1); i++) rows[i] = W::source(p, half, W::unit(0, i, g % 4, t));
   }
@@ -73,7 +84,7 @@ __device__ __forceinline__ void skinny_fill(const Product& p, const SkinnySource
     // [half, group of the step, unit]: at most 12 units.
     const int unit = lane % GROUP_UNITS<W>, group = lane / GROUP_UNITS<W> % STEP_GROUPS<W>, of = lane / (STEP_GROUPS<W> * GROUP_UNITS<W>);
     if (of < 2) {
-      const Source from = group_source<W>(p, find_half(source.tile, of), step * 64 + 32 * group, unit);
+      const Source from = group_source<W>(p, find_half(source.item.tile, of), step * 64 + 32 * group, unit);
       cp_async_16(stage + 16 * lane, from.from, from.valid);
     }
     stage += SkinnyStage<W>::GROUPS_BYTES;
@@ -81,8 +92,9 @@ __device__ __forceinline__ void skinny_fill(const Product& p, const SkinnySource
 #pragma unroll
   for (int i = 0; i < SKINNY_MAX_ROWS * X_STEP_UNITS; i += 32) {
     const int row = (i + lane) / X_STEP_UNITS, unit = lane % X_STEP_UNITS, at = step * X_STEP_BYTES + 16 * unit;
-    if (row >= p.rows) break;
-    cp_async_16(stage + row * X_STEP_BYTES + 16 * skinny_place(row, unit), p.x + size_t(row) * p.x_pitch + at, at < p.x_pitch);
+    if (row >= source.item.num_rows) break;
+    const unsigned char* from = p.x + size_t(W::x_row(p, source.item.first_row + row)) * p.x_pitch + at;
+    cp_async_16(stage + row * X_STEP_BYTES + 16 * skinny_place(row, unit), from, at < p.x_pitch);
   }
 }
 
@@ -94,7 +106,7 @@ struct SkinnySums {
 
 // Adds the parts of a step that share scales, from part `first` on.
 template <class W>
-__device__ __forceinline__ void skinny_group(const Product& p, const unsigned char* stage, int first, SkinnySums<typename W::Sum>& sums) {
+__device__ __forceinline__ void skinny_group(const Product& p, const unsigned char* stage, int num_rows, int first, SkinnySums<typename W::Sum>& sums) {
   constexpr int PARTS = GROUP_PARTS<W>;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const unsigned char* groups = stage + SkinnyStage<W>::W_BYTES;
@@ -115,8 +127,8 @@ __device__ __forceinline__ void skinny_group(const Product& p, const unsigned ch
   }
 #pragma unroll
   for (int tokens = 0; tokens < 2; tokens++) {
-    if (8 * tokens >= p.rows) break;
-    const int row = min(8 * tokens + g, p.rows - 1);  // what is behind the last nobody asks for
+    if (8 * tokens >= num_rows) break;
+    const int row = min(8 * tokens + g, num_rows - 1);  // what is behind the last nobody asks for
     Words b[PARTS];
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
@@ -142,27 +154,29 @@ __device__ __forceinline__ void skinny_leave(const Product& p, Sum* all, SkinnyS
       }
 }
 
-// A finished value of the panel: the eight warps' sums in order, scaled.
+// A finished value of an item: the eight warps' sums in order, scaled.
 template <class W>
-__device__ __forceinline__ float skinny_value(const Product& p, const typename W::Sum* all, int row, int column, const Half& half) {
+__device__ __forceinline__ float skinny_value(const Product& p, const SkinnyItem& item, const typename W::Sum* all, int row, int column) {
+  const Half half = find_half(item.tile, column / BLOCK_ROWS);
   typename W::Sum sum = all[row * PANEL_COLUMNS + column];
 #pragma unroll
   for (int warp = 1; warp < SKINNY_WARPS; warp++) sum += all[(warp * p.rows + row) * PANEL_COLUMNS + column];
   const int out = half.block * BLOCK_ROWS + column % BLOCK_ROWS;
-  return finished(float(sum), __fmul_rn(token_scale<W>(p, row), row_scale<W>(p, half.weight, out)), bias_of(half.weight, out));
+  return finished(float(sum), __fmul_rn(token_scale<W>(p, item.first_row + row), row_scale<W>(p, half.weight, out)), bias_of(half.weight, out));
 }
 
 template <class W>
-__device__ __forceinline__ void skinny_finish(const Product& p, const Tile& tile, const typename W::Sum* all) {
-  const int columns = tile.gated ? BLOCK_ROWS : PANEL_COLUMNS;
-  for (int i = threadIdx.x; i < p.rows * columns; i += 32 * SKINNY_WARPS) {
+__device__ __forceinline__ void skinny_finish(const Product& p, const SkinnyItem& item, const typename W::Sum* all) {
+  const bool gated = item.tile.gated;
+  const int columns = gated ? BLOCK_ROWS : PANEL_COLUMNS;
+  for (int i = threadIdx.x; i < item.num_rows * columns; i += 32 * SKINNY_WARPS) {
     const int row = i / columns, column = i % columns;
-    const Half half = find_half(tile, column / BLOCK_ROWS);
+    const Half half = find_half(item.tile, column / BLOCK_ROWS);
     const int out = half.block * BLOCK_ROWS + column % BLOCK_ROWS;
     if (out >= half.weight.columns) continue;
-    float value = skinny_value<W>(p, all, row, column, half);
-    if (tile.gated) value = gated_value(p, value, skinny_value<W>(p, all, row, column + BLOCK_ROWS, find_half(tile, 1)));
-    write_element(half.weight.out, p.out_type, size_t(row) * half.weight.columns + out, value);
+    float value = skinny_value<W>(p, item, all, row, column);
+    if (gated) value = gated_value(p, value, skinny_value<W>(p, item, all, row, column + BLOCK_ROWS));
+    write_element(half.weight.out, p.out_type, size_t(item.first_row + row) * half.weight.columns + out, value);
   }
 }
 
@@ -179,10 +193,10 @@ __device__ __forceinline__ void skinny_wait(int pending) {
   }
 }
 
-// Tiles of one panel each; a block takes every gridDim.x-th of `tiles`. Shared memory: the stages
-// of eight warps, then their sums [8, rows, 32].
-template <class W>
-__device__ __forceinline__ void matmul_skinny(const Product& p, int tiles) {
+// A block takes every gridDim.x-th of `num_items`, of which `items` knows more. Shared memory: the
+// stages of eight warps, then their sums [8, rows, 32].
+template <class W, class Items>
+__device__ __forceinline__ void matmul_skinny(const Product& p, const Items& items, int num_items) {
   typedef typename W::Sum Sum;
   SIMT_DYN_SHARED(unsigned char, shared);
   const int warp = threadIdx.x / 32, stage_bytes = SkinnyStage<W>::bytes(p.rows);
@@ -190,14 +204,14 @@ __device__ __forceinline__ void matmul_skinny(const Product& p, int tiles) {
   Sum* const all = reinterpret_cast<Sum*>(shared + SKINNY_WARPS * p.stages * stage_bytes);
   // A warp that has no step of a panel still takes part in adding up.
   SkinnyCursor ahead = {int(blockIdx.x), warp};
-  if (warp >= p.steps) ahead.tile = tiles;
-  SkinnySource<W> source(p, find_tile(p, blockIdx.x, 2));
+  if (warp >= p.steps) ahead.item = num_items;
+  SkinnySource<W> source(p, items.item(p, blockIdx.x));
   const auto fetch = [&](int stage) {
-    if (ahead.tile < tiles) {
+    if (ahead.item < num_items) {
       skinny_fill<W>(p, source, ahead.step, stages + stage * stage_bytes);
-      const int tile = ahead.tile;
+      const int item = ahead.item;
       ahead.advance(p.steps);
-      if (ahead.tile != tile && ahead.tile < tiles) source = SkinnySource<W>(p, find_tile(p, ahead.tile, 2));
+      if (ahead.item != item && ahead.item < num_items) source = SkinnySource<W>(p, items.item(p, ahead.item));
     }
     cp_async_commit();
   };
@@ -205,7 +219,8 @@ __device__ __forceinline__ void matmul_skinny(const Product& p, int tiles) {
   for (int stage = 0; stage < p.stages - 1; stage++) fetch(stage);
   int read = 0, write = p.stages - 1;
   SkinnySums<Sum> sums = {};
-  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+  for (int index = blockIdx.x; index < num_items; index += gridDim.x) {
+    const int num_rows = items.item(p, index).num_rows;
 #pragma unroll 1
     for (int step = warp; step < p.steps; step += SKINNY_WARPS) {
       skinny_wait(p.stages - 2);
@@ -213,13 +228,13 @@ __device__ __forceinline__ void matmul_skinny(const Product& p, int tiles) {
       fetch(write);
       const unsigned char* stage = stages + read * stage_bytes;
 #pragma unroll
-      for (int part = 0; part < 2; part += GROUP_PARTS<W>) skinny_group<W>(p, stage, part, sums);
+      for (int part = 0; part < 2; part += GROUP_PARTS<W>) skinny_group<W>(p, stage, num_rows, part, sums);
       read = read + 1 == p.stages ? 0 : read + 1;
       write = write + 1 == p.stages ? 0 : write + 1;
     }
     skinny_leave(p, all, sums);
     __syncthreads();
-    skinny_finish<W>(p, find_tile(p, index, 2), all);
+    skinny_finish<W>(p, items.item(p, index), all);  // asked for again, so that no register holds it
     __syncthreads();
   }
   cp_async_wait<0>();

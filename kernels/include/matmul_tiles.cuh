@@ -46,7 +46,7 @@ __device__ __forceinline__ void fill_x(const Product& p, unsigned char* stage, i
 #pragma unroll
   for (int i = 0; i < S::ROWS / APART; i++) {
     const int from = min(first_row + row + i * APART, p.rows - 1);
-    cp_async_16(to + i * APART * X_STEP_BYTES, p.x + size_t(from) * p.x_pitch + at, at < p.x_pitch);
+    cp_async_16(to + i * APART * X_STEP_BYTES, p.x + size_t(S::W::x_row(p, from)) * p.x_pitch + at, at < p.x_pitch);
   }
 }
 

@@ -56,6 +56,7 @@ struct Product {
   int splits;  // parts of k that different blocks of threads sum over
   int stages;  // steps in flight per warp, for few rows
   int out_type;
+  const int* x_rows = nullptr;  // of formats that look for activations there: [rows], null for all in order
 };
 
 #define WEIGHT_PARAMETERS(i)                                                                                    \

@@ -91,10 +91,15 @@ __device__ __forceinline__ void set_rows(uint32_t (&fragment)[4], const uint32_t
   fragment[0] = even[0], fragment[1] = odd[0], fragment[2] = even[1], fragment[3] = odd[1];
 }
 
+// Row `row` of a product is that of its activations. Experts have others (experts.cuh).
+struct InOrder {
+  static __device__ __forceinline__ int x_row(const Product&, int row) { return row; }
+};
+
 // Codes in blocks of sixteen rows: a step of a block is one run of memory. Behind the last block
 // it is read again, for columns that nobody asks for.
 template <int SLOTS_>
-struct InBlocks {
+struct InBlocks : InOrder {
   static constexpr int SLOTS = SLOTS_;  // loads of sixteen bytes per lane, panel and step
   static constexpr int STEP_STRIDE = 256 * SLOTS;
   // Unit `unit` (sixteen bytes) of a half's first step.
@@ -107,7 +112,7 @@ struct InBlocks {
 
 // Row-major elements of two bytes, rows of a multiple of 16 bytes.
 template <bool IS_F16>
-struct Dense {
+struct Dense : InOrder {
   typedef float Sum;
   static constexpr bool X_IS_CODES = false, HAS_ZEROS = false, IS_ROW_MAJOR = true;
   static constexpr int SLOTS = 8, SLOTS_PER_PART = 4, STEP_STRIDE = X_STEP_BYTES, GROUP_SCALE_BYTES = 0;
@@ -287,7 +292,7 @@ __device__ __forceinline__ float row_scale(const Product& p, const Weight& weigh
 // Of activations that are codes.
 template <class W>
 __device__ __forceinline__ float token_scale(const Product& p, int row) {
-  return W::X_IS_CODES && row < p.rows ? p.x_scales[row] : 1.f;
+  return W::X_IS_CODES ? p.x_scales[W::x_row(p, row)] : 1.f;
 }
 
 // The scales and negated zero points of a lane's four rows; `group` is that of their half.

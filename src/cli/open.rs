@@ -12,7 +12,7 @@ use crate::checkpoint::hub::Progress;
 use crate::config::{EngineConfig, LoadFormat, ModelSource};
 use crate::device::RankContext;
 use crate::engine::{Engine, EngineOptions, ModelInfo};
-use crate::model::check::{check, check_operations};
+use crate::model::check::check;
 use crate::model::decoder::Decoder;
 use crate::model::spec::ModelSpec;
 use crate::ops::cpu::physical_cores;
@@ -74,7 +74,6 @@ fn load(config: &EngineConfig, files: &ModelFiles) -> anyhow::Result<Loaded> {
     let source = files.weights(config.model.load_format, expected, spec.dtype)?;
     check(&spec, &*source)?;
     let rank = RankContext::open(&config.device)?;
-    check_operations(&spec, &*rank.ops)?;
     info!(family = %spec.family, backend = %rank.ops.name(), "opening the model");
     let free = free_memory_bytes();
     let threads = config.device.threads.unwrap_or_else(physical_cores);

@@ -1,4 +1,4 @@
-//! Does a checkpoint hold what the description asks for, and can the device compute it?
+//! Does a checkpoint hold what the description asks for?
 //!
 //! Compares names, shapes and element types and reports every difference at once, before
 //! any weight is read. A tensor without a place in the description is a difference too: it
@@ -9,7 +9,6 @@ use std::collections::BTreeSet;
 use super::error::{ModelError, TensorProblem};
 use super::spec::ModelSpec;
 use crate::checkpoint::{TensorSource, supported_dtype};
-use crate::ops::Ops;
 use crate::tensor::DType;
 
 /// Buffers that old checkpoints carry and every program computes for itself.
@@ -49,14 +48,6 @@ pub fn check(spec: &ModelSpec, source: &dyn TensorSource) -> Result<(), ModelErr
     let known: BTreeSet<&str> = expected.iter().map(|tensor| tensor.name.as_str()).collect();
     problems.extend(extra(spec, source, &known));
     if problems.is_empty() { Ok(()) } else { Err(ModelError::Tensors { problems }) }
-}
-
-/// Passes when the operations include all that the model needs.
-pub fn check_operations(spec: &ModelSpec, ops: &dyn Ops) -> Result<(), ModelError> {
-    if spec.num_experts() > 0 && !ops.has_experts() {
-        return Err(ModelError::NoExperts { family: spec.family.clone(), device: ops.name() });
-    }
-    Ok(())
 }
 
 fn extra(

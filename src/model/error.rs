@@ -41,17 +41,6 @@ pub enum ModelError {
         /// Every mismatch.
         problems: Vec<TensorProblem>,
     },
-    /// The device cannot mix experts.
-    #[error(
-        "{family} is a mixture of experts, and mixture-of-experts models run on the CPU only so \
-         far, not on {device}; use --device cpu"
-    )]
-    NoExperts {
-        /// Name of the family.
-        family: String,
-        /// The device's operations.
-        device: String,
-    },
     /// The files cannot be used.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),

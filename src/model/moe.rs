@@ -7,7 +7,7 @@ use super::spec::{MlpSpec, MoeSpec};
 use super::workspace::{ExpertRows, Workspace};
 use crate::device::RankContext;
 use crate::ops::args::{
-    Activation, Expert, ExpertMlpArgs, ExpertScratch, RouteExpertsArgs, Routing,
+    Activation, Expert, ExpertMlpArgs, ExpertScratch, Experts, RouteExpertsArgs, Routing,
 };
 use crate::weights::Loader;
 use crate::weights::linear::{Linear, Partition};
@@ -15,7 +15,7 @@ use crate::weights::linear::{Linear, Partition};
 /// One layer's router and experts.
 pub struct Moe {
     router: Linear,
-    experts: Vec<Expert>,
+    experts: Experts,
     routing: Routing,
     experts_per_token: usize,
     activation: Activation,
@@ -30,11 +30,7 @@ impl Moe {
         let shape = [router.out_features, router.in_features];
         Ok(Moe {
             router: Linear::router(loader, &router.name, shape)?,
-            experts: spec
-                .experts
-                .iter()
-                .map(|spec| load_expert(spec, loader))
-                .collect::<Result<_, _>>()?,
+            experts: load_experts(&spec.experts, loader)?,
             routing: spec.routing,
             experts_per_token: spec.experts_per_token,
             activation,
@@ -57,6 +53,7 @@ impl Moe {
             expert_ids: expert_ids.reborrow(),
             weights: weights.reborrow(),
             logits: logits.as_view(),
+            bias: None,
             routing: self.routing,
         });
         let room = [gathered.shape().sizes()[0], self.intermediate_size];
@@ -77,6 +74,11 @@ impl Moe {
         rank.comm.all_reduce(normed.rows_mut(num_tokens));
         std::mem::swap(hidden, normed);
     }
+}
+
+fn load_experts(specs: &[MlpSpec], loader: &Loader<'_>) -> Result<Experts, ModelError> {
+    let experts = specs.iter().map(|spec| load_expert(spec, loader));
+    Ok(loader.experts(experts.collect::<Result<_, _>>()?)?)
 }
 
 fn load_expert(spec: &MlpSpec, loader: &Loader<'_>) -> Result<Expert, ModelError> {

@@ -186,6 +186,11 @@ impl ModelSpec {
         self.moes().map(|moe| moe.experts_per_token).max().unwrap_or(0)
     }
 
+    /// Width of the widest expert; 0 in a model without.
+    pub fn expert_width(&self) -> usize {
+        self.moes().map(|moe| moe.experts[0].intermediate_size).max().unwrap_or(0)
+    }
+
     fn moes(&self) -> impl Iterator<Item = &MoeSpec> {
         self.layers.iter().filter_map(|layer| layer.feed_forward.moe())
     }

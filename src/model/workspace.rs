@@ -45,7 +45,8 @@ pub struct ExpertRows {
     pub expert_ids: Tensor,
     /// As `expert_ids`, f32.
     pub weights: Tensor,
-    /// `[max_num_tokens, hidden_size]`: the tokens of experts that run together.
+    /// `[rows, hidden_size]`, as many rows as operations want: the tokens of experts that run
+    /// together.
     pub gathered: Tensor,
     /// As `gathered`: what these experts yield.
     pub yielded: Tensor,
@@ -63,10 +64,12 @@ struct Shapes {
     /// Experts, and those of a token, of the layer that has most; 0 without experts.
     experts: usize,
     experts_per_token: usize,
+    /// Rows of experts that run together.
+    expert_rows: usize,
 }
 
 impl Shapes {
-    fn new(spec: &ModelSpec, token_rows: usize, logit_rows: usize) -> Shapes {
+    fn new(ops: &dyn Ops, spec: &ModelSpec, token_rows: usize, logit_rows: usize) -> Shapes {
         let widest = |width: fn(&super::spec::LayerSpec) -> usize| {
             spec.layers.iter().map(width).max().unwrap_or(0)
         };
@@ -80,6 +83,7 @@ impl Shapes {
             vocab: spec.vocab_size,
             experts: spec.num_experts(),
             experts_per_token: spec.experts_per_token(),
+            expert_rows: ops.expert_rows(token_rows),
         }
     }
 
@@ -89,18 +93,17 @@ impl Shapes {
         let logits = self.logit_rows * self.vocab;
         activations * dtype.size_bytes()
             + logits * DType::F32.size_bytes()
-            + self.token_rows * self.expert_bytes(dtype)
+            + self.expert_bytes(dtype)
     }
 
-    /// Bytes of a token's [`ExpertRows`].
+    /// Bytes of [`ExpertRows`].
     fn expert_bytes(&self, dtype: DType) -> usize {
         if self.experts == 0 {
             return 0;
         }
         let choice = DType::U32.size_bytes() + DType::F32.size_bytes();
-        self.experts * DType::F32.size_bytes()
-            + self.experts_per_token * choice
-            + 2 * self.hidden * dtype.size_bytes()
+        let per_token = self.experts * DType::F32.size_bytes() + self.experts_per_token * choice;
+        self.token_rows * per_token + self.expert_rows * 2 * self.hidden * dtype.size_bytes()
     }
 }
 
@@ -112,8 +115,8 @@ impl ExpertRows {
             router_logits: zeros(DType::F32, s.experts)?,
             expert_ids: zeros(DType::U32, s.experts_per_token)?,
             weights: zeros(DType::F32, s.experts_per_token)?,
-            gathered: zeros(activations, s.hidden)?,
-            yielded: zeros(activations, s.hidden)?,
+            gathered: ops.zeros(activations, [s.expert_rows, s.hidden].into())?,
+            yielded: ops.zeros(activations, [s.expert_rows, s.hidden].into())?,
         })
     }
 }
@@ -126,7 +129,7 @@ impl Workspace {
         max_num_tokens: usize,
         max_logit_rows: usize,
     ) -> Result<Workspace, OpsError> {
-        let s = Shapes::new(spec, max_num_tokens, max_logit_rows);
+        let s = Shapes::new(ops, spec, max_num_tokens, max_logit_rows);
         let dtype = ops.activation_dtype();
         let tokens = |width: usize| ops.zeros(dtype, [s.token_rows, width].into());
         Ok(Workspace {
@@ -150,13 +153,14 @@ impl Workspace {
         })
     }
 
-    /// Bytes that [`Workspace::new`] allocates for activations of this dtype.
+    /// Bytes that [`Workspace::new`] allocates.
     pub fn size_bytes(
+        ops: &dyn Ops,
         spec: &ModelSpec,
-        dtype: DType,
         max_num_tokens: usize,
         max_logit_rows: usize,
     ) -> usize {
-        Shapes::new(spec, max_num_tokens, max_logit_rows).size_bytes(dtype)
+        let dtype = ops.activation_dtype();
+        Shapes::new(ops, spec, max_num_tokens, max_logit_rows).size_bytes(dtype)
     }
 }

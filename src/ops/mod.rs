@@ -56,10 +56,14 @@ pub struct StepLimits {
     pub max_logit_rows: usize,
     /// Columns of logits.
     pub vocab_size: usize,
+    /// Elements of a row of the residual stream.
+    pub hidden_size: usize,
     /// Experts of the layer that has most.
     pub num_experts: usize,
     /// Most experts that compute a token.
     pub experts_per_token: usize,
+    /// Width of the widest expert.
+    pub expert_width: usize,
 }
 
 /// A layer of a model and its cache, as far as kernels depend on them.
@@ -175,6 +179,18 @@ pub trait Ops: Send + Sync {
         Ok(matrix)
     }
 
+    /// Makes one thing of the experts of a layer, at load, whose matrices were arranged. Refuses
+    /// those that this device cannot multiply together.
+    fn index_experts(&self, experts: Vec<Expert>) -> Result<Experts, OpsError> {
+        Ok(Experts::from(experts))
+    }
+
+    /// Rows of [`ExpertScratch`] that [`Ops::expert_mlp`] needs for so many tokens; none where
+    /// [`Ops::reserve`] makes its room.
+    fn expert_rows(&self, num_tokens: usize) -> usize {
+        num_tokens
+    }
+
     /// Bytes that a floating-point matrix of this dtype and shape takes once arranged.
     fn arranged_bytes(&self, dtype: DType, shape: [usize; 2]) -> usize {
         shape.iter().product::<usize>() * dtype.size_bytes()
@@ -205,24 +221,12 @@ pub trait Ops: Send + Sync {
         mlp_in_steps(self, args);
     }
 
-    /// Whether [`Ops::route_experts`] and [`Ops::expert_mlp`] exist here; asked when a model is
-    /// opened.
-    fn has_experts(&self) -> bool {
-        false
-    }
-
     /// Chooses experts for every token, and what their results are multiplied by.
-    fn route_experts(&self, args: RouteExpertsArgs<'_>) {
-        args.check();
-        panic!("{} has no experts", self.name());
-    }
+    fn route_experts(&self, args: RouteExpertsArgs<'_>);
 
     /// `out[t] = Σ weights[t, i] · mlp of expert expert_ids[t, i] (x[t])`, added up in ascending
     /// order of the experts' ids.
-    fn expert_mlp(&self, args: ExpertMlpArgs<'_>) {
-        args.check();
-        panic!("{} has no experts", self.name());
-    }
+    fn expert_mlp(&self, args: ExpertMlpArgs<'_>);
 
     /// `out = activation(gate) * up`.
     fn gated_activation(&self, args: GatedActivationArgs<'_>);

@@ -187,9 +187,9 @@ impl MemoryPlan {
 
     /// Bytes of everything but weights and KV blocks.
     fn workspace(&self, ops: &dyn Ops, spec: &ModelSpec) -> usize {
-        let (dtype, max_num_tokens) = (ops.activation_dtype(), self.limits.max_num_tokens);
+        let max_num_tokens = self.limits.max_num_tokens;
         let recorded = if ops.can_record() { RECORDINGS_BYTES } else { 0 };
-        Workspace::size_bytes(spec, dtype, max_num_tokens, self.max_logit_rows)
+        Workspace::size_bytes(ops, spec, max_num_tokens, self.max_logit_rows)
             + ForwardBatch::size_bytes(self.limits)
             + ops.scratch_bytes(&self.step_limits(spec))
             + recorded
@@ -252,8 +252,10 @@ impl MemoryPlan {
             head_dim: attentions().map(|a| a.head_dim).max().unwrap_or(0),
             max_logit_rows: self.max_logit_rows,
             vocab_size: spec.vocab_size,
+            hidden_size: spec.hidden_size,
             num_experts: spec.num_experts(),
             experts_per_token: spec.experts_per_token(),
+            expert_width: spec.expert_width(),
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::checkpoint::{
 };
 use crate::config::Quantization;
 use crate::formats::PackedMatrix;
+use crate::ops::args::{Expert, Experts};
 use crate::ops::{Ops, OpsError};
 use crate::tensor::{DType, Tensor};
 
@@ -120,6 +121,14 @@ impl<'a> Loader<'a> {
     fn precise(&self, name: &str, shape: [usize; 2]) -> Result<PackedMatrix, LoadError> {
         let matrix = plain::load_float(self.source, &plain::weight_name(name), &shape)?;
         self.arrange(crate::formats::dense::pack(self.detached(matrix)))
+    }
+
+    /// The experts of a layer as operations want them.
+    pub fn experts(&self, experts: Vec<Expert>) -> Result<Experts, LoadError> {
+        match self.ops {
+            Some(ops) => Ok(ops.index_experts(experts)?),
+            None => Ok(Experts::from(experts)),
+        }
     }
 
     /// Quantizes and arranges what was read.

@@ -22,8 +22,10 @@ fn limits() -> StepLimits {
         head_dim: 128,
         max_logit_rows: 1,
         vocab_size: 1,
+        hidden_size: 0,
         num_experts: 0,
         experts_per_token: 0,
+        expert_width: 0,
     }
 }
 

@@ -325,8 +325,10 @@ pub fn check_scratch() {
         head_dim: 32,
         max_logit_rows: 4,
         vocab_size: 64,
+        hidden_size: 0,
         num_experts: 0,
         experts_per_token: 0,
+        expert_width: 0,
     };
     let free = || device.ops.device_memory().unwrap().unwrap().free;
     let before = free();

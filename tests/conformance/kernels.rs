@@ -10,7 +10,7 @@ use tokenmill::tensor::DType;
 
 use crate::on_device::OnDevice;
 use crate::shim::{self, Shim};
-use crate::{all_reduce, attention_kernels, cuda_matmul, rows, sample};
+use crate::{all_reduce, attention_kernels, cuda_matmul, experts, rows, sample};
 
 /// A device with activations of bf16 or f16.
 fn simt(activations: DType) -> OnDevice<Shim> {
@@ -50,9 +50,14 @@ static MATMUL: Table = Table::new(|| {
 static DENSE_MATMUL: Table = Table::new(cuda_matmul::check_dense);
 
 static ALL_REDUCE: Table = Table::new(all_reduce::check);
+static EXPERTS: Table = Table::new(|| {
+    experts::check_routing(&simt(DType::BF16));
+    experts::check_on_device(&simt(DType::BF16));
+});
 
 /// All of them.
-static TABLES: [&Table; 6] = [&ROWS, &SAMPLE, &ATTENTION, &MATMUL, &DENSE_MATMUL, &ALL_REDUCE];
+static TABLES: [&Table; 7] =
+    [&ROWS, &SAMPLE, &ATTENTION, &MATMUL, &DENSE_MATMUL, &ALL_REDUCE, &EXPERTS];
 
 #[test]
 fn row_kernels_agree_with_the_referee() {
@@ -102,6 +107,27 @@ fn projections_of_one_launch_of_a_matmul_kernel_equal_projections_alone() {
 #[test]
 fn matmul_kernels_take_no_memory_after_reserve() {
     cuda_matmul::check_scratch();
+}
+
+#[test]
+fn expert_kernels_agree_with_the_referee() {
+    EXPERTS.pass();
+}
+
+#[test]
+fn bits_of_a_token_of_expert_kernels_do_not_depend_on_its_company() {
+    experts::check_device_invariance(&simt(DType::BF16));
+    experts::check_passes(&simt(DType::BF16));
+}
+
+#[test]
+fn expert_kernels_take_no_memory_after_reserve() {
+    experts::check_scratch();
+}
+
+#[test]
+fn experts_that_no_kernel_multiplies_together_are_refused() {
+    experts::check_refusals();
 }
 
 /// Kernels that no launch code can reach yet: INT8 models compute with activations of bf16.

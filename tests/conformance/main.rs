@@ -26,10 +26,7 @@ mod support;
 
 use support::{backends, for_each_backend};
 use tokenmill::config::CpuIsa;
-use tokenmill::model::check::check_operations;
-use tokenmill::model::spec::ModelSpec;
 use tokenmill::ops::cpu::{CpuError, CpuOps, Isa};
-use tokenmill::ops::cuda::CudaOps;
 
 #[test]
 fn row_operations_agree_with_the_referee() {
@@ -46,25 +43,6 @@ fn matmul_agrees_with_the_referee() {
 fn experts_agree_with_the_referee() {
     for_each_backend(experts::check_routing);
     experts::check_products(&backends());
-}
-
-#[test]
-fn a_model_with_experts_is_refused_where_there_are_none() {
-    let config = |architecture: &str| {
-        format!(
-            r#"{{"architectures": ["{architecture}"], "vocab_size": 9, "hidden_size": 8,
-                "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-                "num_key_value_heads": 1}}"#
-        )
-    };
-    let [mixtral, mistral] = ["MixtralForCausalLM", "MistralForCausalLM"]
-        .map(|architecture| ModelSpec::from_config(&config(architecture)).unwrap());
-    let cuda = CudaOps::new(shim::Shim::new());
-    let refusal = check_operations(&mixtral, &cuda).unwrap_err().to_string();
-    assert!(refusal.starts_with("mixtral is a mixture of experts"), "{refusal}");
-    assert!(refusal.contains("run on the CPU only so far"), "{refusal}");
-    assert!(check_operations(&mistral, &cuda).is_ok());
-    assert!(backends().iter().all(|ops| check_operations(&mixtral, ops).is_ok()));
 }
 
 #[test]

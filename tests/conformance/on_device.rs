@@ -211,6 +211,54 @@ impl<L: Launcher> Ops for OnDevice<L> {
         self.widen(args.out, &out);
     }
 
+    fn route_experts(&self, mut args: RouteExpertsArgs<'_>) {
+        let logits = self.copy(args.logits);
+        let bias = args.bias.map(|bias| self.copy(bias));
+        let mut ids = self.empty(DType::U32, args.expert_ids.shape());
+        let mut weights = self.empty(DType::F32, args.weights.shape());
+        self.ops.route_experts(RouteExpertsArgs {
+            expert_ids: ids.view_mut(),
+            weights: weights.view_mut(),
+            logits: logits.view(),
+            bias: bias.as_ref().map(Tensor::view),
+            routing: args.routing,
+        });
+        self.check();
+        self.restore_bytes(args.expert_ids.reborrow(), &ids);
+        self.restore_bytes(args.weights.reborrow(), &weights);
+    }
+
+    fn expert_mlp(&self, args: ExpertMlpArgs<'_>) {
+        let expert = |Expert { gate, up, down }: &Expert| Expert {
+            gate: self.matrix(gate),
+            up: self.matrix(up),
+            down: self.matrix(down),
+        };
+        let experts = args.experts.iter().map(expert).collect();
+        let experts = self.ops.index_experts(experts).unwrap();
+        let x = self.narrow(args.x);
+        let (ids, weights) = (self.copy(args.expert_ids), self.copy(args.weights));
+        let mut out = self.empty(self.activations, args.out.shape());
+        let room = |view: &ViewMut<'_>| self.empty(self.activations, view.shape());
+        let ExpertScratch { gathered, middle, yielded } = &args.scratch;
+        let (mut gathered, mut yielded) = (room(gathered), room(yielded));
+        let mut middle = middle.each_ref().map(room);
+        self.ops.expert_mlp(ExpertMlpArgs {
+            out: out.view_mut(),
+            x: x.view(),
+            experts: &experts,
+            activation: args.activation,
+            expert_ids: ids.view(),
+            weights: weights.view(),
+            scratch: ExpertScratch {
+                gathered: gathered.view_mut(),
+                middle: middle.each_mut().map(Tensor::view_mut),
+                yielded: yielded.view_mut(),
+            },
+        });
+        self.widen(args.out, &out);
+    }
+
     fn gated_activation(&self, args: GatedActivationArgs<'_>) {
         let (gate, up) = (self.narrow(args.gate), self.narrow(args.up));
         let mut out = self.empty(self.activations, args.out.shape());

@@ -23,22 +23,33 @@ const BLOCK_SIZE: usize = 8;
 /// Logits of every prompt token, computed in chunks of `chunk` tokens in one sequence whose
 /// blocks lie in reverse order.
 pub fn decode(case: &Case, ops: Arc<dyn Ops>, chunk: usize, kv_dtype: DType) -> Vec<f32> {
-    let rank = RankContext::solo(ops);
     let spec = ModelSpec::from_config(&case.config_json).unwrap();
     let source = Checkpoint::open(&case.folder).unwrap();
-    let prompt_len = case.token_ids.len();
-    let loader = Loader::new(&source).arranged(&*rank.ops);
-    let decoder = Decoder::load(&spec, &loader, prompt_len).unwrap();
+    decode_with(&spec, Loader::new(&source), &case.token_ids, ops, chunk, kv_dtype)
+}
+
+/// The same for any model and prompt.
+pub fn decode_with(
+    spec: &ModelSpec,
+    loader: Loader<'_>,
+    token_ids: &[u32],
+    ops: Arc<dyn Ops>,
+    chunk: usize,
+    kv_dtype: DType,
+) -> Vec<f32> {
+    let rank = RankContext::solo(ops);
+    let prompt_len = token_ids.len();
+    let decoder = Decoder::load(spec, &loader.arranged(&*rank.ops), prompt_len).unwrap();
     let num_blocks = prompt_len.div_ceil(BLOCK_SIZE);
     let block_ids: Vec<u32> = (0..num_blocks as u32).rev().collect();
     let ops = &*rank.ops;
-    let mut cache = KvCache::new(ops, &spec, num_blocks, BLOCK_SIZE, kv_dtype).unwrap();
-    let mut workspace = Workspace::new(ops, &spec, prompt_len, prompt_len).unwrap();
+    let mut cache = KvCache::new(ops, spec, num_blocks, BLOCK_SIZE, kv_dtype).unwrap();
+    let mut workspace = Workspace::new(ops, spec, prompt_len, prompt_len).unwrap();
     let limits =
         BatchLimits { max_num_tokens: prompt_len, max_num_seqs: 1, max_blocks_per_seq: num_blocks };
     let mut batch = ForwardBatch::new(ops, limits).unwrap();
     let mut logits = Vec::new();
-    for (i, token_ids) in case.token_ids.chunks(chunk).enumerate() {
+    for (i, token_ids) in token_ids.chunks(chunk).enumerate() {
         let start_position = (i * chunk) as u32;
         let entry = BatchEntry { token_ids, start_position, block_ids: &block_ids };
         batch.fill(BLOCK_SIZE, [entry].into_iter());
@@ -117,14 +128,13 @@ fn the_cpu_backend_computes_the_recorded_logits_however_the_prompt_is_chunked() 
 const CACHE_TOLERANCES: [(DType, f64); 2] = [(DType::I8, 0.03), (DType::Fp8, 0.15)];
 
 /// How much farther the tokens of a mixture may be off.
-const MIXTURE_TOLERANCE: f64 = 2.0;
+pub const MIXTURE_TOLERANCE: f64 = 2.0;
 
 /// The relative error of the median token. In a mixture of experts a token with two choices that
 /// are nearly as likely may make the other one, and is then as far off as experts differ; what
 /// attends to it is off by some of that, for which [`MIXTURE_TOLERANCE`] is.
-fn median_error(case: &Case, got: &[f32]) -> f64 {
-    let expected = case.logits.as_slice::<f32>();
-    let vocab_size = expected.len() / case.token_ids.len();
+pub fn median_error(num_tokens: usize, got: &[f32], expected: &[f32]) -> f64 {
+    let vocab_size = expected.len() / num_tokens;
     let square = |x: f32| f64::from(x) * f64::from(x);
     let error = |(got, expected): (&[f32], &[f32])| -> f64 {
         let errors: f64 = got.iter().zip(expected).map(|(a, b)| square(a - b)).sum();
@@ -148,7 +158,11 @@ fn caches_of_bytes_keep_the_recorded_logits_close() {
                 let whole = run(case.token_ids.len());
                 let what = format!("{} {kv_dtype} on {}", case.name, ops.name());
                 let (error, most) = match is_mixture {
-                    true => (median_error(&case, &whole), most * MIXTURE_TOLERANCE),
+                    true => {
+                        let recorded = case.logits.as_slice();
+                        let error = median_error(case.token_ids.len(), &whole, recorded);
+                        (error, most * MIXTURE_TOLERANCE)
+                    }
                     false => (relative_error(&case, &whole), most),
                 };
                 assert!(error <= most, "{what}: off by {error}");

@@ -149,8 +149,10 @@ fn measure(ops: &dyn Ops, args: &KernelsArgs) -> Result<Vec<KernelRow>, OpsError
         head_dim: args.head_dim,
         max_logit_rows: 1,
         vocab_size: 1,
+        hidden_size: 0,
         num_experts: 0,
         experts_per_token: 0,
+        expert_width: 0,
     })?;
     let bench = Bench { ops, milliseconds: args.milliseconds };
     let mut rows = vec![bench.copy(args.copy_size as usize)?];

@@ -63,8 +63,10 @@ fn reserve(side: &Side<'_>) -> Result<(), OpsError> {
         head_dim: 128,
         max_logit_rows: 8,
         vocab_size: 1000,
+        hidden_size: 192,
         num_experts: 8,
         experts_per_token: 3,
+        expert_width: 80,
     })
 }
 
@@ -164,18 +166,16 @@ fn gated_matmul(side: &mut Side<'_>) -> Result<(), OpsError> {
     Ok(())
 }
 
-/// Tokens choose three of eight experts by themselves; nothing where there are none.
+/// Tokens choose three of eight experts by themselves.
 fn experts(side: &mut Side<'_>) -> Result<(), OpsError> {
-    if !side.ops.has_experts() {
-        return Ok(());
-    }
     reserve(side)?;
     for (name, format) in FORMATS {
         let mut expert = || {
             let (gate, up) = (matrix(side, format, [80, 192])?, matrix(side, format, [80, 192])?);
             Ok(Expert { gate, up, down: matrix(side, format, [192, 80])? })
         };
-        let experts: Vec<Expert> = (0..8).map(|_| expert()).collect::<Result<_, OpsError>>()?;
+        let experts = (0..8).map(|_| expert()).collect::<Result<_, OpsError>>()?;
+        let experts = side.ops.index_experts(experts)?;
         for rows in ROWS {
             mix(side, &experts, rows, &format!("{name}, {rows} rows"))?;
         }
@@ -183,7 +183,7 @@ fn experts(side: &mut Side<'_>) -> Result<(), OpsError> {
     Ok(())
 }
 
-fn mix(side: &mut Side<'_>, experts: &[Expert], rows: usize, case: &str) -> Result<(), OpsError> {
+fn mix(side: &mut Side<'_>, experts: &Experts, rows: usize, case: &str) -> Result<(), OpsError> {
     let (x, logits) = (side.activations([rows, 192])?, side.floats([rows, experts.len()])?);
     let mut expert_ids = side.integers(&vec![0; 3 * rows], [rows, 3])?;
     let mut weights = side.floats([rows, 3])?;
@@ -191,6 +191,7 @@ fn mix(side: &mut Side<'_>, experts: &[Expert], rows: usize, case: &str) -> Resu
         expert_ids: expert_ids.view_mut(),
         weights: weights.view_mut(),
         logits: logits.view(),
+        bias: None,
         routing: Routing::Softmax { renormalize: true },
     });
     side.note(format!("{case}, weights"), &weights);

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use super::CpuOps;
 use super::share::Parts;
-use crate::ops::args::{RouteExpertsArgs, Routing};
+use crate::ops::args::{LEAST_SCORE_SUM, MAX_GROUPS, RouteExpertsArgs, Routing, SigmoidRouting};
+use crate::tensor::View;
 
 /// Elements of a row-wise operation that take as long as one logit does here.
 const ELEMENTS_PER_LOGIT: usize = 8;
@@ -79,7 +80,8 @@ impl ExpertTokens {
 
 impl CpuOps {
     pub(super) fn route(&self, args: RouteExpertsArgs<'_>) {
-        let RouteExpertsArgs { expert_ids, weights, logits, routing } = args;
+        let RouteExpertsArgs { expert_ids, weights, logits, bias, routing } = args;
+        let bias = bias.map(View::as_slice);
         let (per_token, num_experts) = (expert_ids.size(1), logits.size(1));
         let ids = Parts::new(expert_ids.into_mut_slice::<u32>());
         let weights = Parts::new(weights.into_mut_slice::<f32>());
@@ -89,18 +91,24 @@ impl CpuOps {
                 // SAFETY: tasks have different tokens.
                 let (ids, weights) = unsafe { (ids.part(chosen.clone()), weights.part(chosen)) };
                 let logits = logits.rows(token..token + 1).as_slice();
-                route_token(logits, routing, ids, weights);
+                match routing {
+                    Routing::Softmax { renormalize } => {
+                        route_by_softmax(logits, renormalize, ids, weights);
+                    }
+                    Routing::Sigmoid(routing) => {
+                        route_by_sigmoid(logits, bias, &routing, ids, weights);
+                    }
+                }
             }
         });
     }
 }
 
 /// Chooses as many experts as there is room for, and their weights.
-fn route_token(logits: &[f32], routing: Routing, ids: &mut [u32], weights: &mut [f32]) {
-    choose(logits, ids, weights);
+fn route_by_softmax(logits: &[f32], renormalize: bool, ids: &mut [u32], weights: &mut [f32]) {
+    choose(logits.iter().copied(), ids, weights);
     let largest = weights[0];
     sort_by_id(ids, weights);
-    let Routing::Softmax { renormalize } = routing;
     weights.iter_mut().for_each(|weight| *weight = (*weight - largest).exp());
     // Probabilities divided by their sum need no sum over the others.
     let sum: f32 = match renormalize {
@@ -110,10 +118,44 @@ fn route_token(logits: &[f32], routing: Routing, ids: &mut [u32], weights: &mut 
     weights.iter_mut().for_each(|weight| *weight /= sum);
 }
 
-/// The largest logits in falling order, of equal ones those with the lower ids first.
-fn choose(logits: &[f32], ids: &mut [u32], chosen: &mut [f32]) {
+/// The same by scores, within the best groups.
+fn route_by_sigmoid(
+    logits: &[f32],
+    bias: Option<&[f32]>,
+    routing: &SigmoidRouting,
+    ids: &mut [u32],
+    weights: &mut [f32],
+) {
+    let score = |id: usize| 1.0 / (1.0 + (-logits[id]).exp());
+    let biased = |id: usize| score(id) + bias.map_or(0.0, |bias| bias[id]);
+    let group_len = logits.len() / routing.num_groups;
+    let of_group = |group: usize| {
+        let (mut ids, mut best) = ([0; 2], [0.0; 2]);
+        let num_best = group_len.min(2);
+        let group = (group * group_len..(group + 1) * group_len).map(biased);
+        choose(group, &mut ids[..num_best], &mut best[..num_best]);
+        best[0] + best[1]
+    };
+    let (mut groups, mut sums) = ([0; MAX_GROUPS], [0.0; MAX_GROUPS]);
+    let groups = &mut groups[..routing.num_chosen_groups];
+    choose((0..routing.num_groups).map(of_group), groups, &mut sums[..groups.len()]);
+    let of_chosen_group = |id: usize| {
+        let is_chosen = groups.contains(&((id / group_len) as u32));
+        if is_chosen { biased(id) } else { f32::NEG_INFINITY }
+    };
+    choose((0..logits.len()).map(of_chosen_group), ids, weights);
+    ids.sort_unstable();
+    for (weight, &id) in weights.iter_mut().zip(&*ids) {
+        *weight = score(id as usize);
+    }
+    let sum = if routing.renormalize { weights.iter().sum::<f32>() + LEAST_SCORE_SUM } else { 1.0 };
+    weights.iter_mut().for_each(|weight| *weight = *weight / sum * routing.scale);
+}
+
+/// The largest values in falling order, of equal ones those with the lower ids first.
+fn choose(values: impl Iterator<Item = f32>, ids: &mut [u32], chosen: &mut [f32]) {
     let mut num_chosen = 0;
-    for (id, logit) in logits.iter().enumerate() {
+    for (id, logit) in values.enumerate() {
         // A number that is none loses against all others.
         let logit = logit.max(f32::NEG_INFINITY);
         if num_chosen == chosen.len() && logit <= chosen[num_chosen - 1] {
@@ -160,7 +202,7 @@ mod tests {
     #[test]
     fn numbers_that_are_none_are_chosen_last() {
         let (mut ids, mut chosen) = ([9; 3], [0.0; 3]);
-        choose(&[f32::NAN, 1.0, f32::NAN, 2.0], &mut ids, &mut chosen);
+        choose([f32::NAN, 1.0, f32::NAN, 2.0].into_iter(), &mut ids, &mut chosen);
         assert_eq!(ids, [3, 1, 0]);
         assert_eq!(chosen, [2.0, 1.0, f32::NEG_INFINITY]);
     }

@@ -343,8 +343,10 @@ mod tests {
             head_dim: 64,
             max_logit_rows: 8,
             vocab_size: 100,
+            hidden_size: 320,
             num_experts: 12,
             experts_per_token: 2,
+            expert_width: 320,
         };
         let mut state = ExpertState::default();
         state.reserve(&limits);

@@ -278,17 +278,13 @@ impl Ops for CpuOps {
         self.multiply_mlp(args);
     }
 
-    fn has_experts(&self) -> bool {
-        true
-    }
-
     fn route_experts(&self, args: RouteExpertsArgs<'_>) {
         args.check();
         self.route(args);
     }
 
     fn expert_mlp(&self, args: ExpertMlpArgs<'_>) {
-        args.check();
+        args.check(self.expert_rows(args.x.size(0)));
         self.multiply_experts(args);
     }
 

@@ -482,8 +482,10 @@ mod tests {
             head_dim: 64,
             max_logit_rows: 1,
             vocab_size: 100,
+            hidden_size: 0,
             num_experts: 0,
             experts_per_token: 0,
+            expert_width: 0,
         };
         assert_eq!(Partials::size_bytes(&limits), 16 * 8 * 4 * (64 + 2) * 4);
         let large = StepLimits { max_num_tokens: 8192, max_num_seqs: 256, ..limits };

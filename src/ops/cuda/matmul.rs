@@ -9,18 +9,19 @@
 use std::sync::{MutexGuard, PoisonError};
 
 use super::launcher::{CudaError, KernelArg, Launch, Launcher, args};
-use super::product::{Kind, MAX_SKINNY_ROWS, PARTIAL_BYTES, Problem, SPLIT_TILES};
-use super::{CudaOps, by_activation};
+use super::product::{Kind, MAX_SKINNY_ROWS, PARTIAL_BYTES, Plan, Problem, SPLIT_TILES};
+use super::{CudaOps, by_activation, experts};
 use crate::formats::PackedMatrix;
 use crate::formats::blocks::BLOCK_ROWS;
 use crate::ops::args::{Activation, GatedMatmulArgs, MatmulArgs, Projection, WeightAndBias};
 use crate::ops::{StepLimits, gated_in_steps};
-use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
+use crate::tensor::{DType, Tensor, View, ViewMut};
 
 /// Weights of a launch.
-const MAX_WEIGHTS: usize = 3;
-/// Parameters of a kernel: seven per weight, sixteen of the product, and its panels.
-const MAX_PARAMETERS: usize = 7 * MAX_WEIGHTS + 17;
+pub(super) const MAX_WEIGHTS: usize = 3;
+/// Parameters of a kernel: seven per weight, sixteen of the product, four of experts, and what
+/// skinny kernels take beside.
+const MAX_PARAMETERS: usize = 7 * MAX_WEIGHTS + 16 + 4 + 2;
 /// Elements to which the length of copied activation rows is rounded up: a step of codes.
 const PITCH_ELEMENTS: usize = 128;
 /// Threads of a kernel that prepares a row.
@@ -57,6 +58,14 @@ pub(super) struct Scratch {
 struct ScratchBytes([usize; 4]);
 
 impl ScratchBytes {
+    /// For all products of a step.
+    fn of_step(limits: &StepLimits, multiprocessors: u32) -> ScratchBytes {
+        let rows = ScratchBytes::new(limits.max_num_tokens, limits.max_width, multiprocessors);
+        let choices = experts::most_choices(limits);
+        let of_experts = ScratchBytes::new(choices, limits.expert_width, multiprocessors);
+        ScratchBytes(std::array::from_fn(|i| rows.0[i].max(of_experts.0[i])))
+    }
+
     fn new(rows: usize, width: usize, multiprocessors: u32) -> ScratchBytes {
         let multiprocessors = multiprocessors as usize;
         ScratchBytes([
@@ -77,20 +86,41 @@ struct Operand<'a> {
 }
 
 /// One weight of a launch.
-struct Factor<'a> {
-    weight: &'a PackedMatrix,
-    bias: Option<View<'a>>,
-    out: KernelArg<'a>,
+pub(super) struct Factor<'a> {
+    pub(super) weight: &'a PackedMatrix,
+    pub(super) bias: Option<View<'a>>,
+    pub(super) out: KernelArg<'a>,
+}
+
+/// What one launch multiplies.
+pub(super) struct Factors<'a> {
+    pub(super) kind: Kind,
+    /// `[rows, k]`.
+    pub(super) x: View<'a>,
+    pub(super) weights: [Option<Factor<'a>>; MAX_WEIGHTS],
+    /// Of a gated product of the first two weights.
+    pub(super) activation: Option<Activation>,
+    pub(super) out: DType,
+}
+
+impl Factors<'_> {
+    /// The sizes, for `rows` rows.
+    pub(super) fn with_problem<T>(&self, rows: usize, f: impl FnOnce(Problem<'_>) -> T) -> T {
+        let columns = self.weights.each_ref().map(|f| f.as_ref().map_or(0, |f| f.weight.num_rows));
+        let columns = &columns[..self.weights.iter().flatten().count()];
+        let is_gated = self.activation.is_some();
+        f(Problem { kind: self.kind, rows, k: self.x.size(1), columns, is_gated })
+    }
 }
 
 /// Parameters of a kernel, in order.
-struct Parameters<'a> {
+pub(super) struct Parameters<'a> {
     args: [KernelArg<'a>; MAX_PARAMETERS],
     len: usize,
 }
 
 impl<'a> Parameters<'a> {
-    fn push(&mut self, arg: impl Into<KernelArg<'a>>) {
+    pub(super) fn push(&mut self, arg: impl Into<KernelArg<'a>>) {
         self.args[self.len] = arg.into();
         self.len += 1;
     }
@@ -113,28 +143,20 @@ impl<'a> Parameters<'a> {
 impl<L: Launcher> CudaOps<L> {
     /// Bytes that [`CudaOps::reserve_products`] takes.
     pub(super) fn product_scratch_bytes(&self, limits: &StepLimits) -> usize {
-        let (rows, multiprocessors) = (limits.max_num_tokens, self.facts().multiprocessors);
-        ScratchBytes::new(rows, limits.max_width, multiprocessors).0.iter().sum()
+        ScratchBytes::of_step(limits, self.facts().multiprocessors).0.iter().sum()
     }
 
     /// Makes room for steps of this size.
     pub(super) fn reserve_products(&self, limits: &StepLimits) -> Result<(), CudaError> {
-        self.scratch(limits.max_num_tokens, limits.max_width).map(|_| ())
+        self.scratch(&ScratchBytes::of_step(limits, self.facts().multiprocessors)).map(|_| ())
     }
 
-    /// The scratch memory, for as many rows and columns; grows when nothing was reserved.
-    fn scratch(&self, rows: usize, width: usize) -> Result<MutexGuard<'_, Scratch>, CudaError> {
+    /// The scratch memory; grows when nothing was reserved.
+    fn scratch(&self, bytes: &ScratchBytes) -> Result<MutexGuard<'_, Scratch>, CudaError> {
         let mut scratch = self.product_scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        let ScratchBytes(bytes) = ScratchBytes::new(rows, width, self.facts().multiprocessors);
         let Scratch { x, x_scales, partial, arrived } = &mut *scratch;
-        for (tensor, bytes) in [x, x_scales, partial, arrived].into_iter().zip(bytes) {
-            if tensor.as_ref().is_none_or(|tensor| tensor.size_bytes() < bytes) {
-                // The old one goes first: they would not fit beside each other.
-                *tensor = None;
-                let mut larger = self.launcher().allocate(DType::U8, Shape::from([bytes]))?;
-                self.launcher().clear(larger.view_mut());
-                *tensor = Some(larger);
-            }
+        for (tensor, bytes) in [x, x_scales, partial, arrived].into_iter().zip(bytes.0) {
+            self.make_room(tensor, DType::U8, bytes)?;
         }
         Ok(scratch)
     }
@@ -181,12 +203,12 @@ impl<L: Launcher> CudaOps<L> {
 
     fn launch_run(&self, kind: Kind, x: View<'_>, run: &mut [Projection<'_>]) {
         let Some(out) = run.first().map(|p| p.out.dtype()) else { return };
-        let mut factors: [Option<Factor<'_>>; MAX_WEIGHTS] = [const { None }; MAX_WEIGHTS];
-        for (factor, p) in factors.iter_mut().zip(run) {
+        let mut weights = [const { None }; MAX_WEIGHTS];
+        for (factor, p) in weights.iter_mut().zip(run) {
             let (weight, bias) = (p.weight, p.bias);
             *factor = Some(Factor { weight, bias, out: KernelArg::from(&mut p.out) });
         }
-        self.launch_product(kind, x, &factors, None, out);
+        self.launch_product(&Factors { kind, x, weights, activation: None, out });
     }
 
     /// See [`crate::ops::Ops::gated_matmul`].
@@ -205,48 +227,52 @@ impl<L: Launcher> CudaOps<L> {
         let out = KernelArg::from(&mut out);
         let gate = Factor { weight: gate, bias: gate_bias, out };
         let up = Factor { weight: up, bias: up_bias, out: KernelArg::null() };
-        self.launch_product(kind, x, &[Some(gate), Some(up), None], Some(activation), dtype);
+        let weights = [Some(gate), Some(up), None];
+        let activation = Some(activation);
+        self.launch_product(&Factors { kind, x, weights, activation, out: dtype });
     }
 
     /// One launch for all factors.
-    fn launch_product(
+    fn launch_product(&self, factors: &Factors<'_>) {
+        let plan = factors.with_problem(factors.x.size(0), |problem| problem.plan(self.facts()));
+        self.launch_as(&plan, factors.x.size(0), factors, |_| ());
+    }
+
+    /// Prepares activations and launches a kernel with parameters for `rows` rows, and what
+    /// `push_others` has beside.
+    pub(super) fn launch_as<'a>(
         &self,
-        kind: Kind,
-        x: View<'_>,
-        factors: &[Option<Factor<'_>>; MAX_WEIGHTS],
-        activation: Option<Activation>,
-        out: DType,
+        plan: &Plan,
+        rows: usize,
+        factors: &Factors<'a>,
+        push_others: impl FnOnce(&mut Parameters<'a>),
     ) {
-        let (rows, k) = (x.size(0), x.size(1));
-        let columns = factors.each_ref().map(|f| f.as_ref().map_or(0, |f| f.weight.num_rows));
-        let num_factors = factors.iter().flatten().count();
-        let is_gated = activation.is_some();
-        let columns = &columns[..num_factors];
-        let plan = Problem { kind, rows, k, columns, is_gated }.plan(self.facts());
-        let mut scratch = self.scratch(rows, k).unwrap_or_else(|error| {
+        let Some(Factor { weight, .. }) = factors.weights[0].as_ref() else { return };
+        let (x, k) = (factors.x, factors.x.size(1));
+        let bytes = ScratchBytes::new(x.size(0), k, self.facts().multiprocessors);
+        let mut scratch = self.scratch(&bytes).unwrap_or_else(|error| {
             panic!("a step is larger than what was reserved, and there is no room: {error}")
         });
         let Scratch { x: prepared, x_scales, partial, arrived } = &mut *scratch;
-        let operand = self.operand(kind, x, prepared, x_scales);
+        let operand = self.operand(factors.kind, x, prepared, x_scales);
         let mut parameters = Parameters { args: [KernelArg::null(); MAX_PARAMETERS], len: 0 };
-        factors.iter().for_each(|factor| parameters.push_factor(factor.as_ref()));
-        parameters.push(operand.x);
-        parameters.push(operand.scales);
-        parameters.push(pointer(partial));
-        parameters.push(pointer(arrived));
-        parameters.push(activation.map_or(-1, activation_kind));
-        let Some(Factor { weight, .. }) = factors[0].as_ref() else { return };
+        factors.weights.iter().for_each(|factor| parameters.push_factor(factor.as_ref()));
+        // What the scratch memory holds is there until the launch, which this returns after.
+        for pointer in [operand.x, operand.scales, pointer(partial), pointer(arrived)] {
+            parameters.push(pointer.detached());
+        }
+        parameters.push(factors.activation.map_or(-1, activation_kind));
         let [scale_type, group_shift, groups] = scales_of(weight);
         let block_bytes = BLOCK_ROWS * weight.row_bytes();
-        let element_type = element_type(out);
         for size in
             [rows, k, operand.pitch, block_bytes, scale_type, group_shift, groups, plan.steps]
         {
             parameters.push(size);
         }
-        for size in [plan.splits, plan.stages, element_type] {
+        for size in [plan.splits, plan.stages, element_type(factors.out)] {
             parameters.push(size);
         }
+        push_others(&mut parameters);
         if let Some(panels) = plan.panels {
             parameters.push(panels);
         }
@@ -300,7 +326,7 @@ fn pointer(tensor: &mut Option<Tensor>) -> KernelArg<'_> {
 }
 
 /// Whether one kernel multiplies by both.
-fn are_alike(a: &PackedMatrix, b: &PackedMatrix) -> bool {
+pub(super) fn are_alike(a: &PackedMatrix, b: &PackedMatrix) -> bool {
     let scales = |matrix: &PackedMatrix| {
         let quantized = matrix.quantized.as_ref()?;
         let has_zeros = quantized.zero_points.is_some();

@@ -38,6 +38,23 @@ impl<L: Launcher> CudaOps<L> {
         Ok(PackedMatrix { format, num_rows, num_cols, data: self.placed(data)?, quantized })
     }
 
+    /// Makes a tensor of at least as many elements, zeros, of one that is too small.
+    pub(super) fn make_room(
+        &self,
+        tensor: &mut Option<Tensor>,
+        dtype: DType,
+        len: usize,
+    ) -> Result<(), CudaError> {
+        if tensor.as_ref().is_none_or(|tensor| tensor.shape().len() < len) {
+            // The old one goes first: they would not fit beside each other.
+            *tensor = None;
+            let mut larger = self.launcher.allocate(dtype, Shape::from([len]))?;
+            self.launcher.clear(larger.view_mut());
+            *tensor = Some(larger);
+        }
+        Ok(())
+    }
+
     /// Brings the first rows of a mirror up to date.
     pub(super) fn upload_rows(&self, mut to: ViewMut<'_>, from: View<'_>) {
         let rows = to.reborrow().into_rows(0..from.size(0));

@@ -6,7 +6,7 @@
 //! | `launcher` | the seam: names, shapes and arguments of launches; memory; errors |
 //! | `memory` | tensors on the device |
 //! | `rows` | embedding, norms, rotary embedding, activations, gathers, cache writes |
-//! | `attention`, `matmul`, `sample` | the others, one file per group of kernels |
+//! | `attention`, `matmul`, `experts`, `sample` | the others, one file per group of kernels |
 //! | `all_reduce` | sums over several GPUs; not an operation, since it knows of other ranks |
 //!
 //! Activations are bf16 (f16 where a kernel says so), logits f32, sums f32. A launch depends on
@@ -18,6 +18,7 @@ pub mod all_reduce;
 mod attention;
 pub mod cublas;
 pub mod driver;
+mod experts;
 mod image;
 pub mod launcher;
 mod matmul;
@@ -48,6 +49,7 @@ pub struct CudaOps<L> {
     sampler: sample::Sampler,
     partials: attention::Partials,
     product_scratch: Mutex<matmul::Scratch>,
+    expert_scratch: Mutex<experts::Scratch>,
 }
 
 impl<L: Launcher> CudaOps<L> {
@@ -60,6 +62,7 @@ impl<L: Launcher> CudaOps<L> {
             sampler: sample::Sampler::default(),
             partials: attention::Partials::default(),
             product_scratch: Mutex::default(),
+            expert_scratch: Mutex::default(),
             dense_products: None,
         }
     }
@@ -176,18 +179,29 @@ impl<L: Launcher> Ops for CudaOps<L> {
         sample::Sampler::bytes(limits.max_logit_rows, limits.vocab_size)
             + attention::Partials::size_bytes(limits)
             + self.product_scratch_bytes(limits)
+            + experts::scratch_bytes(limits)
     }
 
     fn reserve(&self, limits: &StepLimits) -> Result<(), OpsError> {
         let (rows, vocab_size) = (limits.max_logit_rows, limits.vocab_size);
         self.named(self.sampler.reserve(&self.launcher, rows, vocab_size))?;
         self.named(self.partials.reserve(&self.launcher, limits))?;
-        self.named(self.reserve_products(limits))
+        self.named(self.reserve_products(limits))?;
+        self.named(self.reserve_experts(limits))
     }
 
     fn arrange(&self, matrix: PackedMatrix) -> Result<PackedMatrix, OpsError> {
         support::check_matrix(&matrix).map_err(|refusal| refusal.of_device(self.name()))?;
         self.placed_matrix(dense::into_dtype(matrix, self.activation_dtype()))
+    }
+
+    fn index_experts(&self, experts: Vec<Expert>) -> Result<Experts, OpsError> {
+        support::check_experts(&experts).map_err(|refusal| refusal.of_device(self.name()))?;
+        self.indexed(experts)
+    }
+
+    fn expert_rows(&self, _: usize) -> usize {
+        0
     }
 
     fn arranged_bytes(&self, _: DType, shape: [usize; 2]) -> usize {
@@ -222,6 +236,16 @@ impl<L: Launcher> Ops for CudaOps<L> {
     fn gated_matmul(&self, args: GatedMatmulArgs<'_>) {
         args.check();
         self.multiply_gated(args);
+    }
+
+    fn route_experts(&self, args: RouteExpertsArgs<'_>) {
+        args.check();
+        self.route(args);
+    }
+
+    fn expert_mlp(&self, args: ExpertMlpArgs<'_>) {
+        args.check(self.expert_rows(args.x.size(0)));
+        self.multiply_experts(args);
     }
 
     fn gated_activation(&self, args: GatedActivationArgs<'_>) {

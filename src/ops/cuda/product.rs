@@ -11,8 +11,12 @@
 //! one line of the table; between lines f32 sums are added in another order. INT8's sums are
 //! integers, so that its rows have the same bits everywhere. The numbers here are those of
 //! `kernels/include/{product,weights,matmul_tiles,matmul_skinny}.cuh`.
+//!
+//! Experts have row tiles of their own ([`RowTiles`]), by how many choices there are per expert:
+//! `skinny` up to four on average, else `few` or `many`, which never cut k and sum alike. So there
+//! is one line between which f32 sums differ.
 
-use super::launcher::{DeviceFacts, Launch};
+use super::launcher::{DeviceFacts, Launch, count};
 use crate::formats::blocks::BLOCK_ROWS;
 use crate::formats::{Format, PackedMatrix};
 use crate::tensor::DType;
@@ -37,6 +41,12 @@ const MAX_SPLIT_ROWS: usize = 256;
 const MIN_SPLIT_STEPS: usize = 8;
 /// Room for sums of parts of k, per multiprocessor: two blocks of 64 × 128, or one of 128 × 128.
 pub(super) const PARTIAL_BYTES: usize = 128 * TILE_COLUMNS * 4;
+/// Choices per expert for which weights are streamed: more would stream them several times.
+const SKINNY_CHOICES: usize = 4;
+/// Choices per expert that fit into row tiles of `few`, most of them into one.
+const FEW_CHOICES: usize = 48;
+/// Most rows of a row tile of a skinny kernel: tokens of one product.
+const SKINNY_EXPERT_ROWS: usize = 8;
 /// Tiles that are cut, at most, per multiprocessor.
 pub(super) const SPLIT_TILES: usize = 2;
 
@@ -118,6 +128,25 @@ impl Kind {
         }
     }
 
+    /// Those of experts; dense ones of f16 are arranged as bf16.
+    fn expert_kernels(self) -> [&'static str; 3] {
+        match self {
+            Kind::Bf16 => ["experts_skinny_bf16", "experts_few_bf16", "experts_many_bf16"],
+            Kind::F16 => panic!("experts of f16 were refused"),
+            Kind::Int8 => ["experts_skinny_int8", "experts_few_int8", "experts_many_int8"],
+            Kind::W8A16 => ["experts_skinny_w8a16", "experts_few_w8a16", "experts_many_w8a16"],
+            Kind::Q8 => ["experts_skinny_q8", "experts_few_q8", "experts_many_q8"],
+            Kind::Int4 => ["experts_skinny_int4", "experts_few_int4", "experts_many_int4"],
+            Kind::Int4G32 => {
+                ["experts_skinny_int4_g32", "experts_few_int4_g32", "experts_many_int4_g32"]
+            }
+            Kind::Fp8 => ["experts_skinny_fp8", "experts_few_fp8", "experts_many_fp8"],
+            Kind::Fp8Groups => {
+                ["experts_skinny_fp8_groups", "experts_few_fp8_groups", "experts_many_fp8_groups"]
+            }
+        }
+    }
+
     fn kernels(self) -> [&'static str; 3] {
         match self {
             Kind::Bf16 => ["matmul_skinny_bf16", "matmul_few_bf16", "matmul_many_bf16"],
@@ -134,6 +163,39 @@ impl Kind {
                 ["matmul_skinny_fp8_groups", "matmul_few_fp8_groups", "matmul_many_fp8_groups"]
             }
         }
+    }
+}
+
+/// How the rows of experts are cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RowTiles {
+    /// Which of a format's kernels.
+    kernel: usize,
+    /// Rows of a row tile, all of one expert.
+    pub(super) rows: usize,
+}
+
+impl RowTiles {
+    /// For choices that tokens made among experts.
+    pub(super) fn new(choices: usize, tokens: usize, experts: usize) -> RowTiles {
+        let experts = experts.max(1);
+        let (kernel, rows) = match choices.div_ceil(experts) {
+            of_one if of_one <= SKINNY_CHOICES => (0, SKINNY_EXPERT_ROWS.min(tokens).max(1)),
+            of_one if of_one <= FEW_CHOICES => (1, TILE_ROWS[0]),
+            _ => (2, TILE_ROWS[1]),
+        };
+        RowTiles { kernel, rows }
+    }
+
+    /// Row tiles of so many of these choices, at most: every expert that was chosen has one that is
+    /// not full.
+    pub(super) fn most(self, choices: usize, experts: usize) -> usize {
+        (choices + experts.min(choices) * (self.rows - 1)) / self.rows
+    }
+
+    /// As many as any step has with up to this many choices.
+    pub(super) fn most_of_all(choices: usize, experts: usize) -> usize {
+        choices.min(choices / TILE_ROWS[0] + SKINNY_CHOICES * experts)
     }
 }
 
@@ -168,8 +230,22 @@ pub(super) struct Plan {
 impl Problem<'_> {
     /// The kernel, and how it is launched.
     pub(super) fn plan(&self, facts: &DeviceFacts) -> Plan {
-        let skinny = (self.rows <= MAX_SKINNY_ROWS).then(|| self.skinny(facts)).flatten();
+        let skinny = (self.rows <= MAX_SKINNY_ROWS).then(|| self.skinny(1, facts)).flatten();
         skinny.unwrap_or_else(|| self.tiles(facts))
+    }
+
+    /// The same for up to `most` row tiles of experts, each of these sizes.
+    pub(super) fn plan_experts(&self, tiles: RowTiles, most: usize, facts: &DeviceFacts) -> Plan {
+        let problem = Problem { rows: tiles.rows, ..*self };
+        let kernel = self.kind.expert_kernels()[tiles.kernel];
+        if tiles.kernel == 0 {
+            let skinny = problem.skinny(most, facts);
+            return Plan { kernel, ..skinny.expect("two steps of eight rows fit into every GPU") };
+        }
+        let plan = problem.tiles(facts);
+        let [_, columns, _] = plan.launch.grid;
+        let launch = Launch { grid: [count(most), columns, 1], ..plan.launch };
+        Plan { kernel, launch, splits: 1, ..plan }
     }
 
     /// The number of tiles of `columns` columns.
@@ -186,7 +262,7 @@ impl Problem<'_> {
 
     /// Nothing when two steps do not fit into shared memory. A block takes several panels where
     /// there are many, so that it loads the next while it adds up the last.
-    fn skinny(&self, facts: &DeviceFacts) -> Option<Plan> {
+    fn skinny(&self, row_tiles: usize, facts: &DeviceFacts) -> Option<Plan> {
         let step_bytes = 2 * (self.kind.step_bytes() + self.kind.group_bytes());
         let stage_bytes = SKINNY_WARPS * (step_bytes + self.rows * X_STEP_BYTES);
         let sum_bytes = SKINNY_WARPS * self.rows * PANEL_COLUMNS * 4;
@@ -200,8 +276,9 @@ impl Problem<'_> {
         }
         let panels = self.num_tiles(PANEL_COLUMNS);
         let resident = facts.multiprocessors as usize * (limit / shared_bytes).clamp(1, 3);
-        let panels_per_block = panels.div_ceil(resident).max(1);
-        let launch = Launch::new(panels.div_ceil(panels_per_block), 32 * SKINNY_WARPS);
+        let items = row_tiles * panels;
+        let items_per_block = items.div_ceil(resident).max(1);
+        let launch = Launch::new(items.div_ceil(items_per_block), 32 * SKINNY_WARPS);
         Some(Plan {
             kernel: self.kind.kernels()[0],
             launch: launch.with_shared(shared_bytes),
@@ -322,6 +399,46 @@ mod tests {
                         assert!(x * y <= 132 * SPLIT_TILES, "{plan:?}");
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn experts_have_row_tiles_for_whoever_chose_them() {
+        // Every token its own expert, all one expert, and anything between.
+        for (tokens, per_token, experts) in
+            [(1, 8, 128), (5, 2, 8), (64, 8, 128), (300, 2, 8), (4096, 8, 128), (70, 1, 1)]
+        {
+            let choices = tokens * per_token;
+            let tiles = RowTiles::new(choices, tokens, experts);
+            let count = |chosen: &[usize]| -> usize {
+                assert_eq!(chosen.iter().sum::<usize>(), choices);
+                chosen.iter().map(|choices| choices.div_ceil(tiles.rows)).sum()
+            };
+            let chosen = experts.min(choices);
+            let mut uneven = vec![1; chosen];
+            uneven[0] = choices - (chosen - 1);
+            let even: Vec<usize> =
+                (0..chosen).map(|i| choices / chosen + usize::from(i < choices % chosen)).collect();
+            for counted in [count(&[choices]), count(&uneven), count(&even)] {
+                assert!(counted <= tiles.most(choices, experts), "{tiles:?}: {counted}");
+            }
+            let most = tiles.most(choices, experts);
+            assert!(most <= RowTiles::most_of_all(choices, experts), "{tiles:?}: {most}");
+        }
+        assert_eq!(RowTiles::new(8, 1, 128), RowTiles { kernel: 0, rows: 1 });
+        assert_eq!(RowTiles::new(96, 48, 2).kernel, 1);
+        assert_eq!(RowTiles::new(98, 49, 2).kernel, 2);
+    }
+
+    #[test]
+    fn experts_fit_into_a_consumer_card_and_never_cut_k() {
+        for kind in KINDS.into_iter().filter(|kind| *kind != Kind::F16) {
+            for (tokens, per_token) in [(1, 8), (40, 8), (300, 8), (5000, 8)] {
+                let tiles = RowTiles::new(tokens * per_token, tokens, 64);
+                let plan = problem(kind, 0, &[4096]).plan_experts(tiles, 500, &CONSUMER);
+                assert!(plan.launch.shared_bytes <= CONSUMER.shared_bytes_per_block, "{plan:?}");
+                assert_eq!((plan.splits, plan.launch.grid[2]), (1, 1));
             }
         }
     }

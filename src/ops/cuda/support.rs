@@ -7,7 +7,10 @@
 use std::fmt;
 
 use super::launcher::DeviceFacts;
+use super::matmul::are_alike;
+use super::product::Kind;
 use crate::formats::{Format, PackedMatrix};
+use crate::ops::args::Expert;
 use crate::ops::{LayerShape, OpsError, StepLimits};
 use crate::tensor::DType;
 
@@ -30,6 +33,11 @@ const MAX_VOCAB_SIZE: usize = 1 << 19;
 const SMALL_GROUP: usize = 32;
 /// Elements of a step of k, which has one scale in larger groups.
 const STEP: usize = 64;
+
+/// Experts of a layer, which are sorted by a thread each (`SORT_THREADS` in `moe.cu`).
+const MAX_EXPERTS: usize = 1024;
+/// Choices of a token, which are the lanes of a warp.
+const MAX_EXPERTS_PER_TOKEN: usize = 32;
 
 /// A value that there is no kernel for.
 #[derive(Debug, PartialEq, Eq)]
@@ -78,6 +86,12 @@ pub(super) fn check_shape(
     check_heads(layer.head_dim)?;
     check_cache(layer.kv_dtype, layer.block_size)?;
     check_norm_width(layer.hidden_size)?;
+    let StepLimits { num_experts, experts_per_token, .. } = *limits;
+    let needed = format!("at most {MAX_EXPERTS}");
+    require(num_experts <= MAX_EXPERTS, "num_experts", num_experts, needed)?;
+    let needed = format!("at most {MAX_EXPERTS_PER_TOKEN}");
+    let is_right = experts_per_token <= MAX_EXPERTS_PER_TOKEN;
+    require(is_right, "num_experts_per_tok", experts_per_token, needed)?;
     let StepLimits { max_num_tokens, max_num_seqs, max_width, vocab_size, .. } = *limits;
     let most_tokens = MAX_GRID.min(MAX_ELEMENTS / max_width.max(1));
     let is_right = max_num_tokens <= most_tokens;
@@ -145,6 +159,24 @@ pub(super) fn check_matrix(matrix: &PackedMatrix) -> Result<(), Refusal> {
     }
 }
 
+/// Experts as one launch multiplies them: of one format, dense ones in whole runs of sixteen bytes.
+pub(super) fn check_experts(experts: &[Expert]) -> Result<(), Refusal> {
+    let Some(Expert { gate, down, .. }) = experts.first() else {
+        return Err(Refusal::new("num_experts", 0, "at least one"));
+    };
+    let halves = experts.iter().flat_map(|expert| [&expert.gate, &expert.up]);
+    let matrices = halves.map(|matrix| (gate, matrix));
+    for (first, matrix) in matrices.chain(experts.iter().map(|expert| (down, &expert.down))) {
+        let is_whole = Kind::of(matrix, DType::BF16).is_some();
+        let needed = "a multiple of 8 (or --quantization)";
+        require(is_whole, "width of an expert", matrix.num_cols, needed)?;
+        let (value, needed) = (&matrix.format, &first.format);
+        let needed = format!("one like the first, {needed:?},");
+        require(are_alike(first, matrix), "format of an expert", format!("{value:?}"), needed)?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -165,8 +197,10 @@ mod tests {
         head_dim: 128,
         max_logit_rows: 256,
         vocab_size: 262_208,
+        hidden_size: 0,
         num_experts: 0,
         experts_per_token: 0,
+        expert_width: 0,
     };
     const LAYER: LayerShape =
         LayerShape { head_dim: 128, hidden_size: 8192, kv_dtype: DType::BF16, block_size: 16 };

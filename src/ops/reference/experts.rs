@@ -3,36 +3,73 @@
 use super::ReferenceOps;
 use crate::ops::args::*;
 use crate::ops::mlp_in_steps;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Tensor, View};
 
 /// See [`crate::ops::Ops::route_experts`].
 pub fn route_experts(args: RouteExpertsArgs<'_>) {
     let (per_token, num_experts) = (args.expert_ids.size(1), args.logits.size(1));
     let logits = args.logits.as_slice::<f32>().chunks_exact(num_experts);
+    let bias = args.bias.map(View::as_slice::<f32>);
     let ids = args.expert_ids.into_mut_slice::<u32>().chunks_exact_mut(per_token);
     let weights = args.weights.into_mut_slice::<f32>().chunks_exact_mut(per_token);
     for ((logits, ids), weights) in logits.zip(ids).zip(weights) {
-        let mut order: Vec<u32> = (0..num_experts as u32).collect();
-        // A stable sort, so that of equal logits the lower id comes first.
-        order.sort_by(|&a, &b| {
-            let order = logits[b as usize].partial_cmp(&logits[a as usize]);
-            order.expect("logits are numbers")
-        });
-        ids.copy_from_slice(&order[..per_token]);
+        let logits: Vec<f64> = logits.iter().map(|&x| f64::from(x)).collect();
+        let (chosen, scores, renormalize, scale) = match args.routing {
+            Routing::Softmax { renormalize } => {
+                (largest(&logits, per_token), softmax(&logits), renormalize, 1.0)
+            }
+            Routing::Sigmoid(routing) => {
+                let scores: Vec<f64> = logits.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect();
+                let chosen = chosen_by_score(&routing, &scores, bias, per_token);
+                (chosen, scores, routing.renormalize, f64::from(routing.scale))
+            }
+        };
+        ids.copy_from_slice(&chosen);
         ids.sort_unstable();
-        let Routing::Softmax { renormalize } = args.routing;
-        let probabilities = softmax(logits);
-        let chosen: Vec<f64> = ids.iter().map(|&id| probabilities[id as usize]).collect();
+        let chosen: Vec<f64> = ids.iter().map(|&id| scores[id as usize]).collect();
         let sum = if renormalize { chosen.iter().sum() } else { 1.0 };
-        for (weight, probability) in weights.iter_mut().zip(chosen) {
-            *weight = (probability / sum) as f32;
+        for (weight, score) in weights.iter_mut().zip(chosen) {
+            *weight = (score / sum * scale) as f32;
         }
     }
 }
 
-fn softmax(logits: &[f32]) -> Vec<f64> {
-    let largest = logits.iter().fold(f64::NEG_INFINITY, |most, &x| most.max(f64::from(x)));
-    let powers: Vec<f64> = logits.iter().map(|&x| (f64::from(x) - largest).exp()).collect();
+/// Places of the largest values, of equal ones the first.
+fn largest(values: &[f64], num: usize) -> Vec<u32> {
+    let mut order: Vec<u32> = (0..values.len() as u32).collect();
+    // A stable sort, so that of equal values the first one comes first.
+    order.sort_by(|&a, &b| {
+        let order = values[b as usize].partial_cmp(&values[a as usize]);
+        order.expect("logits are numbers")
+    });
+    order.truncate(num);
+    order
+}
+
+fn chosen_by_score(
+    routing: &SigmoidRouting,
+    scores: &[f64],
+    bias: Option<&[f32]>,
+    num: usize,
+) -> Vec<u32> {
+    let biased = |(i, score): (usize, &f64)| score + bias.map_or(0.0, |bias| f64::from(bias[i]));
+    let mut biased: Vec<f64> = scores.iter().enumerate().map(biased).collect();
+    let group_len = scores.len() / routing.num_groups;
+    let of_group =
+        |group: &[f64]| -> f64 { largest(group, 2).iter().map(|&best| group[best as usize]).sum() };
+    let groups: Vec<f64> = biased.chunks_exact(group_len).map(of_group).collect();
+    let groups = largest(&groups, routing.num_chosen_groups);
+    for (i, group) in biased.chunks_exact_mut(group_len).enumerate() {
+        if !groups.contains(&(i as u32)) {
+            group.fill(f64::NEG_INFINITY);
+        }
+    }
+    largest(&biased, num)
+}
+
+fn softmax(logits: &[f64]) -> Vec<f64> {
+    let largest = logits.iter().fold(f64::NEG_INFINITY, |most, &x| most.max(x));
+    let powers: Vec<f64> = logits.iter().map(|&x| (x - largest).exp()).collect();
     let sum: f64 = powers.iter().sum();
     powers.into_iter().map(|power| power / sum).collect()
 }

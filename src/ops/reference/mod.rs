@@ -100,17 +100,13 @@ impl Ops for ReferenceOps {
         }
     }
 
-    fn has_experts(&self) -> bool {
-        true
-    }
-
     fn route_experts(&self, args: RouteExpertsArgs<'_>) {
         args.check();
         experts::route_experts(args);
     }
 
     fn expert_mlp(&self, args: ExpertMlpArgs<'_>) {
-        args.check();
+        args.check(self.expert_rows(args.x.size(0)));
         experts::expert_mlp(self, args);
     }
 
