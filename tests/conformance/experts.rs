@@ -353,10 +353,12 @@ pub fn check_equal(one: &dyn Ops, two: &dyn Ops) {
     }
 }
 
-/// As [`SHAPES`], for a GPU: one token; experts whose few tokens fill more than one row tile; all
-/// tokens at one expert; row tiles of 64 and of 128 rows, some of them in two.
-const DEVICE_SHAPES: [ProblemShape; 7] = [
+/// As [`SHAPES`], for a GPU: one token, also with several groups of FP8; experts whose few tokens
+/// fill more than one row tile; all tokens at one expert; row tiles of 64 and of 128 rows, some of
+/// them in two.
+const DEVICE_SHAPES: [ProblemShape; 8] = [
     (1, 4, 2, 40, 24),
+    (1, 2, 1, 130, 24),
     (9, 12, 3, 64, 72),
     (21, 40, 4, 130, 17),
     (40, 1, 1, 96, 64),
