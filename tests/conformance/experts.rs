@@ -367,9 +367,9 @@ const DEVICE_SHAPES: [ProblemShape; 8] = [
     (150, 3, 1, 200, 33),
 ];
 
-/// One for each kind of kernel.
+/// One for each kind of kernel, each with two groups of FP8.
 const FEW_DEVICE_SHAPES: [ProblemShape; 3] =
-    [(9, 12, 3, 64, 72), (61, 5, 2, 64, 136), (90, 3, 2, 72, 40)];
+    [(9, 12, 3, 136, 24), (61, 5, 2, 64, 136), (90, 3, 2, 136, 24)];
 
 /// Formats that the device computes with these sizes: bf16 in whole runs of sixteen bytes.
 fn has_kernels(name: &str, (_, _, _, hidden, width): ProblemShape) -> bool {
