@@ -145,9 +145,11 @@ impl PackedMatrix {
                     *to = half::bf16::from_le_bytes([block[at], block[at + 1]]).to_f32();
                 }
             }
-            Format::Fp8 => self.scaled(row, to, |col| fp8::decode(self.byte(row, col))),
-            Format::Int8 | Format::Q8 | Format::Int4 | Format::W8A16 => {
-                self.scaled(row, to, |col| self.code(row, col) as f32);
+            Format::Int4 => self.scaled(row, to, |col| self.code(row, col) as f32),
+            Format::Fp8 => self.scaled(row, to, of_bytes(self.block(row), row, fp8::decode)),
+            Format::Int8 | Format::Q8 | Format::W8A16 => {
+                let value = |byte: u8| f32::from(byte as i8);
+                self.scaled(row, to, of_bytes(self.block(row), row, value));
             }
         }
     }
@@ -175,9 +177,14 @@ impl PackedMatrix {
         &self.data.bytes()[row / BLOCK_ROWS * block_bytes..][..block_bytes]
     }
 
+    /// Values of the columns of a row, times the scales of their groups.
     fn scaled(&self, row: usize, to: &mut [f32], value: impl Fn(usize) -> f32) {
-        for (col, to) in to.iter_mut().enumerate() {
-            *to = value(col) * self.scale(row, col);
+        let size = self.quantized.as_ref().expect("a quantized matrix has scales").grid.cols;
+        for (group, to) in to.chunks_mut(size).enumerate() {
+            let scale = self.scale(row, group * size);
+            for (i, to) in to.iter_mut().enumerate() {
+                *to = value(group * size + i) * scale;
+            }
         }
     }
 
@@ -204,6 +211,12 @@ impl PackedMatrix {
         let group = row / BLOCK_ROWS * groups + col / quantized.grid.cols;
         (quantized, group * BLOCK_ROWS + row % BLOCK_ROWS)
     }
+}
+
+/// The value of each byte of a row of a block.
+fn of_bytes(block: &[u8], row: usize, value: impl Fn(u8) -> f32) -> impl Fn(usize) -> f32 {
+    let row = row % BLOCK_ROWS;
+    move |at| value(block[blocks::position(row, at)])
 }
 
 /// How rows become codes: what an online quantization of any layout needs.

@@ -18,7 +18,7 @@ use super::launch_matmul::{Form, Input, Inputs, Planned, Product, Weighted, fuse
 use super::lines::{FillBf16, FillCodes, FillRows, Filling, LineBuffers};
 use super::share::Parts;
 use super::simd::{Kernel, Simd, load, store};
-use super::weight_blocks::Place;
+use super::weight_blocks::{Place, Rows};
 use crate::ops::StepLimits;
 use crate::ops::args::{
     Activation, Expert, ExpertMlpArgs, ExpertScratch, GatedMatmulArgs, GatedMlpArgs, Projection,
@@ -198,7 +198,7 @@ impl CpuOps {
         let inputs = self.prepare_parts(&parts, lines);
         let planned = parts.into_iter().zip(&inputs).map(|(part, inputs)| {
             let Part { product, out, .. } = part;
-            self.plan(inputs, product, Place::Rows(Parts::new(out)), all_cols)
+            self.plan(inputs, product, Place::Rows(Rows::cached(out)), all_cols)
         });
         self.run_planned(&planned.collect::<Vec<Planned<'_>>>());
     }

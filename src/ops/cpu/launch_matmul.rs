@@ -25,7 +25,7 @@ use super::tile_codes::CodedTask;
 use super::tile_groups;
 #[cfg(target_arch = "x86_64")]
 use super::tile_write::{self, Finish, ScaleCols, ScaleSums};
-use super::weight_blocks::{BlockOutput, Place};
+use super::weight_blocks::{BlockOutput, Place, Rows};
 #[cfg(target_arch = "x86_64")]
 use super::weight_blocks::{Blocks, RowScales, SliceScales};
 use super::wide_matmul::{WideBlocks, WideRows, WideTask, WideWeights};
@@ -162,7 +162,7 @@ impl<'a> Product<'a> {
     }
 }
 
-/// One projection, ready to be computed by ranges of columns.
+/// One projection, ready to be computed by ranges of columns of one group of rows after the other.
 pub(super) struct Planned<'a> {
     kernel: Box<dyn ColumnKernel + 'a>,
     num_cols: usize,
@@ -170,14 +170,30 @@ pub(super) struct Planned<'a> {
 }
 
 impl Planned<'_> {
-    fn num_tasks(&self) -> usize {
+    fn tasks_per_group(&self) -> usize {
         self.num_cols.div_ceil(self.cols_per_task)
+    }
+
+    fn num_tasks(&self) -> usize {
+        self.kernel.num_row_groups() * self.tasks_per_group()
+    }
+
+    fn run(&self, task: usize, scratch: &mut [Scratch; 2]) {
+        let (group, task) = (task / self.tasks_per_group(), task % self.tasks_per_group());
+        let first = task * self.cols_per_task;
+        self.kernel.run(group, first..self.num_cols.min(first + self.cols_per_task), scratch);
     }
 }
 
-/// Computes output columns for all rows; calls with different columns may run at once.
+/// Computes output columns of a group of rows; calls with other columns or another group may run
+/// at once.
 pub(super) trait ColumnKernel: Sync {
-    fn run(&self, cols: Range<usize>, scratch: &mut [Scratch; 2]);
+    fn run(&self, group: usize, cols: Range<usize>, scratch: &mut [Scratch; 2]);
+
+    /// Groups of rows; most kernels take all at once.
+    fn num_row_groups(&self) -> usize {
+        1
+    }
 }
 
 struct VectorKernel<'a, E> {
@@ -191,7 +207,7 @@ struct VectorKernel<'a, E> {
 }
 
 impl<E: Float> ColumnKernel for VectorKernel<'_, E> {
-    fn run(&self, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
+    fn run(&self, _: usize, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
         let operands = Operands {
             x: self.x,
             weight: self.weights,
@@ -211,7 +227,7 @@ struct FloatsKernel<'a, W> {
 }
 
 impl<W: FloatWords> ColumnKernel for FloatsKernel<'_, W> {
-    fn run(&self, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
+    fn run(&self, _: usize, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
         let (blocks, words) = (blocks_of(cols), PhantomData::<W>);
         self.isa.run(WideBlocks { task: &self.task, blocks, scratch: &mut scratch[0], words });
     }
@@ -227,7 +243,7 @@ struct PairsKernel<'a, W> {
 
 #[cfg(target_arch = "x86_64")]
 impl<W: Words<Avx512Bf16>> ColumnKernel for PairsKernel<'_, W> {
-    fn run(&self, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
+    fn run(&self, _: usize, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
         let (blocks, words) = (blocks_of(cols), PhantomData::<W>);
         self.pairs.run(WideBlocks { task: &self.task, blocks, scratch: &mut scratch[0], words });
     }
@@ -244,7 +260,7 @@ struct CodesKernel<'a> {
 }
 
 impl ColumnKernel for CodesKernel<'_> {
-    fn run(&self, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
+    fn run(&self, _: usize, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
         let blocks = blocks_of(cols);
         #[cfg(target_arch = "x86_64")]
         if let Isa::Amx(amx) = self.isa
@@ -259,14 +275,18 @@ impl ColumnKernel for CodesKernel<'_> {
 
 #[cfg(target_arch = "x86_64")]
 impl<E: TileElement, F: Finish> ColumnKernel for BlockTask<'_, E, F> {
-    fn run(&self, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
-        self.run_blocks(blocks_of(cols), &mut scratch[0]);
+    fn run(&self, group: usize, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
+        self.run_group(group, blocks_of(cols), &mut scratch[0]);
+    }
+
+    fn num_row_groups(&self) -> usize {
+        self.num_row_groups()
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 impl<W: Words<Avx512Bf16>> ColumnKernel for CodedTask<'_, W> {
-    fn run(&self, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
+    fn run(&self, _: usize, cols: Range<usize>, scratch: &mut [Scratch; 2]) {
         self.run_blocks(blocks_of(cols), scratch);
     }
 }
@@ -285,11 +305,13 @@ impl CpuOps {
     pub(super) fn project(&self, inputs: &Inputs<'_>, projections: Vec<Projection<'_>>) {
         let bias = |p: &Projection<'_>| p.bias.map(|bias| self.widened(bias));
         let biases: Vec<Option<Vec<f32>>> = projections.iter().map(bias).collect();
-        let all_cols = projections.iter().map(|p| p.weight.num_rows).sum();
+        let all_cols: usize = projections.iter().map(|p| p.weight.num_rows).sum();
+        let bytes = inputs.num_rows * all_cols * size_of::<f32>();
         let planned = projections.into_iter().zip(&biases).map(|(projection, bias)| {
             let Projection { out, weight, .. } = projection;
             let main = Weighted { weight, bias: bias.as_deref() };
-            let place = Place::Rows(Parts::new(out.into_mut_slice::<f32>()));
+            let out = out.into_mut_slice::<f32>();
+            let place = Place::Rows(Rows::of_operation(out, weight.num_rows, bytes));
             self.plan(inputs, Product { main, up: None }, place, all_cols)
         });
         self.run_planned(&planned.collect::<Vec<Planned<'_>>>());
@@ -305,9 +327,8 @@ impl CpuOps {
                 }
                 here
             });
-            let Planned { kernel, num_cols, cols_per_task } = found.expect("tasks were counted");
-            let cols = task * cols_per_task..*num_cols.min(&((task + 1) * cols_per_task));
-            kernel.run(cols, &mut self.scratch.lock(thread));
+            let planned = found.expect("tasks were counted");
+            planned.run(task, &mut self.scratch.lock(thread));
             settle_stores();
         });
     }
@@ -320,8 +341,9 @@ impl CpuOps {
         place: Place<'a>,
         all_cols: usize,
     ) -> Planned<'a> {
-        let cols_per_task = self.cols_per_task(inputs, product.main.weight, all_cols);
         let kernel = self.kernel(inputs, product, place);
+        let (groups, weight) = (kernel.num_row_groups(), product.main.weight);
+        let cols_per_task = self.cols_per_task(inputs, groups, weight, all_cols);
         Planned { kernel, num_cols: product.width(), cols_per_task }
     }
 
@@ -428,11 +450,17 @@ impl CpuOps {
     }
 
     /// Columns of a task, when all matrices together have `all_cols`.
-    fn cols_per_task(&self, inputs: &Inputs<'_>, weight: &PackedMatrix, all_cols: usize) -> usize {
+    fn cols_per_task(
+        &self,
+        inputs: &Inputs<'_>,
+        row_groups: usize,
+        weight: &PackedMatrix,
+        all_cols: usize,
+    ) -> usize {
         let &Inputs { num_rows, k, .. } = inputs;
         let (num_cols, row_bytes) = (weight.num_rows, weight.row_bytes());
         let threads = self.threads();
-        Sizes { num_rows, k, num_cols, all_cols, row_bytes, threads }.cols_per_task()
+        Sizes { num_rows, row_groups, k, num_cols, all_cols, row_bytes, threads }.cols_per_task()
     }
 
     /// In single precision, padded to whole blocks.
@@ -448,7 +476,7 @@ impl CpuOps {
 /// Where kernels of row-major weights write; nobody passes on what they compute.
 fn row_major(place: Place<'_>) -> Parts<'_, f32> {
     match place {
-        Place::Rows(out) => out,
+        Place::Rows(rows) => rows.out,
         Place::Middle(_) | Place::Lines(_) => panic!("only blocks pass on what they compute"),
     }
 }

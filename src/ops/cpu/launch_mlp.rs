@@ -7,8 +7,7 @@ use std::sync::PoisonError;
 use super::CpuOps;
 use super::launch_matmul::{Form, Input, InputBuffers, Inputs, Prepared, Product, Weighted, fuses};
 use super::middle::{CodeMiddle, Middle};
-use super::share::Parts;
-use super::weight_blocks::Place;
+use super::weight_blocks::{Place, Rows};
 use crate::formats::ROW_ALIGN;
 use crate::ops::args::{Activation, GatedMatmulArgs, GatedMlpArgs, WeightAndBias};
 use crate::ops::{gated_in_steps, mlp_in_steps};
@@ -69,7 +68,9 @@ impl CpuOps {
         }
         let GatedMatmulArgs { out, x, gate, up, activation, .. } = args;
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = Place::Rows(Parts::new(out.into_mut_slice::<f32>()));
+        let bytes = size_of::<f32>() * out.shape().len();
+        let num_cols = out.size(1);
+        let place = Place::Rows(Rows::of_operation(out.into_mut_slice(), num_cols, bytes));
         self.run_gated(&mut prepared.x, x, Gated { gate, up, activation }, place);
     }
 

@@ -27,6 +27,8 @@ const LONGEST_PERCENT: usize = 115;
 pub struct Sizes {
     /// Rows of activations.
     pub num_rows: usize,
+    /// Groups of them that are computed one after the other: a task has rows of one group.
+    pub row_groups: usize,
     /// Elements of a row.
     pub k: usize,
     /// Output columns: rows of the matrix.
@@ -45,9 +47,9 @@ impl Sizes {
         if self.num_rows * self.k * self.all_cols < MATMUL_INLINE {
             return self.num_cols.max(1);
         }
-        let balanced = self.all_cols.div_ceil(self.threads * TASKS_PER_THREAD);
+        let balanced = (self.row_groups * self.all_cols).div_ceil(self.threads * TASKS_PER_THREAD);
         let streamed = TASK_WEIGHT_BYTES / self.row_bytes.max(1);
-        let computed = TASK_PRODUCTS / (self.num_rows * self.k);
+        let computed = TASK_PRODUCTS / (self.num_rows.div_ceil(self.row_groups) * self.k);
         let most = balanced.min(streamed).min(computed).max(1).div_ceil(PAIR_COLS);
         self.even_pairs(most) * PAIR_COLS
     }
@@ -55,14 +57,18 @@ impl Sizes {
     /// The most pairs of columns, up to `most`, with which no thread gets much more than others;
     /// where none does, those with which the longest gets least.
     fn even_pairs(self, most: usize) -> usize {
-        let (pairs, threads) = (self.all_cols.div_ceil(PAIR_COLS), self.threads);
+        let (pairs, groups) = (self.all_cols.div_ceil(PAIR_COLS), self.row_groups);
+        let threads = self.threads;
         let longest = |size: usize| {
-            let (whole, rest) = (pairs / size, pairs % size);
+            let (whole, rest) = (groups * (pairs / size), pairs % size);
             let each = whole / threads * size;
-            // What is left of the matrix goes to a thread that has one task less, if there is one.
-            each + if whole.is_multiple_of(threads) { rest } else { size }
+            // What is left of the matrix goes to threads that have one task less, if there are any.
+            let less = (threads - whole % threads) % threads;
+            let rests = groups.saturating_sub(less).div_ceil(threads) * rest;
+            each + rests + if less == 0 { 0 } else { size }
         };
-        let is_even = |size: &usize| longest(*size) * threads * 100 <= pairs * LONGEST_PERCENT;
+        let all = groups * pairs;
+        let is_even = |size: &usize| longest(*size) * threads * 100 <= all * LONGEST_PERCENT;
         let sizes = || (1..=most).rev();
         sizes().find(is_even).or_else(|| sizes().min_by_key(|&size| longest(size))).unwrap_or(1)
     }
@@ -86,6 +92,16 @@ mod tests {
         Model { hidden: 4096, intermediate: 14_336, q: 32 * 128, kv: 8 * 128, vocab: 128_256 },
     ];
     const THREADS: [usize; 3] = [2, 16, 64];
+    /// Sizes to start from.
+    const NONE: Sizes = Sizes {
+        num_rows: 0,
+        row_groups: 1,
+        k: 0,
+        num_cols: 0,
+        all_cols: 0,
+        row_bytes: 0,
+        threads: 1,
+    };
 
     impl Model {
         /// Every operation: `k`, and the columns of its matrices.
@@ -127,14 +143,15 @@ mod tests {
     /// Checks an operation: tasks are whole pairs except at the end of a matrix, and no thread
     /// has more than 1.15 of the mean or than dealing out single pairs would give it.
     fn check(sizes: Sizes, matrices: &[usize]) {
-        let threads = sizes.threads;
-        let tasks = tasks(sizes, matrices);
+        let (threads, groups) = (sizes.threads, sizes.row_groups);
+        let tasks = tasks(sizes, matrices).repeat(groups);
         let what = format!("{sizes:?}, {matrices:?}: {tasks:?}");
         let ends = tasks.iter().filter(|cols| !cols.is_multiple_of(PAIR_COLS)).count();
-        assert!(ends <= matrices.len(), "{what}");
+        assert!(ends <= groups * matrices.len(), "{what}");
         let total: usize = tasks.iter().sum();
-        assert_eq!(total, matrices.iter().sum::<usize>(), "{what}");
+        assert_eq!(total, groups * matrices.iter().sum::<usize>(), "{what}");
         let pairs: usize = matrices.iter().map(|cols| cols.div_ceil(PAIR_COLS)).sum();
+        let pairs = groups * pairs;
         let by_pairs = pairs.div_ceil(threads) * PAIR_COLS;
         let most = (total * LONGEST_PERCENT / (100 * threads)).max(by_pairs);
         assert!(longest(&tasks, threads) <= most, "{} of {most}: {what}", longest(&tasks, threads));
@@ -148,11 +165,10 @@ mod tests {
         for model in &MODELS {
             for (k, matrices) in model.operations() {
                 for row_bytes in row_bytes(k) {
-                    for num_rows in [1, 16, 64, 1024] {
+                    for (num_rows, row_groups) in [(1, 1), (16, 1), (64, 1), (1024, 1), (1024, 4)] {
                         for threads in THREADS {
-                            let (num_cols, all_cols) = (0, 0);
                             let sizes =
-                                Sizes { num_rows, k, num_cols, all_cols, row_bytes, threads };
+                                Sizes { num_rows, row_groups, k, row_bytes, threads, ..NONE };
                             check(sizes, &matrices);
                         }
                     }
@@ -167,8 +183,7 @@ mod tests {
             for threads in 1..=72 {
                 for num_cols in (320..12_000).step_by(224) {
                     let (row_bytes, k) = (2048, 1024);
-                    let all_cols = num_cols;
-                    let sizes = Sizes { num_rows, k, num_cols, all_cols, row_bytes, threads };
+                    let sizes = Sizes { num_rows, k, row_bytes, threads, ..NONE };
                     check(sizes, &[num_cols]);
                 }
             }
@@ -179,7 +194,8 @@ mod tests {
     fn two_threads_get_long_tasks() {
         let size = |num_rows, k, num_cols| {
             let (row_bytes, all_cols) = (2 * k, num_cols);
-            Sizes { num_rows, k, num_cols, all_cols, row_bytes, threads: 2 }.cols_per_task()
+            let sizes = Sizes { num_rows, k, num_cols, all_cols, row_bytes, threads: 2, ..NONE };
+            sizes.cols_per_task()
         };
         // Half a megabyte of weights where they are streamed.
         assert_eq!(
@@ -189,20 +205,19 @@ mod tests {
         // A quarter of a billion multiplications where there are many rows.
         assert_eq!([size(256, 896, 4864), size(1024, 2048, 8192)], [320, 128]);
         assert_eq!([size(1024, 4864, 896), size(1024, 896, 4864)], [64, 320]);
+        // Groups of rows make longer tasks of fewer rows, as many as before.
+        let down = Sizes { num_rows: 1024, row_groups: 4, k: 4864, num_cols: 896, ..NONE };
+        let down = Sizes { all_cols: 896, row_bytes: 4864, threads: 2, ..down };
+        assert_eq!(down.cols_per_task(), 128);
         // Not fewer tasks than let a fast thread take over.
         assert_eq!([size(1, 896, 896), size(64, 4864, 896)], [128, 64]);
     }
 
     #[test]
     fn an_operation_below_a_microsecond_or_so_is_not_cut() {
-        let sizes = Sizes {
-            num_rows: 1,
-            k: 64,
-            num_cols: 512,
-            all_cols: 1024,
-            row_bytes: 256,
-            threads: 16,
-        };
+        let (num_rows, row_bytes, threads) = (1, 256, 16);
+        let (num_cols, all_cols) = (512, 1024);
+        let sizes = Sizes { num_rows, k: 64, num_cols, all_cols, row_bytes, threads, ..NONE };
         assert_eq!(sizes.cols_per_task(), 512);
         assert_eq!(Sizes { num_cols: 0, all_cols: 0, ..sizes }.cols_per_task(), 1);
         assert_eq!(Sizes { num_rows: 16, ..sizes }.cols_per_task(), PAIR_COLS);

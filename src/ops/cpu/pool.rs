@@ -4,11 +4,16 @@
 //! find nothing to do spin for [`SPIN`] and then park: inside a step the next operation finds
 //! them awake, between steps they leave the cores to others. A worker that wakes too late
 //! finds the job closed and is not waited for.
+//!
+//! Every thread begins with its own stretch of the tasks, the same whenever the same job comes
+//! again: what lies in its caches is what it reads next, and weights are read in their order.
+//! Whoever is done takes tasks from the ends of the others' stretches.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
@@ -46,7 +51,9 @@ struct Shared {
     state: AtomicUsize,
     // Written only while the state is closed and no worker is inside.
     job: UnsafeCell<Option<Job>>,
-    next_task: AtomicUsize,
+    // Tasks that somebody has set out to take.
+    claimed: AtomicUsize,
+    stretches: Vec<Stretch>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     asleep: Vec<AtomicBool>,
     stop: AtomicBool,
@@ -66,7 +73,8 @@ impl Pool {
         let shared = Arc::new(Shared {
             state: AtomicUsize::new(0),
             job: UnsafeCell::new(None),
-            next_task: AtomicUsize::new(0),
+            claimed: AtomicUsize::new(0),
+            stretches: (0..=num_workers).map(|_| Stretch::default()).collect(),
             panic: Mutex::new(None),
             asleep: (0..num_workers).map(|_| AtomicBool::new(false)).collect(),
             stop: AtomicBool::new(false),
@@ -106,7 +114,7 @@ impl Pool {
         let job = Job { task: erased, num_tasks, caller: std::thread::current() };
         // SAFETY: this thread has the turn, the state is closed and no worker is inside.
         unsafe { *shared.job.get() = Some(job) };
-        shared.next_task.store(0, Ordering::Relaxed);
+        shared.deal(num_tasks);
         let number = (shared.state.load(Ordering::Relaxed) / NUMBER).wrapping_add(1);
         shared.state.store(number.wrapping_mul(NUMBER) | OPEN, Ordering::SeqCst);
         for (asleep, worker) in shared.asleep.iter().zip(&self.workers) {
@@ -135,20 +143,62 @@ impl Drop for Pool {
     }
 }
 
+/// The tasks that are left of a thread's own, the first in the lower half of the word and the end in
+/// the upper one. On a cache line of its own.
+#[derive(Default)]
+#[repr(align(128))]
+struct Stretch(AtomicU64);
+
+impl Stretch {
+    fn set(&self, tasks: Range<usize>) {
+        self.0.store((tasks.end as u64) << 32 | tasks.start as u64, Ordering::Relaxed);
+    }
+
+    /// Takes the first task, or for another thread the last one.
+    fn take(&self, is_own: bool) -> Option<usize> {
+        let rest = |word: u64| {
+            let (first, end) = (word & u64::from(u32::MAX), word >> 32);
+            let (first, end) = if is_own { (first + 1, end) } else { (first, end.wrapping_sub(1)) };
+            (word & u64::from(u32::MAX) < word >> 32).then_some(end << 32 | first)
+        };
+        let word = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest).ok()?;
+        let (first, end) = (word & u64::from(u32::MAX), word >> 32);
+        Some(if is_own { first } else { end - 1 } as usize)
+    }
+}
+
 impl Shared {
+    /// Gives every thread its stretch of a new job; nobody may be inside.
+    fn deal(&self, num_tasks: usize) {
+        assert!(u32::try_from(num_tasks).is_ok(), "{num_tasks} tasks");
+        let threads = self.stretches.len();
+        for (i, stretch) in self.stretches.iter().enumerate() {
+            stretch.set(num_tasks * i / threads..num_tasks * (i + 1) / threads);
+        }
+        self.claimed.store(0, Ordering::Relaxed);
+    }
+
+    /// The next task of a thread that has claimed one, so that one is left for it somewhere.
+    fn take(&self, thread: usize) -> usize {
+        let threads = self.stretches.len();
+        let in_turn = |i: usize| self.stretches[(thread + i) % threads].take(i == 0);
+        loop {
+            if let Some(task) = (0..threads).find_map(in_turn) {
+                return task;
+            }
+            std::hint::spin_loop();
+        }
+    }
+
     fn run_tasks(&self, task: &Task<'_>, num_tasks: usize, thread: usize) {
         let outcome = catch_unwind(AssertUnwindSafe(|| {
-            loop {
-                let index = self.next_task.fetch_add(1, Ordering::Relaxed);
-                if index >= num_tasks {
-                    break;
-                }
-                task(thread, index);
+            while self.claimed.fetch_add(1, Ordering::Relaxed) < num_tasks {
+                task(thread, self.take(thread));
             }
         }));
         if let Err(payload) = outcome {
             // The others stop at their next task.
-            self.next_task.store(usize::MAX / 2, Ordering::Relaxed);
+            self.claimed.store(usize::MAX / 2, Ordering::Relaxed);
             lock(&self.panic).get_or_insert(payload);
         }
     }
@@ -234,6 +284,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
+
     use super::*;
 
     #[test]
@@ -249,6 +301,35 @@ mod tests {
                 assert!(calls.iter().all(|calls| calls.load(Ordering::Relaxed) == 1));
             }
         }
+    }
+
+    #[test]
+    fn a_thread_works_on_its_own_stretch_until_others_have_nothing_left() {
+        let pool = Pool::new(2, Vec::new()).unwrap();
+        let takers: Vec<AtomicUsize> = (0..8).map(|_| AtomicUsize::new(usize::MAX)).collect();
+        let others = Barrier::new(2);
+        // The caller waits in its first task until the worker has had all others.
+        pool.run(8, |thread, i| {
+            takers[i].store(thread, Ordering::SeqCst);
+            let is_last = i == 1;
+            if i == 0 || is_last {
+                others.wait();
+            }
+        });
+        let takers: Vec<usize> = takers.into_iter().map(AtomicUsize::into_inner).collect();
+        assert_eq!(takers[0], 1 - takers[1]);
+        assert!(takers[1..].iter().all(|&taker| taker == takers[1]), "{takers:?}");
+    }
+
+    #[test]
+    fn a_stretch_gives_its_owner_the_first_task_and_others_the_last() {
+        let stretch = Stretch::default();
+        assert_eq!((stretch.take(true), stretch.take(false)), (None, None));
+        stretch.set(3..6);
+        assert_eq!(stretch.take(true), Some(3));
+        assert_eq!(stretch.take(false), Some(5));
+        assert_eq!(stretch.take(false), Some(4));
+        assert_eq!((stretch.take(true), stretch.take(false)), (None, None));
     }
 
     #[test]
@@ -303,7 +384,7 @@ mod tests {
     fn seen_places(pool: &Pool) -> [Place; 2] {
         let seen = [0, 1].map(|_| Mutex::new(Place::new()));
         // Neither finishes its task before the other has one.
-        let both = std::sync::Barrier::new(2);
+        let both = Barrier::new(2);
         pool.run(2, |thread, _| {
             both.wait();
             *lock(&seen[thread]) = topology::tests::own_place();

@@ -4,9 +4,10 @@
 //! a row of an accumulator is sixteen output columns of one row. Two tiles of rows and two blocks
 //! share a pass: a pair of blocks, or a block of the gate and the same of what it multiplies.
 //!
-//! A pass takes two blocks through all rows and all of the summed axis, so that sums never leave
-//! the tiles before they are whole. The next pass's weights come from memory meanwhile; rows stay
-//! in the second-level cache, as many at a time as it holds.
+//! A pass takes two blocks through a group of rows and all of the summed axis, so that sums never
+//! leave the tiles before they are whole. The next pass's weights come from memory meanwhile; the
+//! second-level cache holds the group, and a thread takes all its blocks through one group before
+//! it goes on to the next: weights are read once per group, rows once.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -57,18 +58,59 @@ pub struct BlockTask<'a, E, F> {
 impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
     /// Computes some blocks of output columns for all rows.
     pub fn run_blocks(&self, blocks: Range<usize>, scratch: &mut Scratch) {
+        for group in 0..self.num_row_groups() {
+            let again = (group + 1 < self.num_row_groups()).then_some(blocks.start);
+            self.run_pairs(self.row_group(group), blocks.clone(), again, scratch);
+        }
+    }
+
+    /// Computes some blocks of output columns for a group of rows, and asks for the weights of the
+    /// blocks behind them: a thread's tasks follow each other.
+    pub fn run_group(&self, group: usize, blocks: Range<usize>, scratch: &mut Scratch) {
+        let behind = if blocks.end < self.main.blocks.end() {
+            Some(blocks.end)
+        } else {
+            (group + 1 < self.num_row_groups()).then_some(0)
+        };
+        self.run_pairs(self.row_group(group), blocks, behind, scratch);
+    }
+
+    /// Groups of rows, of which the second-level cache holds one at a time.
+    pub fn num_row_groups(&self) -> usize {
+        let most = (ROWS_BYTES / (2 * self.x.steps * TILE_BYTES)).max(1);
+        self.num_pairs().div_ceil(most).max(1)
+    }
+
+    fn num_pairs(&self) -> usize {
+        self.x.num_tiles().div_ceil(2)
+    }
+
+    /// The pairs of tiles of rows of a group.
+    fn row_group(&self, group: usize) -> Range<usize> {
+        let num_pairs = self.num_pairs();
+        let len = num_pairs.div_ceil(self.num_row_groups());
+        (group * len).min(num_pairs)..((group + 1) * len).min(num_pairs)
+    }
+
+    /// Takes blocks through some pairs of tiles of rows. `behind` is the block that comes next.
+    fn run_pairs(
+        &self,
+        pairs: Range<usize>,
+        blocks: Range<usize>,
+        behind: Option<usize>,
+        scratch: &mut Scratch,
+    ) {
+        if pairs.is_empty() {
+            return;
+        }
         let mut tiles = Tiles::open(self.amx);
         let sums = sums_of(scratch.take_words(2 * 4 * TILE_LEN));
-        let num_pairs = self.x.num_tiles().div_ceil(2);
-        let most = (ROWS_BYTES / (2 * self.x.steps * TILE_BYTES)).max(1);
-        let pairs_at_a_time = num_pairs.div_ceil(num_pairs.div_ceil(most));
         let mut work = Work { finished: None, next_slot: 0, sums };
-        for first in (0..num_pairs).step_by(pairs_at_a_time) {
-            let pairs = first..num_pairs.min(first + pairs_at_a_time);
-            for pass in self.passes(&blocks) {
-                let next = self.next_weights(&blocks, &pass, pairs.end < num_pairs);
-                self.run_pass(&mut tiles, &pass, pairs.clone(), next, &mut work);
-            }
+        let end = self.main.blocks.end();
+        for pass in self.passes(&blocks) {
+            let next = if pass.end < blocks.end { Some(pass.end) } else { behind };
+            let next = next.map(|block| self.weights_of(block..end.min(block + pass.len())));
+            self.run_pass(&mut tiles, &pass, pairs.clone(), next, &mut work);
         }
         self.write_finished(&mut work, 2 * TILE_ROWS);
     }
@@ -107,23 +149,10 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
         Operands { left: self.left(pair, 0), first, second, is_alone }
     }
 
-    /// Where the weights begin that are needed after those of `pass`: of both blocks, or twice of
-    /// the one. None after the last, unless it goes on with the first.
-    fn next_weights(
-        &self,
-        blocks: &Range<usize>,
-        pass: &Range<usize>,
-        begins_again: bool,
-    ) -> Option<[*const u8; 2]> {
-        let start = if pass.end < blocks.end {
-            pass.end
-        } else if begins_again {
-            blocks.start
-        } else {
-            return None;
-        };
-        let (first, second) = self.rights(&(start..blocks.end.min(start + self.blocks_per_pass())));
-        Some([first.start, second.unwrap_or(first).start])
+    /// Where the weights of some blocks begin: of the first two, or twice of the only one.
+    fn weights_of(&self, blocks: Range<usize>) -> [*const u8; 2] {
+        let (first, second) = self.rights(&blocks);
+        [first.start, second.unwrap_or(first).start]
     }
 
     /// Writes the sums of few rows.

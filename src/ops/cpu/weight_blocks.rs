@@ -17,6 +17,10 @@ use crate::formats::{Format, PackedMatrix};
 use crate::ops::args::Activation;
 use crate::tensor::Tensor;
 
+/// Half of what second-level caches hold: results of an operation that are fewer bytes are still
+/// there when they are read.
+const CACHED_BYTES: usize = 1 << 20;
+
 /// The blocks of a matrix, or some of them.
 #[derive(Clone, Copy)]
 pub struct Blocks<'a> {
@@ -42,6 +46,11 @@ impl<'a> Blocks<'a> {
         // SAFETY: any i8 is a valid u8.
         let bytes = unsafe { std::slice::from_raw_parts(bytes.as_ptr().cast(), bytes.len()) };
         Blocks { bytes, first, block_bytes }
+    }
+
+    /// The block behind the last.
+    pub fn end(&self) -> usize {
+        self.first + self.bytes.len() / self.block_bytes
     }
 
     /// A block and all that follow; panics when there is none.
@@ -158,11 +167,36 @@ fn scales(matrix: &PackedMatrix) -> &Tensor {
 #[derive(Clone, Copy)]
 pub enum Place<'a> {
     /// `[num_rows, num_cols]`; tasks write disjoint columns.
-    Rows(Parts<'a, f32>),
+    Rows(Rows<'a>),
     /// On their way to another product.
     Middle(&'a Middle<'a>),
     /// As bf16, as they are read by another product; the width is a multiple of a line's 32.
     Lines(&'a FillRows<'a>),
+}
+
+/// Row-major results.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    /// All of them.
+    pub out: Parts<'a, f32>,
+    is_streamed: bool,
+}
+
+impl<'a> Rows<'a> {
+    /// Results of one matrix of an operation that yields so many bytes. When these are more than
+    /// stays in the caches until it is read, results are written past the caches: each is a whole
+    /// cache line in a row of its own, and a cache would first fetch the line from memory.
+    pub fn of_operation(out: &'a mut [f32], num_cols: usize, operation_bytes: usize) -> Rows<'a> {
+        let in_lines = num_cols.is_multiple_of(LINE_BYTES / size_of::<f32>())
+            && out.as_ptr().align_offset(LINE_BYTES) == 0;
+        let is_streamed = in_lines && operation_bytes > CACHED_BYTES;
+        Rows { out: Parts::new(out), is_streamed }
+    }
+
+    /// Results that are read at once.
+    pub fn cached(out: &'a mut [f32]) -> Rows<'a> {
+        Rows { out: Parts::new(out), is_streamed: false }
+    }
 }
 
 /// Where results go: `out = main + bias`, or `activation(main + bias) * (up + its bias)`.
@@ -196,7 +230,7 @@ impl<'a> BlockOutput<'a> {
     pub fn target(&self, rows: Range<usize>, block: usize) -> Option<Target> {
         const F32: usize = size_of::<f32>();
         Some(match &self.place {
-            Place::Rows(out) => {
+            Place::Rows(Rows { out, is_streamed }) => {
                 let first = block * BLOCK_ROWS;
                 if first + BLOCK_ROWS > self.num_cols {
                     return None;
@@ -204,7 +238,8 @@ impl<'a> BlockOutput<'a> {
                 let start = rows.start * self.num_cols + first;
                 let end = start + (rows.len() - 1) * self.num_cols + BLOCK_ROWS;
                 let row_bytes = self.num_cols * F32;
-                Target { start: out.start_of(start..end).cast(), row_bytes, kind: Kind::Floats }
+                let kind = if *is_streamed { Kind::Streamed } else { Kind::Floats };
+                Target { start: out.start_of(start..end).cast(), row_bytes, kind }
             }
             Place::Middle(middle) => Target {
                 start: middle.rows(rows, block).cast(),
@@ -272,7 +307,9 @@ impl BlockColumns<'_> {
     /// As of [`BlockColumns::write`].
     #[cold]
     pub unsafe fn put_last<S: Simd>(&self, simd: S, (row, at): (usize, usize), value: S::V) {
-        let Place::Rows(out) = &self.output.place else { panic!("only rows may end in a block") };
+        let Place::Rows(Rows { out, .. }) = &self.output.place else {
+            panic!("only rows may end in a block")
+        };
         let len = self.output.num_cols - self.first;
         if at < len {
             let start = row * self.output.num_cols + self.first;
