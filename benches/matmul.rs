@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, criterion_group, criterion_main};
 use tokenmill::cli::bench::limits::{best_time, memory_read};
 use tokenmill::config::CpuIsa;
-use tokenmill::formats::{PackedMatrix, dense, fp8, int4, int8, q8, quantize};
+use tokenmill::formats::{PackedMatrix, dense, fp8, int4, int8, mxfp4, q8, quantize};
 use tokenmill::ops::Ops;
 use tokenmill::ops::args::{Activation, GatedMatmulArgs, GatedMlpArgs, MatmulArgs, Projection};
 use tokenmill::ops::cpu::CpuOps;
@@ -28,7 +28,7 @@ const INTERMEDIATE: usize = 4864;
 const SHAPES: [(usize, usize); 4] =
     [(INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE), (HIDDEN, HIDDEN), (32_768, HIDDEN)];
 const ROWS: [usize; 5] = [1, 16, 64, 256, 1024];
-const FORMATS: [&str; 6] = ["bf16", "int8", "int4", "q8_0", "w8a16", "fp8"];
+const FORMATS: [&str; 7] = ["bf16", "int8", "int4", "mxfp4", "q8_0", "w8a16", "fp8"];
 /// All copies of one matrix together.
 const WEIGHTS_BYTES: usize = 400 << 20;
 
@@ -83,6 +83,7 @@ fn matrix(ops: &CpuOps, format: &str, cols: usize, k: usize) -> PackedMatrix {
     match format {
         "int8" => quantize(&int8::PerRow, shape, threads, read),
         "int4" => quantize(&int4::Grouped(64), shape, threads, read),
+        "mxfp4" => quantize(&mxfp4::Mxfp4, shape, threads, read),
         "q8_0" => quantize(&q8::Q8_0, shape, threads, read),
         "w8a16" => quantize(&q8::W8A16, shape, threads, read),
         "fp8" => quantize(&fp8::PerRow, shape, threads, read),

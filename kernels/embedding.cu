@@ -34,16 +34,23 @@ constexpr int MIDDLE = 8;
 // Columns of a thread: the codes of a word.
 constexpr int WORD = 4;
 
-enum class Layout { BF16_BLOCKS, BYTE_BLOCKS, NIBBLE_BLOCKS, FP8_BLOCKS };
+enum class Layout { BF16_BLOCKS, BYTE_BLOCKS, NIBBLE_BLOCKS, MXFP4_BLOCKS, FP8_BLOCKS };
 
 // A table in blocks. Scales: [blocks, groups, BLOCK_ROWS]; a group is group_cols elements of a row.
 struct Packed {
   const uint8_t* data;   // [blocks, BLOCK_ROWS · row_bytes]
-  const void* scales;    // f16 or f32; null for BF16_BLOCKS
+  const void* scales;    // f16 or f32, exponents of MXFP4_BLOCKS; null for BF16_BLOCKS
   const uint8_t* zeros;  // as the scales, or null
   int row_bytes, groups, group_cols;
   bool scales_are_f16;
 };
+
+// What a code of MXFP4 stands for.
+__device__ __forceinline__ float e2m1(int code) {
+  const int exponent = code >> 1 & 3, mantissa = code & 1;
+  const float magnitude = exponent == 0 ? 0.5f * mantissa : (2 + mantissa) * 0.25f * (1 << exponent);
+  return code & 8 ? -magnitude : magnitude;
+}
 
 // What the codes of columns at..at + WORD stand for, before scaling.
 template <Layout LAYOUT>
@@ -56,12 +63,15 @@ __device__ __forceinline__ void load_codes(float (&x)[WORD], const Packed& table
       const int byte = 2 * (at + i);
       x[i] = to_float(*reinterpret_cast<const bf16*>(block + byte / 4 * LINE_BYTES + in_block * 4 + byte % 4));
     }
-  } else if constexpr (LAYOUT == Layout::NIBBLE_BLOCKS) {
+  } else if constexpr (LAYOUT == Layout::NIBBLE_BLOCKS || LAYOUT == Layout::MXFP4_BLOCKS) {
     const int place = at / 4 * LINE_BYTES + in_block * 4;
     const bool high = place % (2 * FOLDED_BYTES) >= FOLDED_BYTES;
     const uint32_t word = *reinterpret_cast<const uint32_t*>(block + place / (2 * FOLDED_BYTES) * FOLDED_BYTES + place % FOLDED_BYTES);
 #pragma unroll
-    for (int i = 0; i < WORD; i++) x[i] = static_cast<int>(word >> (8 * i + (high ? 4 : 0)) & 15) - zero;
+    for (int i = 0; i < WORD; i++) {
+      const int code = static_cast<int>(word >> (8 * i + (high ? 4 : 0)) & 15);
+      x[i] = LAYOUT == Layout::MXFP4_BLOCKS ? e2m1(code) : static_cast<float>(code - zero);
+    }
   } else {
     const uint32_t word = *reinterpret_cast<const uint32_t*>(block + at / 4 * LINE_BYTES + in_block * 4);
 #pragma unroll
@@ -82,7 +92,8 @@ __device__ __forceinline__ void gather_packed(T* __restrict__ out, const Packed&
     if (LAYOUT != Layout::BF16_BLOCKS) {
       const size_t group = row / BLOCK_ROWS * table.groups + at / table.group_cols;
       const size_t cell = group * BLOCK_ROWS + row % BLOCK_ROWS;
-      scale = table.scales_are_f16 ? to_float(static_cast<const f16*>(table.scales)[cell]) : static_cast<const float*>(table.scales)[cell];
+      if (LAYOUT == Layout::MXFP4_BLOCKS) scale = power_of_two(static_cast<const uint8_t*>(table.scales)[cell]);
+      else scale = table.scales_are_f16 ? to_float(static_cast<const f16*>(table.scales)[cell]) : static_cast<const float*>(table.scales)[cell];
       if (table.zeros) zero = table.zeros[cell];
     }
     load_codes<LAYOUT>(x, table, row, at, zero);
@@ -114,6 +125,7 @@ __device__ __forceinline__ void gather_packed(T* __restrict__ out, const Packed&
   GATHER_PACKED(bf16_blocks_##suffix, T, BF16_BLOCKS)     \
   GATHER_PACKED(byte_blocks_##suffix, T, BYTE_BLOCKS)     \
   GATHER_PACKED(nibble_blocks_##suffix, T, NIBBLE_BLOCKS) \
+  GATHER_PACKED(mxfp4_blocks_##suffix, T, MXFP4_BLOCKS)   \
   GATHER_PACKED(fp8_blocks_##suffix, T, FP8_BLOCKS)
 
 GATHERS(bf16, bf16)

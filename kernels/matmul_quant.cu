@@ -19,6 +19,8 @@
 // Report: matmul_many_int4 dynamic=83456
 // Report: matmul_few_int4_g32 dynamic=65280
 // Report: matmul_many_int4_g32 dynamic=84992
+// Report: matmul_few_mxfp4 dynamic=62720
+// Report: matmul_many_mxfp4 dynamic=82944
 #include "matmul_tiles.cuh"
 
 #define MATMUL_TILES(size, format, W, BLOCKS, TOKENS, WARPS_M, WARPS_N, PANELS, STAGES)                                   \
@@ -33,6 +35,7 @@ MATMUL_TILES(few, w8a16, W8A16, 2, 8, 1, 4, 1, 4)
 MATMUL_TILES(few, q8, Q8, 2, 8, 1, 4, 1, 4)
 MATMUL_TILES(few, int4, Int4By64, 2, 8, 1, 4, 1, 5)
 MATMUL_TILES(few, int4_g32, Int4By32, 2, 8, 1, 4, 1, 5)
+MATMUL_TILES(few, mxfp4, Mxfp4, 2, 8, 1, 4, 1, 5)
 MATMUL_TILES(few, fp8, Fp8, 2, 8, 1, 4, 1, 4)
 MATMUL_TILES(few, fp8_groups, Fp8Groups, 2, 8, 1, 4, 1, 4)
 
@@ -41,5 +44,6 @@ MATMUL_TILES(many, w8a16, W8A16, 2, 8, 2, 2, 2, 4)
 MATMUL_TILES(many, q8, Q8, 1, 8, 2, 4, 1, 3)
 MATMUL_TILES(many, int4, Int4By64, 1, 8, 2, 4, 1, 4)
 MATMUL_TILES(many, int4_g32, Int4By32, 1, 8, 2, 4, 1, 4)
+MATMUL_TILES(many, mxfp4, Mxfp4, 1, 8, 2, 4, 1, 4)
 MATMUL_TILES(many, fp8, Fp8, 2, 8, 2, 2, 2, 4)
 MATMUL_TILES(many, fp8_groups, Fp8Groups, 1, 8, 2, 4, 1, 3)

@@ -13,6 +13,7 @@
 // Report: matmul_skinny_fp8_groups dynamic=74752
 // Report: matmul_skinny_int4 dynamic=80896
 // Report: matmul_skinny_int4_g32 dynamic=76288
+// Report: matmul_skinny_mxfp4 dynamic=78848
 #include "matmul_skinny.cuh"
 
 #define MATMUL_SKINNY(format, W)                                                                                   \
@@ -29,5 +30,6 @@ MATMUL_SKINNY(w8a16, W8A16)
 MATMUL_SKINNY(q8, Q8)
 MATMUL_SKINNY(int4, Int4By64)
 MATMUL_SKINNY(int4_g32, Int4By32)
+MATMUL_SKINNY(mxfp4, Mxfp4)
 MATMUL_SKINNY(fp8, Fp8)
 MATMUL_SKINNY(fp8_groups, Fp8Groups)

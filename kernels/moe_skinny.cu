@@ -13,6 +13,7 @@
 // Report: experts_skinny_fp8_groups dynamic=74752
 // Report: experts_skinny_int4 dynamic=80896
 // Report: experts_skinny_int4_g32 dynamic=76288
+// Report: experts_skinny_mxfp4 dynamic=78848
 #include "experts.cuh"
 
 // BLOCKS per multiprocessor is what shared memory allows on an H100, or one less where its registers would
@@ -32,5 +33,6 @@ EXPERTS_SKINNY(w8a16, W8A16, 3)
 EXPERTS_SKINNY(q8, Q8, 3)
 EXPERTS_SKINNY(int4, Int4By64, 2)
 EXPERTS_SKINNY(int4_g32, Int4By32, 2)
+EXPERTS_SKINNY(mxfp4, Mxfp4, 2)
 EXPERTS_SKINNY(fp8, Fp8, 3)
 EXPERTS_SKINNY(fp8_groups, Fp8Groups, 2)

@@ -21,6 +21,8 @@
 // Report: experts_many_int4 dynamic=83456
 // Report: experts_few_int4_g32 dynamic=65280
 // Report: experts_many_int4_g32 dynamic=84992
+// Report: experts_few_mxfp4 dynamic=62720
+// Report: experts_many_mxfp4 dynamic=82944
 #include "experts.cuh"
 
 #define EXPERTS_TILES(size, format, W, BLOCKS, TOKENS, WARPS_M, WARPS_N, PANELS, STAGES)         \
@@ -38,6 +40,7 @@ EXPERTS_TILES(few, w8a16, W8A16, 2, 8, 1, 4, 1, 4)
 EXPERTS_TILES(few, q8, Q8, 2, 8, 1, 4, 1, 4)
 EXPERTS_TILES(few, int4, Int4By64, 2, 8, 1, 4, 1, 5)
 EXPERTS_TILES(few, int4_g32, Int4By32, 2, 8, 1, 4, 1, 5)
+EXPERTS_TILES(few, mxfp4, Mxfp4, 2, 8, 1, 4, 1, 5)
 EXPERTS_TILES(few, fp8, Fp8, 2, 8, 1, 4, 1, 4)
 EXPERTS_TILES(few, fp8_groups, Fp8Groups, 2, 8, 1, 4, 1, 4)
 
@@ -47,5 +50,6 @@ EXPERTS_TILES(many, w8a16, W8A16, 2, 8, 2, 2, 2, 4)
 EXPERTS_TILES(many, q8, Q8, 1, 8, 2, 4, 1, 3)
 EXPERTS_TILES(many, int4, Int4By64, 1, 8, 2, 4, 1, 4)
 EXPERTS_TILES(many, int4_g32, Int4By32, 1, 8, 2, 4, 1, 4)
+EXPERTS_TILES(many, mxfp4, Mxfp4, 1, 8, 2, 4, 1, 4)
 EXPERTS_TILES(many, fp8, Fp8, 2, 8, 2, 2, 2, 4)
 EXPERTS_TILES(many, fp8_groups, Fp8Groups, 1, 8, 2, 4, 1, 3)

@@ -16,7 +16,7 @@
 #   serve-FORMAT     1,000 tokens in and 1,000 out over HTTP, at 64 and 256 streams
 #   start            from the command to the first token
 #
-# FORMAT is bf16, fp8, int8 or int4: random weights in the shapes of Llama 3.1 8B, or as said. Without PART
+# FORMAT is bf16, fp8, int8, int4 or mxfp4: random weights in the shapes of Llama 3.1 8B, or as said. Without PART
 # all parts run, one after the other. Needs the binary, a driver, and for `bf16` fast CUDA's
 # cuBLASLt (that of PyTorch's wheels is found); `golden` and `torch` need python3.
 set -euo pipefail
@@ -36,7 +36,7 @@ while (($#)); do
         *) parts+=("$1"); shift ;;
     esac
 done
-formats=(bf16 fp8 int8 int4)
+formats=(bf16 fp8 int8 int4 mxfp4)
 if ((${#parts[@]} == 0)); then
     parts=(verify sanitize golden kernels torch start)
     for format in "${formats[@]}"; do parts+=("steps-$format" "prefill-$format" "moe-$format" "serve-$format"); done
@@ -128,7 +128,7 @@ part_sanitize() {
 
 part_golden() {
     python3 scripts/golden.py --binary "$binary" --json "$out/golden.json" \
-        --formats bf16,int8,w8a16,int4,int4-g32,fp8,q8_0 -- --device "$device"
+        --formats bf16,int8,w8a16,int4,int4-g32,mxfp4,fp8,q8_0 -- --device "$device"
     python3 scripts/golden.py --binary "$binary" --json "$out/golden-fp8-cache.json" \
         --formats bf16 -- --device "$device" --kv-cache-dtype fp8
 }

@@ -48,6 +48,8 @@ pub enum Quantization {
     /// 4-bit weights with a scale per 32, without zero points.
     #[value(name = "q4_0")]
     Q4_0,
+    /// 4-bit floating-point weights (E2M1) with a power of two per 32.
+    Mxfp4,
 }
 
 /// Order in which waiting requests are served.

@@ -46,6 +46,9 @@ __device__ __forceinline__ float to_float(fp8 x) {
 #endif
 }
 
+// What a byte of E8M0 stands for: 2^(exponent - 127), the least of which has no exponent of its own.
+__device__ __forceinline__ float power_of_two(uint32_t exponent) { return __uint_as_float(exponent == 0 ? 1u << 22 : exponent << 23); }
+
 template <class T>
 struct Convert;
 

@@ -18,6 +18,7 @@
 //   int4         bf16             0x43 · c = 128 + c, minus (128 + zero)  |c - zero| <= 15
 //   int8         bf16             (128 + low 7 bits) - (128 or 256)      8 significant bits
 //   fp8 e4m3     bf16             bits moved, times 2^120                4 significant bits
+//   mxfp4 e2m1   bf16             bits moved, times 2^126                2 significant bits
 //
 // Scales of groups multiply f32 sums of 32 or 64 products, not fragments: codes stay exact, and the
 // only rounding of a weight-only product is that of f32 sums. It costs an FFMA per sum, which runs
@@ -76,6 +77,16 @@ __device__ __forceinline__ void fp8_pairs(uint32_t word, uint32_t (&pairs)[2]) {
 __device__ __forceinline__ void int4_pairs(uint32_t codes, uint32_t minus, uint32_t (&pairs)[2]) {
   pairs[0] = fma_bf16x2(__byte_perm(codes, 0x43434343, 0x4140), ONES, minus);
   pairs[1] = fma_bf16x2(__byte_perm(codes, 0x43434343, 0x4342), ONES, minus);
+}
+
+// The four e2m1 codes in the low or the high halves of bytes as two pairs of bf16, as above.
+__device__ __forceinline__ void mxfp4_pairs(uint32_t word, int high, uint32_t (&pairs)[2]) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const uint32_t spread = __byte_perm(word, 0, i == 0 ? 0x1404 : 0x3424);
+    const uint32_t moved = (spread << (4 - 4 * high) & 0x80008000) | (spread >> (2 + 4 * high) & 0x01c001c0);
+    pairs[i] = fma_bf16x2(moved, 0x7e807e80, 0x80008000);
+  }
 }
 
 // Where sixteen bytes come from; not read unless valid.
@@ -222,6 +233,27 @@ struct Int4 : Coded<2> {
   static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma_bf16(c, a, b0, b1); }
 };
 
+// The same of e2m1 codes; a scale is a byte, the exponent of a power of two.
+struct Mxfp4 : Coded<2> {
+  typedef float Sum;
+  static constexpr int SLOTS_PER_PART = 2, GROUP_SCALE_BYTES = 1;
+  static constexpr Scaling SCALING = Scaling::Part;
+  static __device__ __forceinline__ int unit(int, int slot, int quad, int t) { return (2 * t + slot) * 4 + quad; }
+  static __device__ __forceinline__ int place(int, int unit) { return unit ^ 2 * (unit >> 3 & 3); }
+  static __device__ __forceinline__ void fragments(const Words (&raw)[2], int part, const uint32_t (&)[4], Fragments& out) {
+#pragma unroll
+    for (int q = 0; q < 2; q++)
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+        uint32_t even[2], odd[2];
+        mxfp4_pairs(raw[q].w[2 * m], part, even);
+        mxfp4_pairs(raw[q].w[2 * m + 1], part, odd);
+        set_rows(out[q][m], even, odd);
+      }
+  }
+  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma_bf16(c, a, b0, b1); }
+};
+
 typedef Dense<false> DenseBf16;
 typedef Dense<true> DenseF16;
 typedef Int4<Scaling::Part> Int4By32;
@@ -268,6 +300,11 @@ __device__ __forceinline__ void read_scales(const unsigned char* from, float (&s
     const Pack<f16, N> pack = load_pack<f16, N>(reinterpret_cast<const f16*>(from));
 #pragma unroll
     for (int i = 0; i < N; i++) scales[i] = to_float(pack.x[i]);
+  } else if constexpr (W::GROUP_SCALE_BYTES == 1) {
+    static_assert(N == 4, "a word of bytes");
+    const uint32_t exponents = *reinterpret_cast<const uint32_t*>(from);
+#pragma unroll
+    for (int i = 0; i < N; i++) scales[i] = power_of_two(exponents >> 8 * i & 255);
   } else {
     const Pack<float, N> pack = load_pack<float, N>(reinterpret_cast<const float*>(from));
 #pragma unroll

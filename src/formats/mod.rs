@@ -11,6 +11,7 @@ pub mod dense;
 pub mod fp8;
 pub mod int4;
 pub mod int8;
+pub mod mxfp4;
 pub mod q8;
 
 use blocks::BLOCK_ROWS;
@@ -34,6 +35,9 @@ pub enum Format {
     /// Four bits in folded blocks with a scale, and perhaps a zero point, per group of a row;
     /// activations are quantized per group.
     Int4,
+    /// Four bits of floating point (E2M1) in folded blocks with a power of two per 32 of a row;
+    /// activations are quantized per group.
+    Mxfp4,
     /// Bytes in blocks with a scale per row; activations keep their precision.
     W8A16,
     /// FP8 E4M3 in blocks with a scale per row or per group of one; activations keep their
@@ -49,7 +53,12 @@ impl Format {
 
     /// Whether groups of activations have scales of their own.
     pub fn quantizes_groups(self) -> bool {
-        matches!(self, Format::Q8 | Format::Int4)
+        matches!(self, Format::Q8 | Format::Int4 | Format::Mxfp4)
+    }
+
+    /// Whether two lines of codes share the bytes of one.
+    pub fn is_folded(self) -> bool {
+        matches!(self, Format::Int4 | Format::Mxfp4)
     }
 }
 
@@ -99,7 +108,7 @@ pub struct PackedMatrix {
 pub struct Quantized {
     /// Which elements share a scale.
     pub grid: ScaleGrid,
-    /// `grid.blocks_shape(…)`: f32, or f16 where groups are small.
+    /// `grid.blocks_shape(…)`: f32, or where groups are small f16 or the bytes of `mxfp4`.
     pub scales: Tensor,
     /// Zero points of the same shape, bytes from 0 to 15 (int4).
     pub zero_points: Option<Tensor>,
@@ -121,7 +130,7 @@ impl PackedMatrix {
         match self.format {
             Format::Dense => self.num_cols * self.data.dtype().size_bytes(),
             Format::DenseBlocks => 2 * width,
-            Format::Int4 => width / 2,
+            Format::Int4 | Format::Mxfp4 => width / 2,
             Format::Int8 | Format::Q8 | Format::W8A16 | Format::Fp8 => width,
         }
     }
@@ -145,7 +154,9 @@ impl PackedMatrix {
                     *to = half::bf16::from_le_bytes([block[at], block[at + 1]]).to_f32();
                 }
             }
-            Format::Int4 => self.scaled(row, to, |col| self.code(row, col) as f32),
+            Format::Int4 | Format::Mxfp4 => {
+                self.scaled(row, to, |col| self.code(row, col) as f32);
+            }
             Format::Fp8 => self.scaled(row, to, of_bytes(self.block(row), row, fp8::decode)),
             Format::Int8 | Format::Q8 | Format::W8A16 => {
                 let value = |byte: u8| f32::from(byte as i8);
@@ -154,12 +165,16 @@ impl PackedMatrix {
         }
     }
 
-    /// The code of an element of a matrix of integers, less its zero point.
+    /// The code of an element of a matrix of integers, less its zero point; twice the number that
+    /// a code of MXFP4 stands for.
     pub fn code(&self, row: usize, col: usize) -> i32 {
         match self.format {
             Format::Int4 => {
                 let code = blocks::unfolded(self.block(row), row % BLOCK_ROWS, col);
                 i32::from(code) - i32::from(self.zero_point(row, col))
+            }
+            Format::Mxfp4 => {
+                mxfp4::doubled(blocks::unfolded(self.block(row), row % BLOCK_ROWS, col))
             }
             Format::Int8 | Format::Q8 | Format::W8A16 => i32::from(self.byte(row, col) as i8),
             other => panic!("{other:?} holds no integers"),
@@ -188,11 +203,12 @@ impl PackedMatrix {
         }
     }
 
-    /// The scale of an element; panics for a dense matrix.
+    /// What [`PackedMatrix::code`] is multiplied by; panics for a dense matrix.
     pub fn scale(&self, row: usize, col: usize) -> f32 {
         let (quantized, cell) = self.cell(row, col);
         match quantized.scales.dtype() {
             DType::F16 => quantized.scales.as_slice::<half::f16>()[cell].to_f32(),
+            DType::U8 => mxfp4::half_scale(quantized.scales.as_slice()[cell]),
             _ => quantized.scales.as_slice::<f32>()[cell],
         }
     }
@@ -259,7 +275,7 @@ struct Packing {
 impl Packing {
     fn of(format: Format, grid: ScaleGrid, num_cols: usize) -> Packing {
         let width = num_cols.next_multiple_of(ROW_ALIGN);
-        let bytes = BLOCK_ROWS * width / if format == Format::Int4 { 2 } else { 1 };
+        let bytes = BLOCK_ROWS * width / if format.is_folded() { 2 } else { 1 };
         Packing { width, bytes, groups: width.div_ceil(grid.cols) }
     }
 }
@@ -275,39 +291,76 @@ pub fn quantized_bytes<Q: RowQuantizer>(quantizer: &Q, [rows, cols]: [usize; 2])
 /// Quantizes a matrix on `threads` threads; `read(row, to)` fills `to` with a row's elements.
 pub fn quantize<Q: RowQuantizer>(
     quantizer: &Q,
-    [num_rows, num_cols]: [usize; 2],
+    shape: [usize; 2],
     threads: usize,
     read: impl Fn(usize, &mut [f32]) + Sync,
 ) -> PackedMatrix {
-    let (format, grid) = (quantizer.format(), quantizer.grid(num_cols));
+    let layout = RowLayout {
+        format: quantizer.format(),
+        grid: quantizer.grid(shape[1]),
+        has_zero_points: quantizer.has_zero_points(),
+    };
+    pack_rows(layout, shape, threads, || {
+        let (mut wide, read) = (vec![0.0; shape[1]], &read);
+        move |row: usize, parts: RowParts<'_, Q::Scale>| {
+            read(row, &mut wide);
+            quantize_row(quantizer, &wide, parts.codes, parts.scales, parts.zeros);
+        }
+    })
+}
+
+/// How rows of codes become a matrix.
+#[derive(Clone, Copy)]
+struct RowLayout {
+    format: Format,
+    grid: ScaleGrid,
+    has_zero_points: bool,
+}
+
+/// A row before it is packed.
+struct RowParts<'a, S> {
+    /// A byte per element, the padding included.
+    codes: &'a mut [u8],
+    /// One per group.
+    scales: &'a mut [S],
+    /// The same of zero points.
+    zeros: &'a mut [u8],
+}
+
+/// Packs a matrix on `threads` threads, each of which fills rows with what `filler` gives it.
+fn pack_rows<S: Element + Default + Send, F: FnMut(usize, RowParts<'_, S>)>(
+    layout: RowLayout,
+    [num_rows, num_cols]: [usize; 2],
+    threads: usize,
+    filler: impl Fn() -> F + Sync,
+) -> PackedMatrix {
+    let RowLayout { format, grid, has_zero_points } = layout;
     let packing = Packing::of(format, grid, num_cols);
     let Packing { bytes, groups, .. } = packing;
     let num_blocks = num_rows.div_ceil(BLOCK_ROWS);
     let mut data = Tensor::zeros_on_large_pages(DType::U8, [num_blocks, bytes]);
-    let mut scales = Tensor::zeros(Q::Scale::DTYPE, [num_blocks, groups, BLOCK_ROWS]);
+    let mut scales = Tensor::zeros(S::DTYPE, [num_blocks, groups, BLOCK_ROWS]);
     let mut zeros = Tensor::zeros(DType::U8, scales.shape());
-    let num_zeros = if quantizer.has_zero_points() { BLOCK_ROWS * groups } else { 0 };
+    let num_zeros = if has_zero_points { BLOCK_ROWS * groups } else { 0 };
     let sizes = [bytes, BLOCK_ROWS * groups, num_zeros];
-    let to = (data.as_mut_slice::<u8>(), scales.as_mut_slice::<Q::Scale>(), zeros.as_mut_slice());
+    let to = (data.as_mut_slice::<u8>(), scales.as_mut_slice::<S>(), zeros.as_mut_slice());
     for_parts(to, sizes, threads, |first, (data, scales, zeros)| {
-        let mut scratch = BlockScratch::new(&packing, num_cols);
+        let (mut scratch, mut fill) = (BlockScratch::new(&packing), filler());
         let blocks = data.chunks_exact_mut(bytes).zip(scales.chunks_exact_mut(sizes[1]));
         for (block, (data, scales)) in blocks.enumerate() {
             let first_row = (first + block) * BLOCK_ROWS;
-            scratch.quantize(quantizer, first_row..num_rows.min(first_row + BLOCK_ROWS), &read);
+            scratch.fill(first_row..num_rows.min(first_row + BLOCK_ROWS), &mut fill);
             let zeros = &mut zeros[block * num_zeros..][..num_zeros];
             scratch.store(format, data, scales, zeros);
         }
     });
-    let zero_points = quantizer.has_zero_points().then_some(zeros);
+    let zero_points = has_zero_points.then_some(zeros);
     let quantized = Some(Quantized { grid, scales, zero_points });
     PackedMatrix { format, num_rows, num_cols, data, quantized }
 }
 
 /// A block's rows before they are packed.
 struct BlockScratch<S> {
-    /// The row that is being quantized.
-    wide: Vec<f32>,
     /// `[16, width]`.
     codes: Vec<u8>,
     /// `[16, groups]`.
@@ -320,10 +373,9 @@ struct BlockScratch<S> {
 }
 
 impl<S: Element + Default> BlockScratch<S> {
-    fn new(packing: &Packing, num_cols: usize) -> BlockScratch<S> {
+    fn new(packing: &Packing) -> BlockScratch<S> {
         let &Packing { width, groups, .. } = packing;
         BlockScratch {
-            wide: vec![0.0; num_cols],
             codes: vec![0; BLOCK_ROWS * width],
             scales: vec![S::default(); BLOCK_ROWS * groups],
             zeros: vec![0; BLOCK_ROWS * groups],
@@ -334,11 +386,10 @@ impl<S: Element + Default> BlockScratch<S> {
     }
 
     /// Fills codes, scales and zero points, row by row; scales of rows that are missing become 0.
-    fn quantize<Q: RowQuantizer<Scale = S>>(
+    fn fill(
         &mut self,
-        quantizer: &Q,
         rows: std::ops::Range<usize>,
-        read: impl Fn(usize, &mut [f32]),
+        fill: &mut impl FnMut(usize, RowParts<'_, S>),
     ) {
         self.codes[rows.len() * self.width..].fill(0);
         self.scales[rows.len() * self.groups..].fill(S::default());
@@ -346,13 +397,12 @@ impl<S: Element + Default> BlockScratch<S> {
         let scales = self.scales.chunks_exact_mut(self.groups);
         let zeros = self.zeros.chunks_exact_mut(self.groups);
         for (row, (codes, (scales, zeros))) in rows.zip(codes.zip(scales.zip(zeros))) {
-            read(row, &mut self.wide);
-            quantize_row(quantizer, &self.wide, codes, scales, zeros);
+            fill(row, RowParts { codes, scales, zeros });
         }
     }
 
     fn store(&mut self, format: Format, data: &mut [u8], scales: &mut [S], zeros: &mut [u8]) {
-        if format == Format::Int4 {
+        if format.is_folded() {
             blocks::interleave(&self.codes, &mut self.interleaved);
             blocks::fold(&self.interleaved, data);
         } else {

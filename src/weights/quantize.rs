@@ -5,7 +5,7 @@ use half::{bf16, f16};
 
 use crate::config::Quantization;
 use crate::formats;
-use crate::formats::{Format, PackedMatrix, fp8, int4, int8, q8};
+use crate::formats::{Format, PackedMatrix, fp8, int4, int8, mxfp4, q8};
 use crate::tensor::DType;
 
 /// Runs `$body` with `$quantizer` bound to the way of quantizing that `$wanted` names.
@@ -34,6 +34,10 @@ macro_rules! with_quantizer {
             }
             Quantization::Q4_0 => {
                 let $quantizer = int4::Symmetric(32);
+                $body
+            }
+            Quantization::Mxfp4 => {
+                let $quantizer = mxfp4::Mxfp4;
                 $body
             }
             Quantization::Int4G128 => {
@@ -100,10 +104,12 @@ mod tests {
             for row in 0..3 {
                 for (got, want) in packed.row(row).iter().zip(&values[row * 200..]) {
                     // Half a step between codes: for int4 of a range that may be clipped, for
-                    // FP8 of three bits of mantissa, for bytes of 1/127 of the largest value.
+                    // FP8 of three bits of mantissa, for MXFP4 of one, of what is cut off at the
+                    // most a ninth, for bytes of 1/127 of the largest value.
                     let allowed = match packed.format {
                         Format::Int4 => 0.15,
                         Format::Fp8 => want.abs() / 16.0 + 0.001,
+                        Format::Mxfp4 => 0.17,
                         _ => 0.005,
                     };
                     assert!((got - want).abs() <= allowed, "{wanted:?}: {got} for {want}");

@@ -52,7 +52,7 @@ fn tolerance(ops: &dyn Ops, format: Format, k: usize) -> (f32, f32) {
         // Integers are exact, and scales are multiplied in one order.
         Format::Int8 => (0.0, 0.0),
         // Sums of groups are exact; f32 adds them up.
-        Format::Q8 | Format::Int4 => (1e-6 + 1e-7 * k as f32, 1e-6),
+        Format::Q8 | Format::Int4 | Format::Mxfp4 => (1e-6 + 1e-7 * k as f32, 1e-6),
         // Tiles round weight × scale, below 2, to bf16: at most 2⁻⁸ each, √k in all.
         _ if ops.name().contains("amx") => (4e-3 * (k as f32).sqrt() + 1e-4, 1e-5),
         _ => (1e-6 + 1e-7 * k as f32, 1e-6),

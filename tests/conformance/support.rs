@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use tokenmill::formats::blocks::{BLOCK_ROWS, interleave};
 use tokenmill::formats::{
     Format, PackedMatrix, Quantized, ROW_ALIGN, RowQuantizer, ScaleGrid, dense, fp8, int4, int8,
-    q8, quantize,
+    mxfp4, q8, quantize,
 };
 use tokenmill::ops::Ops;
 use tokenmill::ops::cpu::{CpuOps, Isa};
@@ -147,6 +147,7 @@ pub fn quantized(rng: &mut Rng, rows: usize, cols: usize) -> Vec<(&'static str, 
             "int4 32 with zero points",
             with_zero_points(rng, packed(&int4::Grouped(32), shape, read)),
         ),
+        ("mxfp4", mxfp4(rng, rows, cols)),
         ("fp8", packed(&fp8::PerRow, shape, read)),
         ("fp8 in blocks", fp8_blocks(rng, rows, cols)),
     ]
@@ -158,6 +159,14 @@ fn with_zero_points(rng: &mut Rng, mut matrix: PackedMatrix) -> PackedMatrix {
     let zeros: Vec<u8> = (0..shape.len()).map(|_| rng.below(16) as u8).collect();
     quantized.zero_points = Some(Tensor::from_slice(&zeros, shape));
     matrix
+}
+
+/// Random codes under scales from 2^-6 to 2^-3, as published MXFP4 checkpoints have them.
+fn mxfp4(rng: &mut Rng, rows: usize, cols: usize) -> PackedMatrix {
+    let (row_bytes, groups) = (cols.div_ceil(2), cols.div_ceil(mxfp4::GROUP));
+    let codes: Vec<u8> = (0..rows * row_bytes).map(|_| rng.below(256) as u8).collect();
+    let scales: Vec<u8> = (0..rows * groups).map(|_| 121 + rng.below(4) as u8).collect();
+    mxfp4::pack([rows, cols], 1, |row| (&codes[row * row_bytes..], &scales[row * groups..]))
 }
 
 /// Random codes under a scale per 128 × 128 block, as published FP8 checkpoints have them: rows

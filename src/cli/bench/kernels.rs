@@ -63,11 +63,12 @@ pub struct KernelsArgs {
 /// Rows of activations that weights are multiplied by; the last reads the arithmetic ceiling.
 const ROWS: [usize; 4] = [1, 8, 64, 2048];
 /// Formats of weights.
-const FORMATS: [(&str, Option<Quantization>); 5] = [
+const FORMATS: [(&str, Option<Quantization>); 6] = [
     ("bf16", None),
     ("int8", Some(Quantization::Int8)),
     ("w8a16", Some(Quantization::W8A16)),
     ("int4", Some(Quantization::Int4)),
+    ("mxfp4", Some(Quantization::Mxfp4)),
     ("fp8", Some(Quantization::Fp8)),
 ];
 /// Dtypes of a cache.

@@ -31,13 +31,14 @@ pub(super) const ALL: &[(&str, f64, Run)] = &[
 const ROWS: [usize; 3] = [1, 7, 70];
 
 /// Weights as they are, and in every format that weights can be quantized to.
-const FORMATS: [(&str, Option<Quantization>); 7] = [
+const FORMATS: [(&str, Option<Quantization>); 8] = [
     ("bf16", None),
     ("int8", Some(Quantization::Int8)),
     ("w8a16", Some(Quantization::W8A16)),
     ("q8_0", Some(Quantization::Q8_0)),
     ("int4", Some(Quantization::Int4)),
     ("int4-g32", Some(Quantization::Int4G32)),
+    ("mxfp4", Some(Quantization::Mxfp4)),
     ("fp8", Some(Quantization::Fp8)),
 ];
 

@@ -9,13 +9,10 @@
 
 use std::ops::Range;
 
-use half::f16;
-
-use super::byte_simd::{ByteKernel, ByteSimd};
+use super::byte_simd::{ByteKernel, ByteSimd, FoldedCodes, Int4Codes, Mxfp4Codes};
 use super::lines::{CodedLines, LINE_BYTES, TILE_ROWS};
-use super::weight_blocks::{BlockOutput, Blocks, GroupScales, RowScales};
+use super::weight_blocks::{BlockOutput, Blocks, GroupCodes, GroupScales, RowScales, ScaleLine};
 use crate::formats::blocks::{BLOCK_ROWS, WORD_BYTES};
-use crate::formats::int4::MIDDLE;
 use crate::formats::{Format, PackedMatrix};
 
 /// Bytes of activations that stay in the second-level cache while blocks pass.
@@ -30,7 +27,7 @@ const FOLDED_PER_STEP: usize = LINES_PER_STEP / 2;
 pub enum ByteScales<'a> {
     /// INT8.
     Rows(RowScales<'a>),
-    /// INT4, Q8_0.
+    /// INT4, Q8_0, MXFP4.
     Groups(GroupScales<'a>),
 }
 
@@ -194,13 +191,17 @@ impl<'a, const R: usize> Pass<'a, R> {
                 assert_eq!(per_step, LINES_PER_STEP * LINE_BYTES);
                 self.multiply_rows(simd, codes, scales.block(block))
             }
-            ByteScales::Groups(scales) if scales.is_int4 => {
-                assert_eq!(per_step, FOLDED_PER_STEP * LINE_BYTES);
-                self.multiply_folded(simd, codes, scales, block)
-            }
-            ByteScales::Groups(scales) => {
+            ByteScales::Groups(scales) if scales.codes == GroupCodes::Bytes => {
                 assert_eq!(per_step, LINES_PER_STEP * LINE_BYTES);
                 self.multiply_groups(simd, codes, scales, block)
+            }
+            ByteScales::Groups(scales) => {
+                assert_eq!(per_step, FOLDED_PER_STEP * LINE_BYTES);
+                if scales.codes == GroupCodes::Int4 {
+                    self.multiply_folded::<S, Int4Codes>(simd, codes, scales, block)
+                } else {
+                    self.multiply_folded::<S, Mxfp4Codes>(simd, codes, scales, block)
+                }
             }
         }
     }
@@ -266,7 +267,7 @@ impl<'a, const R: usize> Pass<'a, R> {
 
     /// Folded codes: either half of a step may be a group of its own.
     #[inline(always)]
-    fn multiply_folded<S: ByteSimd>(
+    fn multiply_folded<S: ByteSimd, C: FoldedCodes>(
         &self,
         simd: S,
         codes: *const u8,
@@ -281,7 +282,8 @@ impl<'a, const R: usize> Pass<'a, R> {
                 let line = codes.wrapping_add((step * FOLDED_PER_STEP + word) * LINE_BYTES);
                 // SAFETY: the block and the rows have all their steps.
                 unsafe {
-                    simd.add_folded(&mut sums, line, self.words(step, word), LINE_BYTES / 2);
+                    let words = self.words(step, word);
+                    simd.add_folded::<C, R>(&mut sums, line, words, LINE_BYTES / 2);
                 }
             }
             if scales.size < LINE_BYTES {
@@ -291,7 +293,7 @@ impl<'a, const R: usize> Pass<'a, R> {
                         *to = sums[half];
                     }
                     let sums = of_half;
-                    self.add_codes(simd, &mut acc, sums, 2 * step + half, (scales, block));
+                    self.add_codes::<S, C>(simd, &mut acc, sums, 2 * step + half, (scales, block));
                 }
             } else if ((step + 1) * LINE_BYTES).is_multiple_of(scales.size) || step + 1 == steps {
                 let mut of_both = [simd.ints(0); R];
@@ -300,7 +302,7 @@ impl<'a, const R: usize> Pass<'a, R> {
                 }
                 let sums = of_both;
                 let group = step * LINE_BYTES / scales.size;
-                self.add_codes(simd, &mut acc, sums, group, (scales, block));
+                self.add_codes::<S, C>(simd, &mut acc, sums, group, (scales, block));
             } else {
                 continue;
             }
@@ -311,7 +313,7 @@ impl<'a, const R: usize> Pass<'a, R> {
 
     /// Adds sums of unsigned codes: zero points are taken off first.
     #[inline(always)]
-    fn add_codes<S: ByteSimd>(
+    fn add_codes<S: ByteSimd, C: FoldedCodes>(
         &self,
         simd: S,
         acc: &mut [S::Floats; R],
@@ -324,7 +326,7 @@ impl<'a, const R: usize> Pass<'a, R> {
             *sums = match scales.zeros(block, group) {
                 // SAFETY: a group has sixteen zero points.
                 Some(zeros) => unsafe { simd.sub_zeros(*sums, zeros.as_ptr(), x_sum) },
-                None => simd.add_ints(*sums, simd.ints(-i32::from(MIDDLE) * x_sum)),
+                None => simd.add_ints(*sums, simd.ints(-i32::from(C::MIDDLE) * x_sum)),
             };
         }
         self.add_group(simd, acc, sums, group, scales.scales(block, group));
@@ -337,12 +339,12 @@ impl<'a, const R: usize> Pass<'a, R> {
         acc: &mut [S::Floats; R],
         sums: [S::Ints; R],
         group: usize,
-        scales: &[f16; BLOCK_ROWS],
+        scales: ScaleLine<'_>,
     ) {
+        let scales = scales.load(simd);
         for (i, acc) in acc.iter_mut().enumerate() {
             let x_scale = self.x.scale(self.row + i, group);
-            // SAFETY: a group has sixteen scales.
-            *acc = unsafe { simd.add_scaled(*acc, sums[i], x_scale, scales.as_ptr()) };
+            *acc = simd.add_scaled(*acc, sums[i], x_scale, scales);
         }
     }
 }

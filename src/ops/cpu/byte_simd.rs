@@ -8,6 +8,31 @@ use half::f16;
 use super::scalar::Scalar;
 use super::simd::Simd;
 use crate::formats::blocks::{BLOCK_ROWS, LINE_BYTES, WORD_BYTES};
+use crate::formats::{int4, mxfp4};
+
+/// What folded codes stand for, as bytes without a sign.
+pub trait FoldedCodes {
+    /// The number of each code; `None` where it is the code.
+    const VALUES: Option<[u8; 16]>;
+    /// The number that stands for 0 where groups have no zero points.
+    const MIDDLE: u8;
+}
+
+/// INT4.
+pub struct Int4Codes;
+
+impl FoldedCodes for Int4Codes {
+    const VALUES: Option<[u8; 16]> = None;
+    const MIDDLE: u8 = int4::MIDDLE;
+}
+
+/// MXFP4: twice what codes stand for.
+pub struct Mxfp4Codes;
+
+impl FoldedCodes for Mxfp4Codes {
+    const VALUES: Option<[u8; 16]> = Some(mxfp4::OFFSET_VALUES);
+    const MIDDLE: u8 = mxfp4::OFFSET;
+}
 
 /// Sixteen sums and what can be done with them.
 pub trait ByteSimd: Copy + Send + Sync + 'static {
@@ -46,7 +71,7 @@ pub trait ByteSimd: Copy + Send + Sync + 'static {
     ///
     /// # Safety
     /// As [`ByteSimd::add_bytes`], for both places of every row.
-    unsafe fn add_folded<const R: usize>(
+    unsafe fn add_folded<C: FoldedCodes, const R: usize>(
         self,
         sums: &mut [[Self::Ints; 2]; R],
         line: *const u8,
@@ -61,17 +86,24 @@ pub trait ByteSimd: Copy + Send + Sync + 'static {
 
     /// All lanes equal to 0.
     fn no_floats(self) -> Self::Floats;
-    /// `acc + (sums · x_scale) · scales`: one product is rounded, then the rest once where the
-    /// instruction set can.
+    /// Sixteen scales of f16.
     ///
     /// # Safety
-    /// Sixteen scales must be readable.
-    unsafe fn add_scaled(
+    /// They must be readable.
+    unsafe fn half_scales(self, scales: *const f16) -> Self::Floats;
+    /// Half of what sixteen scales of MXFP4 stand for.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn power_scales(self, scales: *const u8) -> Self::Floats;
+    /// `acc + (sums · x_scale) · scales`: one product is rounded, then the rest once where the
+    /// instruction set can.
+    fn add_scaled(
         self,
         acc: Self::Floats,
         sums: Self::Ints,
         x_scale: f32,
-        scales: *const f16,
+        scales: Self::Floats,
     ) -> Self::Floats;
     /// `sums · (x_scale · scales)`.
     ///
@@ -123,7 +155,7 @@ impl ByteSimd for Scalar {
         }
     }
     #[inline(always)]
-    unsafe fn add_folded<const R: usize>(
+    unsafe fn add_folded<C: FoldedCodes, const R: usize>(
         self,
         sums: &mut [[Self::Ints; 2]; R],
         line: *const u8,
@@ -133,7 +165,8 @@ impl ByteSimd for Scalar {
         // SAFETY: the caller's contract.
         let folded = unsafe { &*line.cast::<[u8; LINE_BYTES]>() };
         let half = |shift: u8| {
-            let code = |i: usize| (folded[i] >> shift & 15) as i8;
+            let value = |code: u8| C::VALUES.map_or(code, |values| values[usize::from(code)]);
+            let code = |i: usize| value(folded[i] >> shift & 15) as i8;
             std::array::from_fn(|n| std::array::from_fn(|j| code(n * WORD_BYTES + j)))
         };
         let lines = [half(0), half(4)];
@@ -155,16 +188,24 @@ impl ByteSimd for Scalar {
         [0.0; BLOCK_ROWS]
     }
     #[inline(always)]
-    unsafe fn add_scaled(
+    unsafe fn half_scales(self, scales: *const f16) -> Self::Floats {
+        // SAFETY: the caller's contract.
+        unsafe { &*scales.cast::<[f16; BLOCK_ROWS]>() }.map(f16::to_f32)
+    }
+    #[inline(always)]
+    unsafe fn power_scales(self, scales: *const u8) -> Self::Floats {
+        // SAFETY: the caller's contract.
+        unsafe { &*scales.cast::<[u8; BLOCK_ROWS]>() }.map(mxfp4::half_scale)
+    }
+    #[inline(always)]
+    fn add_scaled(
         self,
         acc: Self::Floats,
         sums: Self::Ints,
         x_scale: f32,
-        scales: *const f16,
+        scales: Self::Floats,
     ) -> Self::Floats {
-        // SAFETY: the caller's contract.
-        let scales = unsafe { &*scales.cast::<[f16; BLOCK_ROWS]>() };
-        std::array::from_fn(|i| acc[i] + sums[i] as f32 * x_scale * scales[i].to_f32())
+        std::array::from_fn(|i| acc[i] + sums[i] as f32 * x_scale * scales[i])
     }
     #[inline(always)]
     unsafe fn scaled(self, sums: Self::Ints, x_scale: f32, scales: *const f32) -> Self::Floats {

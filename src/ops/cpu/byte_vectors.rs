@@ -9,12 +9,16 @@ use half::f16;
 
 use super::avx2::{Avx2, AvxVnni};
 use super::avx512::{Avx512, Vnni};
-use super::byte_simd::ByteSimd;
+use super::byte_simd::{ByteSimd, FoldedCodes};
 use crate::formats::blocks::BLOCK_ROWS;
 
 /// Bytes from what is read to what is asked for: a block is one run of memory, and two pages
 /// ahead hide its latency at a core's whole bandwidth.
 const AHEAD: usize = 8192;
+
+/// Bits of 2^-127, the least power of two that a scale of MXFP4 stands for: it has no exponent of
+/// its own in an f32.
+const LEAST_POWER: i32 = 1 << 22;
 
 /// Asks for the line that will be needed soon.
 #[inline(always)]
@@ -51,16 +55,24 @@ macro_rules! sixteen_lanes {
             unsafe { _mm512_setzero_ps() }
         }
         #[inline(always)]
-        unsafe fn add_scaled(
-            self,
-            acc: __m512,
-            sums: __m512i,
-            x_scale: f32,
-            scales: *const f16,
-        ) -> __m512 {
+        unsafe fn half_scales(self, scales: *const f16) -> __m512 {
+            // SAFETY: see `ints`; the caller vouches for the scales.
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(scales.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn power_scales(self, scales: *const u8) -> __m512 {
             // SAFETY: see `ints`; the caller vouches for the scales.
             unsafe {
-                let scales = _mm512_cvtph_ps(_mm256_loadu_si256(scales.cast()));
+                let scales = _mm512_cvtepu8_epi32(_mm_loadu_si128(scales.cast()));
+                let least = _mm512_set1_epi32(LEAST_POWER);
+                let bits = _mm512_max_epi32(_mm512_slli_epi32::<23>(scales), least);
+                _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(0.5))
+            }
+        }
+        #[inline(always)]
+        fn add_scaled(self, acc: __m512, sums: __m512i, x_scale: f32, scales: __m512) -> __m512 {
+            // SAFETY: see `ints`.
+            unsafe {
                 let sums = _mm512_mul_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(x_scale));
                 _mm512_fmadd_ps(sums, scales, acc)
             }
@@ -113,7 +125,7 @@ impl ByteSimd for Vnni {
         }
     }
     #[inline(always)]
-    unsafe fn add_folded<const R: usize>(
+    unsafe fn add_folded<C: FoldedCodes, const R: usize>(
         self,
         sums: &mut [[__m512i; 2]; R],
         line: *const u8,
@@ -123,7 +135,7 @@ impl ByteSimd for Vnni {
         prefetch(line);
         // SAFETY: as above.
         unsafe {
-            let [first, second] = unfold(line);
+            let [first, second] = unfold::<C>(line);
             for (sums, x) in sums.iter_mut().zip(x) {
                 sums[0] = _mm512_dpbusd_epi32(sums[0], first, broadcast(x));
                 sums[1] = _mm512_dpbusd_epi32(sums[1], second, broadcast(x.add(high)));
@@ -166,7 +178,7 @@ impl ByteSimd for Avx512 {
         }
     }
     #[inline(always)]
-    unsafe fn add_folded<const R: usize>(
+    unsafe fn add_folded<C: FoldedCodes, const R: usize>(
         self,
         sums: &mut [[__m512i; 2]; R],
         line: *const u8,
@@ -176,7 +188,7 @@ impl ByteSimd for Avx512 {
         prefetch(line);
         // SAFETY: as above.
         unsafe {
-            let [first, second] = unfold(line);
+            let [first, second] = unfold::<C>(line);
             for (sums, x) in sums.iter_mut().zip(x) {
                 sums[0] = add_pairs(sums[0], _mm512_maddubs_epi16(first, broadcast(x)));
                 sums[1] = add_pairs(sums[1], _mm512_maddubs_epi16(second, broadcast(x.add(high))));
@@ -200,12 +212,32 @@ unsafe fn broadcast(x: *const i8) -> __m512i {
 /// # Safety
 /// 64 bytes must be readable, and the machine must have AVX-512 BW.
 #[inline(always)]
-unsafe fn unfold(line: *const u8) -> [__m512i; 2] {
+pub unsafe fn unfold<C: FoldedCodes>(line: *const u8) -> [__m512i; 2] {
     // SAFETY: the same contract.
     unsafe {
         let (folded, mask) = (_mm512_loadu_si512(line.cast()), _mm512_set1_epi8(15));
         let high = _mm512_and_si512(_mm512_srli_epi16::<4>(folded), mask);
-        [_mm512_and_si512(folded, mask), high]
+        let codes = [_mm512_and_si512(folded, mask), high];
+        let Some(values) = C::VALUES else { return codes };
+        let values = _mm512_broadcast_i32x4(_mm_loadu_si128(values.as_ptr().cast()));
+        [_mm512_shuffle_epi8(values, codes[0]), _mm512_shuffle_epi8(values, codes[1])]
+    }
+}
+
+/// The same of 32 bytes.
+///
+/// # Safety
+/// They must be readable, and the machine must have AVX2.
+#[inline(always)]
+unsafe fn unfold8<C: FoldedCodes>(line: *const u8) -> [__m256i; 2] {
+    // SAFETY: the same contract.
+    unsafe {
+        let (folded, mask) = (_mm256_loadu_si256(line.cast()), _mm256_set1_epi8(15));
+        let high = _mm256_and_si256(_mm256_srli_epi16::<4>(folded), mask);
+        let codes = [_mm256_and_si256(folded, mask), high];
+        let Some(values) = C::VALUES else { return codes };
+        let values = _mm256_broadcastsi128_si256(_mm_loadu_si128(values.as_ptr().cast()));
+        [_mm256_shuffle_epi8(values, codes[0]), _mm256_shuffle_epi8(values, codes[1])]
     }
 }
 
@@ -262,7 +294,7 @@ impl ByteSimd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn add_folded<const R: usize>(
+    unsafe fn add_folded<C: FoldedCodes, const R: usize>(
         self,
         sums: &mut [[[__m256i; 2]; 2]; R],
         line: *const u8,
@@ -272,11 +304,8 @@ impl ByteSimd for Avx2 {
         prefetch(line);
         // SAFETY: see `ints`.
         unsafe {
-            let mask = _mm256_set1_epi8(15);
             for half in 0..2 {
-                let folded = _mm256_loadu_si256(line.add(32 * half).cast());
-                let first = _mm256_and_si256(folded, mask);
-                let second = _mm256_and_si256(_mm256_srli_epi16::<4>(folded), mask);
+                let [first, second] = unfold8::<C>(line.add(32 * half));
                 for (sums, x) in sums.iter_mut().zip(x) {
                     let low = _mm256_maddubs_epi16(first, broadcast8(x));
                     sums[0][half] = add_pairs8(sums[0][half], low);
@@ -300,18 +329,34 @@ impl ByteSimd for Avx2 {
         unsafe { [_mm256_setzero_ps(); 2] }
     }
     #[inline(always)]
-    unsafe fn add_scaled(
+    unsafe fn half_scales(self, scales: *const f16) -> [__m256; 2] {
+        // SAFETY: see `ints`; the caller vouches for the scales.
+        std::array::from_fn(|half| unsafe {
+            _mm256_cvtph_ps(_mm_loadu_si128(scales.add(8 * half).cast()))
+        })
+    }
+    #[inline(always)]
+    unsafe fn power_scales(self, scales: *const u8) -> [__m256; 2] {
+        // SAFETY: see `ints`; the caller vouches for the scales.
+        std::array::from_fn(|half| unsafe {
+            let scales = _mm256_cvtepu8_epi32(_mm_loadl_epi64(scales.add(8 * half).cast()));
+            let least = _mm256_set1_epi32(LEAST_POWER);
+            let bits = _mm256_max_epi32(_mm256_slli_epi32::<23>(scales), least);
+            _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(0.5))
+        })
+    }
+    #[inline(always)]
+    fn add_scaled(
         self,
         acc: [__m256; 2],
         sums: [__m256i; 2],
         x_scale: f32,
-        scales: *const f16,
+        scales: [__m256; 2],
     ) -> [__m256; 2] {
-        // SAFETY: see `ints`; the caller vouches for the scales.
+        // SAFETY: see `ints`.
         std::array::from_fn(|half| unsafe {
-            let scales = _mm256_cvtph_ps(_mm_loadu_si128(scales.add(8 * half).cast()));
             let sums = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[half]), _mm256_set1_ps(x_scale));
-            _mm256_fmadd_ps(sums, scales, acc[half])
+            _mm256_fmadd_ps(sums, scales[half], acc[half])
         })
     }
     #[inline(always)]
@@ -370,7 +415,7 @@ impl ByteSimd for AvxVnni {
         }
     }
     #[inline(always)]
-    unsafe fn add_folded<const R: usize>(
+    unsafe fn add_folded<C: FoldedCodes, const R: usize>(
         self,
         sums: &mut [[[__m256i; 2]; 2]; R],
         line: *const u8,
@@ -380,11 +425,8 @@ impl ByteSimd for AvxVnni {
         prefetch(line);
         // SAFETY: as above.
         unsafe {
-            let mask = _mm256_set1_epi8(15);
             for half in 0..2 {
-                let folded = _mm256_loadu_si256(line.add(32 * half).cast());
-                let first = _mm256_and_si256(folded, mask);
-                let second = _mm256_and_si256(_mm256_srli_epi16::<4>(folded), mask);
+                let [first, second] = unfold8::<C>(line.add(32 * half));
                 for (sums, x) in sums.iter_mut().zip(x) {
                     let high = broadcast8(x.add(high));
                     sums[0][half] = _mm256_dpbusd_avx_epi32(sums[0][half], first, broadcast8(x));
@@ -403,15 +445,24 @@ impl ByteSimd for AvxVnni {
         self.vectors().no_floats()
     }
     #[inline(always)]
-    unsafe fn add_scaled(
+    unsafe fn half_scales(self, scales: *const f16) -> [__m256; 2] {
+        // SAFETY: the same contract.
+        unsafe { self.vectors().half_scales(scales) }
+    }
+    #[inline(always)]
+    unsafe fn power_scales(self, scales: *const u8) -> [__m256; 2] {
+        // SAFETY: the same contract.
+        unsafe { self.vectors().power_scales(scales) }
+    }
+    #[inline(always)]
+    fn add_scaled(
         self,
         acc: [__m256; 2],
         sums: [__m256i; 2],
         x_scale: f32,
-        scales: *const f16,
+        scales: [__m256; 2],
     ) -> [__m256; 2] {
-        // SAFETY: the same contract.
-        unsafe { self.vectors().add_scaled(acc, sums, x_scale, scales) }
+        self.vectors().add_scaled(acc, sums, x_scale, scales)
     }
     #[inline(always)]
     unsafe fn scaled(self, sums: [__m256i; 2], x_scale: f32, scales: *const f32) -> [__m256; 2] {
@@ -446,7 +497,7 @@ unsafe fn add_pairs8(sums: __m256i, pairs: __m256i) -> __m256i {
 
 #[cfg(test)]
 mod tests {
-    use super::super::byte_simd::ByteKernel;
+    use super::super::byte_simd::{ByteKernel, Int4Codes, Mxfp4Codes};
     use super::super::scalar::Scalar;
     use super::*;
     use crate::formats::blocks::LINE_BYTES;
@@ -468,16 +519,21 @@ mod tests {
             let sum = |x: &[i8]| x.iter().map(|&x| i32::from(x)).sum::<i32>();
             let offset = |x: &[i8]| simd.ints(-S::BYTES_OFFSET * sum(&x[..4]));
             let mut bytes = [offset(x), offset(&x[4..])];
-            let mut folded = [[simd.ints(0); 2]; 1];
+            let (mut folded, mut looked_up) = ([[simd.ints(0); 2]; 1], [[simd.ints(0); 2]; 1]);
             // SAFETY: a line, sixteen scales and 36 bytes of activations are readable.
             unsafe {
                 simd.add_bytes(&mut bytes, line, [x.as_ptr(), x[4..].as_ptr()]);
-                simd.add_folded(&mut folded, line, [x.as_ptr()], 32);
+                simd.add_folded::<Int4Codes, _>(&mut folded, line, [x.as_ptr()], 32);
+                simd.add_folded::<Mxfp4Codes, _>(&mut looked_up, line, [x.as_ptr()], 32);
                 let [[low, high]] = folded;
                 let less = simd.sub_zeros(simd.add_ints(low, high), line, sum(x));
-                for ints in [bytes[0], bytes[1], low, high, less] {
+                for ints in [bytes[0], bytes[1], low, high, less, looked_up[0][0], looked_up[0][1]]
+                {
                     sums.extend(simd.lanes(simd.scaled(ints, 1.0, ones.as_ptr())));
                 }
+                // Bytes as scales: of MXFP4, whose least one is no normal f32.
+                let scales: [u8; BLOCK_ROWS] = std::array::from_fn(|i| i as u8 * 17 % 255);
+                sums.extend(simd.lanes(simd.power_scales(scales.as_ptr())));
             }
         }
     }

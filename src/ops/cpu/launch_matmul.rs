@@ -64,7 +64,7 @@ impl Form {
             Format::W8A16 | Format::Fp8 if isa.multiplies_bf16() => Form::Bf16,
             Format::W8A16 | Format::Fp8 => Form::Floats,
             Format::Int8 => Form::Codes(usize::MAX),
-            Format::Q8 | Format::Int4 => {
+            Format::Q8 | Format::Int4 | Format::Mxfp4 => {
                 let quantized = weight.quantized.as_ref();
                 Form::Codes(quantized.expect("a quantized matrix has scales").grid.cols)
             }

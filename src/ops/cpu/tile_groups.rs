@@ -11,12 +11,12 @@ use std::ops::Range;
 use super::amx::{Amx, TILE_BYTES, TILE_LEN, Tiles};
 use super::avx512::Avx512;
 use super::byte_matmul::{ByteScales, ByteTask, ByteWeights};
-use super::byte_simd::ByteSimd;
+use super::byte_simd::{ByteSimd, FoldedCodes, Int4Codes, Mxfp4Codes};
+use super::byte_vectors;
 use super::lines::{LINE_BYTES, TILE_ROWS};
 use super::share::Scratch;
 use super::tile_write::{Floats, write_gated, write_lines};
-use super::weight_blocks::GroupScales;
-use crate::formats::int4::MIDDLE;
+use super::weight_blocks::{GroupCodes, GroupScales};
 
 /// Up to this many rows, vectors read folded weights at the memory's speed.
 pub const FEW_ROWS: usize = 8;
@@ -99,7 +99,7 @@ impl Pass<'_> {
                 self.start(weights, tile, next);
             }
             let Some(group) = next.checked_sub(AHEAD) else { continue };
-            let scales = weights.scales.scales(weights.block, group).as_ptr();
+            let scales = weights.scales.scales(weights.block, group).load(simd);
             let x_scales = x.tile_scales(tile, group);
             let sums = &self.ring[group % RING * TILE_LEN..][..TILE_LEN];
             for (row, acc) in acc.iter_mut().enumerate() {
@@ -149,7 +149,8 @@ impl<'a> Unpacked<'a> {
         let ByteScales::Groups(scales) = weights.scales else {
             panic!("codes have a scale per group")
         };
-        let bytes_per_step = if scales.is_int4 { HALF_TILE } else { TILE_BYTES };
+        let is_folded = scales.codes != GroupCodes::Bytes;
+        let bytes_per_step = if is_folded { HALF_TILE } else { TILE_BYTES };
         let steps = weights.blocks.block_bytes / bytes_per_step;
         let from = weights.blocks.block(block);
         assert!(to.len() * 4 >= steps * 3 * HALF_TILE);
@@ -166,11 +167,19 @@ impl<'a> Unpacked<'a> {
                     let low = to.add(step * TILE_BYTES);
                     (low, low.add(HALF_TILE))
                 };
-                if scales.is_int4 {
-                    unfold(from, zeros_of(scales, block, step), [low, high]);
-                } else {
-                    low.copy_from_nonoverlapping(from, HALF_TILE);
-                    high.copy_from_nonoverlapping(from.add(HALF_TILE), HALF_TILE);
+                match scales.codes {
+                    GroupCodes::Int4 => {
+                        let zeros = zeros_of(scales, block, step);
+                        unfold::<Int4Codes>(from, zeros, [low, high]);
+                    }
+                    GroupCodes::Mxfp4 => {
+                        let zeros = [_mm512_set1_epi8(Mxfp4Codes::MIDDLE as i8); 2];
+                        unfold::<Mxfp4Codes>(from, zeros, [low, high]);
+                    }
+                    GroupCodes::Bytes => {
+                        low.copy_from_nonoverlapping(from, HALF_TILE);
+                        high.copy_from_nonoverlapping(from.add(HALF_TILE), HALF_TILE);
+                    }
                 }
             }
         }
@@ -207,7 +216,7 @@ static FOURFOLD: [u8; LINE_BYTES] = {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn zeros_of(scales: GroupScales<'_>, block: usize, step: usize) -> [__m512i; 2] {
-    let mut both = [_mm512_set1_epi8(MIDDLE as i8); 2];
+    let mut both = [_mm512_set1_epi8(Int4Codes::MIDDLE as i8); 2];
     for (half, line) in both.iter_mut().enumerate() {
         let group = (step * LINE_BYTES + half * LINE_BYTES / 2) / scales.size;
         if let Some(zeros) = scales.zeros(block, group) {
@@ -227,14 +236,11 @@ fn zeros_of(scales: GroupScales<'_>, block: usize, step: usize) -> [__m512i; 2] 
 /// Half a tile must be readable at `from` and writable at both places.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn unfold(from: *const u8, zeros: [__m512i; 2], to: [*mut u8; 2]) {
-    let mask = _mm512_set1_epi8(15);
+unsafe fn unfold<C: FoldedCodes>(from: *const u8, zeros: [__m512i; 2], to: [*mut u8; 2]) {
     for at in (0..HALF_TILE).step_by(LINE_BYTES) {
         // SAFETY: the caller's contract.
         unsafe {
-            let folded = _mm512_loadu_si512(from.add(at).cast());
-            let low = _mm512_and_si512(folded, mask);
-            let high = _mm512_and_si512(_mm512_srli_epi16::<4>(folded), mask);
+            let [low, high] = byte_vectors::unfold::<C>(from.add(at));
             _mm512_storeu_si512(to[0].add(at).cast(), _mm512_sub_epi8(low, zeros[0]));
             _mm512_storeu_si512(to[1].add(at).cast(), _mm512_sub_epi8(high, zeros[1]));
         }

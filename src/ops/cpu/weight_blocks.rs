@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use half::f16;
 
+use super::byte_simd::ByteSimd;
 use super::lines::FillRows;
 use super::lines::LINE_BYTES;
 use super::middle::Middle;
@@ -111,17 +112,54 @@ impl<'a> SliceScales<'a> {
     }
 }
 
-/// Scales and zero points of groups of a row (INT4, Q8_0).
+/// What codes with a scale per group are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupCodes {
+    /// Bytes (Q8_0).
+    Bytes,
+    /// Folded.
+    Int4,
+    /// Folded; numbers to look up.
+    Mxfp4,
+}
+
+/// Sixteen scales of a group.
+#[derive(Clone, Copy)]
+pub enum ScaleLine<'a> {
+    /// As they are.
+    Half(&'a [f16; BLOCK_ROWS]),
+    /// Powers of two (MXFP4).
+    Power(&'a [u8; BLOCK_ROWS]),
+}
+
+impl ScaleLine<'_> {
+    /// As vectors.
+    #[inline(always)]
+    pub fn load<S: ByteSimd>(self, simd: S) -> S::Floats {
+        // SAFETY: there are sixteen.
+        unsafe {
+            match self {
+                ScaleLine::Half(scales) => simd.half_scales(scales.as_ptr()),
+                ScaleLine::Power(scales) => simd.power_scales(scales.as_ptr()),
+            }
+        }
+    }
+}
+
+/// Scales and zero points of groups of a row (INT4, Q8_0, MXFP4).
 #[derive(Clone, Copy)]
 pub struct GroupScales<'a> {
-    scales: &'a [f16],
+    /// f16; empty for MXFP4.
+    halves: &'a [f16],
+    /// Those of MXFP4; else empty.
+    powers: &'a [u8],
     zeros: Option<&'a [u8]>,
     /// Groups of a row, up to the end of its padding.
     pub groups: usize,
     /// Elements of a group.
     pub size: usize,
-    /// Codes are folded.
-    pub is_int4: bool,
+    /// What they belong to.
+    pub codes: GroupCodes,
 }
 
 impl<'a> GroupScales<'a> {
@@ -133,20 +171,31 @@ impl<'a> GroupScales<'a> {
         assert_eq!(quantized.scales.shape().sizes(), shape, "scales fit the matrix");
         let size = quantized.grid.cols;
         assert!([32, 64, 128].contains(&size), "groups of {size}");
+        let codes = match matrix.format {
+            Format::Int4 => GroupCodes::Int4,
+            Format::Mxfp4 => GroupCodes::Mxfp4,
+            _ => GroupCodes::Bytes,
+        };
+        let is_power = codes == GroupCodes::Mxfp4;
         GroupScales {
-            scales: quantized.scales.as_slice(),
+            halves: if is_power { &[] } else { quantized.scales.as_slice() },
+            powers: if is_power { quantized.scales.as_slice() } else { &[] },
             zeros: quantized.zero_points.as_ref().map(Tensor::as_slice),
             groups: shape[1],
             size,
-            is_int4: matrix.format == Format::Int4,
+            codes,
         }
     }
 
     /// The scales of a group of a block.
     #[inline(always)]
-    pub fn scales(&self, block: usize, group: usize) -> &'a [f16; BLOCK_ROWS] {
+    pub fn scales(&self, block: usize, group: usize) -> ScaleLine<'a> {
+        const SIXTEEN: &str = "groups have sixteen scales";
         let at = (block * self.groups + group) * BLOCK_ROWS;
-        self.scales[at..].first_chunk().expect("groups have sixteen scales")
+        match self.codes {
+            GroupCodes::Mxfp4 => ScaleLine::Power(self.powers[at..].first_chunk().expect(SIXTEEN)),
+            _ => ScaleLine::Half(self.halves[at..].first_chunk().expect(SIXTEEN)),
+        }
     }
 
     /// The zero points of a group of a block; without them, codes are symmetric.

@@ -61,6 +61,7 @@ pub(super) enum Kind {
     /// With groups of 64 elements or a multiple.
     Int4,
     Int4G32,
+    Mxfp4,
     Fp8,
     Fp8Groups,
 }
@@ -88,6 +89,7 @@ impl Kind {
             Format::Int4 => Some(Kind::Int4),
             Format::Fp8 if groups == 1 => Some(Kind::Fp8),
             Format::Fp8 => Some(Kind::Fp8Groups),
+            Format::Mxfp4 => Some(Kind::Mxfp4),
             Format::DenseBlocks => panic!("a GPU multiplies row-major bf16, not blocks of it"),
         }
     }
@@ -102,7 +104,7 @@ impl Kind {
         match self {
             Kind::Bf16 | Kind::F16 | Kind::Int8 => 2048,
             Kind::W8A16 | Kind::Q8 | Kind::Fp8 | Kind::Fp8Groups => 1024,
-            Kind::Int4 | Kind::Int4G32 => 512,
+            Kind::Int4 | Kind::Int4G32 | Kind::Mxfp4 => 512,
         }
     }
 
@@ -111,6 +113,7 @@ impl Kind {
         match self {
             Kind::Int4 => 3 * BLOCK_ROWS,
             Kind::Int4G32 => 2 * 3 * BLOCK_ROWS,
+            Kind::Mxfp4 => 2 * BLOCK_ROWS,
             Kind::Q8 => 2 * 2 * BLOCK_ROWS,
             Kind::Fp8Groups => 4 * BLOCK_ROWS,
             _ => 0,
@@ -124,7 +127,7 @@ impl Kind {
             Kind::Bf16 | Kind::F16 | Kind::Int8 => [4, 3],
             Kind::W8A16 | Kind::Fp8 => [4, 4],
             Kind::Q8 | Kind::Fp8Groups => [4, 3],
-            Kind::Int4 | Kind::Int4G32 => [5, 4],
+            Kind::Int4 | Kind::Int4G32 | Kind::Mxfp4 => [5, 4],
         }
     }
 
@@ -140,6 +143,7 @@ impl Kind {
             Kind::Int4G32 => {
                 ["experts_skinny_int4_g32", "experts_few_int4_g32", "experts_many_int4_g32"]
             }
+            Kind::Mxfp4 => ["experts_skinny_mxfp4", "experts_few_mxfp4", "experts_many_mxfp4"],
             Kind::Fp8 => ["experts_skinny_fp8", "experts_few_fp8", "experts_many_fp8"],
             Kind::Fp8Groups => {
                 ["experts_skinny_fp8_groups", "experts_few_fp8_groups", "experts_many_fp8_groups"]
@@ -158,6 +162,7 @@ impl Kind {
             Kind::Int4G32 => {
                 ["matmul_skinny_int4_g32", "matmul_few_int4_g32", "matmul_many_int4_g32"]
             }
+            Kind::Mxfp4 => ["matmul_skinny_mxfp4", "matmul_few_mxfp4", "matmul_many_mxfp4"],
             Kind::Fp8 => ["matmul_skinny_fp8", "matmul_few_fp8", "matmul_many_fp8"],
             Kind::Fp8Groups => {
                 ["matmul_skinny_fp8_groups", "matmul_few_fp8_groups", "matmul_many_fp8_groups"]
@@ -339,7 +344,7 @@ mod tests {
         shared_bytes_per_block: 99 << 10,
     };
 
-    const KINDS: [Kind; 9] = [
+    const KINDS: [Kind; 10] = [
         Kind::Bf16,
         Kind::F16,
         Kind::Int8,
@@ -347,6 +352,7 @@ mod tests {
         Kind::Q8,
         Kind::Int4,
         Kind::Int4G32,
+        Kind::Mxfp4,
         Kind::Fp8,
         Kind::Fp8Groups,
     ];

@@ -58,6 +58,7 @@ impl<L: Launcher> CudaOps<L> {
                 by_activation!(dtype, "gather_byte_blocks")
             }
             Format::Int4 => by_activation!(dtype, "gather_nibble_blocks"),
+            Format::Mxfp4 => by_activation!(dtype, "gather_mxfp4_blocks"),
             Format::Fp8 => by_activation!(dtype, "gather_fp8_blocks"),
             Format::Dense => panic!("a dense table is not packed"),
         };

@@ -136,7 +136,9 @@ pub(super) fn check_matrix(matrix: &PackedMatrix) -> Result<(), Refusal> {
         return require(is_right, "weight", value, "rows of bf16, f16 or f32");
     };
     let dtype = quantized.scales.dtype();
-    require(dtype.is_float(), "scales", dtype, "bf16, f16 or f32")?;
+    if *format != Format::Mxfp4 {
+        require(dtype.is_float(), "scales", dtype, "bf16, f16 or f32")?;
+    }
     let (groups, group) = (quantized.scales.shape().sizes()[1], quantized.grid.cols);
     let is_whole_row = groups == 1;
     match format {
@@ -146,7 +148,9 @@ pub(super) fn check_matrix(matrix: &PackedMatrix) -> Result<(), Refusal> {
         Format::Int8 | Format::W8A16 => {
             require(is_whole_row, "group_size", group, format!("one scale per row of {format:?}"))
         }
-        Format::Q8 => require(group == SMALL_GROUP, "group_size", group, SMALL_GROUP),
+        Format::Q8 | Format::Mxfp4 => {
+            require(group == SMALL_GROUP, "group_size", group, SMALL_GROUP)
+        }
         Format::Int4 | Format::Fp8 => {
             let is_small = *format == Format::Int4 && group == SMALL_GROUP;
             let is_large = group.is_power_of_two() && group >= STEP;

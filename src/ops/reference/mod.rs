@@ -91,7 +91,7 @@ impl Ops for ReferenceOps {
                 for (m, x) in rows.iter().enumerate() {
                     let product = match weight.format {
                         Format::Int8 => dot_bytes(x, weight, n),
-                        Format::Q8 | Format::Int4 => dot_groups(x, weight, n),
+                        Format::Q8 | Format::Int4 | Format::Mxfp4 => dot_groups(x, weight, n),
                         _ => dot(x, &weights) as f32,
                     };
                     out[m * num_out + n] = product + bias;
