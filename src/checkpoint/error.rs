@@ -90,12 +90,26 @@ pub enum CheckpointError {
         file: String,
     },
     /// A tensor has an element type that cannot be computed with.
-    #[error("{name} in {file} has dtype {dtype}; supported are F32, BF16 and F16")]
+    #[error("{name} in {file} has dtype {dtype}; supported are {supported}")]
     UnsupportedDType {
         /// The tensor.
         name: String,
         /// As the file spells it.
         dtype: String,
+        /// What would be right.
+        supported: &'static str,
+        /// The file.
+        file: String,
+    },
+    /// A scale of MXFP4 that is no number.
+    #[error(
+        "{name} in {file} holds 255 at {place:?}, which is no scale (E8M0: not a number); convert or download the checkpoint again"
+    )]
+    NanScale {
+        /// The tensor.
+        name: String,
+        /// Where in it.
+        place: Vec<usize>,
         /// The file.
         file: String,
     },

@@ -83,6 +83,9 @@ pub trait TensorSource: Send + Sync {
     }
 }
 
+/// Element types of weights that every operation takes, for messages.
+pub const FLOATS: &str = "F32, BF16 and F16";
+
 /// The engine's element type for a stored one, when it has it.
 pub fn supported_dtype(stored: StoredDType) -> Option<DType> {
     match stored {
@@ -90,6 +93,8 @@ pub fn supported_dtype(stored: StoredDType) -> Option<DType> {
         StoredDType::BF16 => Some(DType::BF16),
         StoredDType::F16 => Some(DType::F16),
         StoredDType::U32 => Some(DType::U32),
+        // Codes, and the exponents of powers of two.
+        StoredDType::U8 | StoredDType::F8_E8M0 => Some(DType::U8),
         _ => None,
     }
 }

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use ::safetensors::SafeTensors;
 use serde::Deserialize;
 
-use super::{CheckpointError, StoredDType, TensorInfo, TensorSource, supported_dtype};
+use super::{CheckpointError, FLOATS, StoredDType, TensorInfo, TensorSource, supported_dtype};
 use crate::tensor::{Shape, Tensor};
 
 /// Name of an unsharded checkpoint.
@@ -191,6 +191,7 @@ impl TensorSource for Checkpoint {
             supported_dtype(entry.dtype).ok_or_else(|| CheckpointError::UnsupportedDType {
                 name: name.to_owned(),
                 dtype: entry.dtype.to_string(),
+                supported: FLOATS,
                 file: entry.file.to_string(),
             })?;
         if !(1..=4).contains(&entry.shape.len()) {

@@ -83,12 +83,14 @@ pub enum TensorProblem {
         file: String,
     },
     /// Its element type cannot be computed with.
-    #[error("{name} in {file} has dtype {found}; supported are F32, BF16 and F16")]
+    #[error("{name} in {file} has dtype {found}; supported are {supported}")]
     WrongDType {
         /// The tensor.
         name: String,
         /// As the file spells it.
         found: String,
+        /// What would be right.
+        supported: &'static str,
         /// The file.
         file: String,
     },

@@ -137,6 +137,11 @@ impl<'a> Fields<'a> {
         self.get(name).map(read).transpose()
     }
 
+    /// The names of all fields.
+    pub(super) fn names(&self) -> impl Iterator<Item = &'a str> {
+        self.map.keys().map(String::as_str)
+    }
+
     /// The first field that is an object, if any.
     pub(super) fn first_nested(&self) -> Option<&'a str> {
         let nested =

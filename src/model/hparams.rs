@@ -10,9 +10,11 @@ use super::error::ModelError;
 use super::expert_params::ExpertParams;
 use super::family::{Family, WindowRule};
 use super::fields::Fields;
+use super::quantization;
 use super::rope::{RopeScaling, RopeSpec, yarn_attention_factor};
 use crate::ops::args::Activation;
 use crate::tensor::DType;
+use crate::weights::mxfp4::Layout;
 
 /// More layers than any model has; above it the file is nonsense.
 const MAX_LAYERS: usize = 4096;
@@ -57,8 +59,10 @@ pub struct HyperParams {
     pub eos_token_ids: Vec<u32>,
     /// Token that begins a text, if config.json names one.
     pub bos_token_id: Option<u32>,
-    /// Element type in which the weights were published.
+    /// Element type in which the weights were published, or would be without quantization.
     pub dtype: DType,
+    /// How matrices are stored that are quantized.
+    pub stored: Option<Layout>,
 }
 
 /// Reads config.json: the family it belongs to and its sizes.
@@ -84,7 +88,6 @@ fn family_of(config: Fields<'_>) -> Result<&'static Family, ModelError> {
 
 impl HyperParams {
     fn read(config: Fields<'_>, family: &Family) -> Result<HyperParams, ModelError> {
-        refuse_quantization(config)?;
         let defaults = &family.defaults;
         let (num_heads, num_kv_heads, head_dim) = read_heads(config, family)?;
         let max_position =
@@ -110,17 +113,8 @@ impl HyperParams {
             eos_token_ids: config.token_ids("eos_token_id")?,
             bos_token_id: config.token_ids("bos_token_id")?.first().copied(),
             dtype: read_dtype(config)?,
+            stored: quantization::read(config)?,
         })
-    }
-}
-
-fn refuse_quantization(config: Fields<'_>) -> Result<(), ModelError> {
-    match config.object("quantization_config", "quantization_config.")? {
-        None => Ok(()),
-        Some(quantization) => Err(quantization.unsupported(
-            "quant_method",
-            "are checkpoints without quantization_config (bf16, f16 or f32 weights)",
-        )),
     }
 }
 

@@ -18,6 +18,7 @@ pub mod hparams;
 pub mod kv_cache;
 pub mod mlp;
 pub mod moe;
+mod quantization;
 pub mod rope;
 pub mod spec;
 pub mod workspace;

@@ -11,6 +11,7 @@ use super::rope::RopeSpec;
 use crate::checkpoint::{ExpectedTensor, TensorRole};
 use crate::ops::args::{Activation, Routing};
 use crate::tensor::DType;
+use crate::weights::mxfp4::Layout;
 
 /// One model.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,6 +44,8 @@ pub struct ModelSpec {
     pub bos_token_id: Option<u32>,
     /// Element type in which the weights were published.
     pub dtype: DType,
+    /// How matrices are stored that are quantized.
+    pub stored: Option<Layout>,
 }
 
 /// One layer: norm, attention, norm, feed-forward block.
@@ -168,6 +171,7 @@ impl ModelSpec {
             eos_token_ids: hparams.eos_token_ids.clone(),
             bos_token_id: hparams.bos_token_id,
             dtype: hparams.dtype,
+            stored: hparams.stored,
         }
     }
 

@@ -5,6 +5,7 @@
 //! quantizes on the way if asked to. Knows nothing of layers.
 
 pub mod linear;
+pub mod mxfp4;
 pub mod plain;
 mod quantize;
 
@@ -17,18 +18,30 @@ use crate::ops::args::{Expert, Experts};
 use crate::ops::{Ops, OpsError};
 use crate::tensor::{DType, Tensor};
 
+/// How a scheme reads a layer's matrix.
+type Load = fn(&dyn TensorSource, &str, [usize; 2], usize) -> Result<PackedMatrix, CheckpointError>;
+
 /// One way of storing the matrix of a linear layer.
 pub struct Scheme {
     /// Name for logs.
     pub name: &'static str,
     /// Whether the source stores the layer of this name (without `.weight`) this way.
     pub holds: fn(&dyn TensorSource, &str) -> bool,
-    /// Reads the layer's `[out_features, in_features]` matrix.
-    pub load: fn(&dyn TensorSource, &str, [usize; 2]) -> Result<PackedMatrix, CheckpointError>,
+    /// Reads the layer's `[out_features, in_features]` matrix,
+    /// and packs codes on that many threads.
+    pub load: Load,
 }
 
 /// All schemes; the first that holds a layer loads it.
-pub const SCHEMES: [Scheme; 1] = [Scheme { name: "plain", holds: plain::holds, load: plain::load }];
+pub const SCHEMES: [Scheme; 3] = [
+    Scheme {
+        name: "plain",
+        holds: plain::holds,
+        load: |source, name, shape, _| plain::load(source, name, shape),
+    },
+    mxfp4::PACKED,
+    mxfp4::BLOCKS,
+];
 
 /// The matrix as `--quantization` makes it, on `threads` threads.
 pub fn quantized(
@@ -108,7 +121,7 @@ impl<'a> Loader<'a> {
         let scheme = SCHEMES.iter().find(|scheme| (scheme.holds)(self.source, name));
         let scheme = scheme
             .ok_or_else(|| CheckpointError::MissingTensor { name: plain::weight_name(name) })?;
-        self.prepare((scheme.load)(self.source, name, shape)?)
+        self.prepare((scheme.load)(self.source, name, shape, self.threads)?)
     }
 
     /// A table of floats, such as tied embeddings, as a matrix.
@@ -153,7 +166,21 @@ impl<'a> Loader<'a> {
         tensors.iter().map(|tensor| self.tensor_bytes(tensor)).sum()
     }
 
+    /// The shape of a layer that is stored as codes.
+    fn stored_codes(&self, tensor: &ExpectedTensor) -> Option<[usize; 2]> {
+        let (layer, shape) = (plain::layer_name(&tensor.name)?, tensor.shape.as_slice());
+        let &[rows, cols] = shape else { return None };
+        let is_stored = |scheme: &Scheme| (scheme.holds)(self.source, layer);
+        let is_coded = tensor.role == TensorRole::Matrix
+            && !plain::holds(self.source, layer)
+            && [mxfp4::PACKED, mxfp4::BLOCKS].iter().any(is_stored);
+        is_coded.then_some([rows, cols])
+    }
+
     fn tensor_bytes(&self, tensor: &ExpectedTensor) -> usize {
+        if let Some(shape) = self.stored_codes(tensor) {
+            return quantize::size_bytes(Quantization::Mxfp4, shape);
+        }
         let dtype = self.source.info(&tensor.name).and_then(|info| supported_dtype(info.dtype));
         let floats = dtype.filter(|dtype| dtype.is_float());
         let quantization = self.quantization.filter(|_| tensor.role == TensorRole::Matrix);

@@ -1,12 +1,17 @@
 //! The plain scheme: `name.weight` holds the matrix as f32, bf16 or f16, row-major.
 
-use crate::checkpoint::{CheckpointError, TensorSource};
+use crate::checkpoint::{CheckpointError, FLOATS, TensorSource};
 use crate::formats::{PackedMatrix, dense};
 use crate::tensor::Tensor;
 
 /// Name of the tensor that holds the matrix of a layer.
 pub fn weight_name(name: &str) -> String {
     format!("{name}.weight")
+}
+
+/// The layer of a tensor that holds its matrix.
+pub fn layer_name(tensor: &str) -> Option<&str> {
+    tensor.strip_suffix(".weight")
 }
 
 /// Whether the source has a weight of this name.
@@ -34,6 +39,7 @@ pub fn load_float(
         return Err(CheckpointError::UnsupportedDType {
             name: name.to_owned(),
             dtype: tensor.dtype().to_string(),
+            supported: FLOATS,
             file: source.info(name).map(|info| info.file).unwrap_or_default(),
         });
     }

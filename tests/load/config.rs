@@ -165,7 +165,7 @@ fn what_cannot_be_served_is_refused_with_one_sentence() {
         ),
         (
             json!({"quantization_config": {"quant_method": "gptq"}}),
-            r#"config.json: quantization_config.quant_method is "gptq"; supported are checkpoints without quantization_config (bf16, f16 or f32 weights)"#,
+            r#"config.json: quantization_config.quant_method is "gptq"; supported are mxfp4, compressed-tensors in the format mxfp4-pack-quantized, and checkpoints without quantization_config (bf16, f16 or f32 weights)"#,
         ),
         (
             json!({"hidden_act": "relu"}),

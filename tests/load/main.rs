@@ -11,5 +11,6 @@ mod experts;
 mod files;
 mod hub;
 mod hub_server;
+mod mxfp4;
 mod published;
 mod safetensors;
