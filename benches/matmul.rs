@@ -6,10 +6,6 @@
 //! with the fraction of what bounds it, the memory's or the arithmetic's limit, read at the start
 //! in the same way. `TOKENMILL_BENCH_THREADS` sets the number of threads.
 
-#[cfg(target_arch = "x86_64")]
-#[path = "limits/x86.rs"]
-mod x86;
-
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
@@ -19,7 +15,7 @@ use tokenmill::config::CpuIsa;
 use tokenmill::formats::{PackedMatrix, dense, fp8, int4, int8, mxfp4, q8, quantize};
 use tokenmill::ops::Ops;
 use tokenmill::ops::args::{Activation, GatedMatmulArgs, GatedMlpArgs, MatmulArgs, Projection};
-use tokenmill::ops::cpu::CpuOps;
+use tokenmill::ops::cpu::{Arithmetic, CpuOps, peak_arithmetic};
 use tokenmill::tensor::{DType, Tensor};
 
 const HIDDEN: usize = 896;
@@ -31,9 +27,6 @@ const ROWS: [usize; 5] = [1, 16, 64, 256, 1024];
 const FORMATS: [&str; 7] = ["bf16", "int8", "int4", "mxfp4", "q8_0", "w8a16", "fp8"];
 /// All copies of one matrix together.
 const WEIGHTS_BYTES: usize = 400 << 20;
-
-/// Name, operations per call, and the call.
-type Arithmetic = (&'static str, f64, fn());
 
 /// What bounds a product, read when the bench starts.
 struct Limits {
@@ -49,7 +42,7 @@ impl Limits {
         };
         Limits {
             memory_gb_s: memory_read(threads).value,
-            gflop_s: arithmetic().into_iter().map(rate).collect(),
+            gflop_s: peak_arithmetic().into_iter().map(rate).collect(),
         }
     }
 
@@ -62,16 +55,6 @@ impl Limits {
         let compute = if peak > 0.0 { flops as f64 / peak / 1e9 } else { 0.0 };
         compute.max(bytes as f64 / self.memory_gb_s / 1e9)
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-fn arithmetic() -> Vec<Arithmetic> {
-    x86::arithmetic()
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn arithmetic() -> Vec<Arithmetic> {
-    Vec::new()
 }
 
 fn matrix(ops: &CpuOps, format: &str, cols: usize, k: usize) -> PackedMatrix {

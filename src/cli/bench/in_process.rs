@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use super::load::{Outcome, Pace, RequestTrace, drive};
+use super::steps::prompt_flops;
 use crate::checkpoint::ExpectedTensor;
 use crate::cli::open::{self, Opened};
 use crate::config::EngineConfig;
@@ -58,6 +59,11 @@ impl InProcess {
     /// Bytes of weights that a step of so many tokens reads.
     pub fn step_weights_bytes(&self, num_tokens: usize) -> usize {
         step_weights_bytes(&self.opened.spec, &self.opened.plan, num_tokens)
+    }
+
+    /// Multiplications and additions of a prompt of this length.
+    pub fn prompt_flops(&self, len: usize) -> usize {
+        prompt_flops(&self.opened.spec, self.opened.plan.kv_dtype, len)
     }
 
     /// Sends the prompts and waits for `output_len` tokens after each.

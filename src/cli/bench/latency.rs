@@ -49,6 +49,8 @@ struct LatencyFigures {
     itl_ms: Option<Spread>,
     /// Medians over the batches.
     prefill_tokens_per_s: Option<f64>,
+    /// Multiplications and additions of prompts per second, in the fastest batch.
+    most_prefill_tflops: Option<f64>,
     decode_tokens_per_s: Option<f64>,
     decode_steps_per_s: Option<f64>,
     /// Weights read per second by decode steps, of the memory bandwidth read in the same run.
@@ -81,7 +83,8 @@ pub fn run(args: LatencyArgs) -> anyhow::Result<()> {
     }
     recorder.end();
     let weights_bytes = engine.step_weights_bytes(batch_size) as f64;
-    let figures = figures(&batches, weights_bytes, recorder.memory_read());
+    let flops = engine.prompt_flops(input_len) as f64 / input_len as f64;
+    let figures = figures(&batches, (weights_bytes, flops), recorder.memory_read());
     figures.print();
     let options = json!({
         "input_len": input_len, "output_len": output_len, "batch_size": batch_size,
@@ -92,7 +95,7 @@ pub fn run(args: LatencyArgs) -> anyhow::Result<()> {
 
 fn figures(
     batches: &[Vec<RequestTrace>],
-    weights_bytes: f64,
+    (weights_bytes, token_flops): (f64, f64),
     memory_read: Option<f64>,
 ) -> LatencyFigures {
     let traces = || batches.iter().flatten();
@@ -102,6 +105,8 @@ fn figures(
         median(iterations.iter().filter_map(figure).collect())
     };
     let decode_steps_per_s = medians(|batch| batch.decode_steps_per_s);
+    let most_prefill = iterations.iter().map(|batch| batch.prefill_tokens_per_s);
+    let most_prefill = most_prefill.max_by(f64::total_cmp);
     LatencyFigures {
         total_input_tokens: traces().map(|trace| trace.num_input_tokens).sum(),
         total_cached_tokens: traces().map(|trace| trace.num_cached_tokens).sum(),
@@ -112,6 +117,7 @@ fn figures(
         ),
         itl_ms: Spread::of(traces().flat_map(RequestTrace::gaps).map(ms).collect()),
         prefill_tokens_per_s: medians(|batch| Some(batch.prefill_tokens_per_s)),
+        most_prefill_tflops: most_prefill.map(|tokens| tokens * token_flops / 1e12),
         decode_tokens_per_s: medians(|batch| batch.decode_tokens_per_s),
         decode_steps_per_s,
         weights_read_fraction: decode_steps_per_s
@@ -130,6 +136,9 @@ impl LatencyFigures {
         ]);
         if let Some(prefill) = self.prefill_tokens_per_s {
             println!("prefill: {prefill:.1} tokens/s");
+        }
+        if let Some(tflops) = self.most_prefill_tflops {
+            println!("arithmetic of the fastest prefill: {tflops:.2} TFLOP/s");
         }
         if let Some((tokens, steps)) = self.decode_tokens_per_s.zip(self.decode_steps_per_s) {
             println!("decode:  {tokens:.1} tokens/s in {steps:.1} steps/s");
@@ -159,10 +168,11 @@ mod tests {
             num_cached_tokens: 0,
             num_output_tokens: 5,
         };
-        let figures = figures(&[vec![trace.clone()], vec![trace]], 1e9, Some(20e9));
+        let figures = figures(&[vec![trace.clone()], vec![trace]], (1e9, 3e9), Some(20e9));
         assert!((figures.decode_steps_per_s.unwrap() - 10.0).abs() < 1e-6);
         assert!((figures.weights_read_fraction.unwrap() - 0.5).abs() < 1e-6);
         assert!((figures.prefill_tokens_per_s.unwrap() - 100.0).abs() < 1e-6);
+        assert!((figures.most_prefill_tflops.unwrap() - 0.3).abs() < 1e-9);
         assert_eq!((figures.total_input_tokens, figures.total_output_tokens), (20, 10));
     }
 }

@@ -1,7 +1,7 @@
 //! What this machine can do, read next to what was measured on it.
 //!
 //! Neighbours move these limits by a factor of two, so a speed is stated as a fraction of a
-//! limit read in the same run. `cargo bench --bench limits` reads the arithmetic ones too.
+//! limit read in the same run. `cargo bench --bench limits` reads them for every number of threads.
 
 use std::hint::black_box;
 use std::path::Path;
@@ -11,6 +11,8 @@ use std::time::Instant;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+use crate::ops::cpu::{Arithmetic, peak_arithmetic};
 
 /// Most bytes that one thread reads per pass: more than any cache holds.
 const READ_BYTES: usize = 256 << 20;
@@ -60,6 +62,18 @@ pub fn memory_read(threads: usize) -> Limit {
         value: (threads * bytes) as f64 / seconds / 1e9,
         when: None,
     }
+}
+
+/// Arithmetic on all threads at once, each in its registers; one limit per kind of instruction.
+pub fn arithmetic(threads: usize) -> Vec<Limit> {
+    let limit = |(name, operations, work): Arithmetic| Limit {
+        threads,
+        limit: name.to_owned(),
+        unit: "GFLOP/s".to_owned(),
+        value: threads as f64 * operations / best_time(threads, |_| work()) / 1e9,
+        when: None,
+    };
+    peak_arithmetic().into_iter().map(limit).collect()
 }
 
 /// The best wall time of `work` running on all threads at once.

@@ -27,7 +27,7 @@ pub struct RecordArgs {
     #[arg(long, value_name = "FILE")]
     pub limits_json: Option<PathBuf>,
 
-    /// Do not read the memory bandwidth before and after the run
+    /// Do not read memory bandwidth and peak arithmetic before and after the run
     #[arg(long)]
     pub no_limits: bool,
 }
@@ -133,16 +133,35 @@ impl Recorder {
 
     fn read_limits(&mut self, when: &str) {
         if let Some(threads) = self.threads {
-            let limit = limits::memory_read(threads);
-            self.limits.push(Limit { when: Some(when.to_owned()), ..limit });
+            let read = std::iter::once(limits::memory_read(threads));
+            let now = |limit| Limit { when: Some(when.to_owned()), ..limit };
+            self.limits.extend(read.chain(limits::arithmetic(threads)).map(now));
         }
     }
 
     /// The memory bandwidth in bytes per second, the better of before and after.
     pub fn memory_read(&self) -> Option<f64> {
-        let read_now = |limit: &&Limit| limit.limit == MEMORY_READ && limit.when.is_some();
-        let values = self.limits.iter().filter(read_now).map(|limit| limit.value * 1e9);
-        values.max_by(f64::total_cmp)
+        self.best_of(MEMORY_READ).map(|gigabytes| gigabytes * 1e9)
+    }
+
+    /// What was read of a limit in this run, the better of before and after.
+    fn best_of(&self, name: &str) -> Option<f64> {
+        let read_now = |limit: &&Limit| limit.limit == name && limit.when.is_some();
+        self.limits.iter().filter(read_now).map(|limit| limit.value).max_by(f64::total_cmp)
+    }
+
+    /// Prints the better reading of each kind of arithmetic.
+    fn print_arithmetic(&self) {
+        let kinds = self.limits.iter().filter(|limit| limit.when.as_deref() == Some("after"));
+        let line = |limit: &Limit| {
+            let best = self.best_of(&limit.limit)?;
+            Some(format!("{} {:.2} TFLOP/s", limit.limit, best / 1e3))
+        };
+        let lines: Vec<String> =
+            kinds.filter(|limit| limit.limit != MEMORY_READ).filter_map(line).collect();
+        if !lines.is_empty() {
+            println!("arithmetic in the same run: {}", lines.join("; "));
+        }
     }
 
     /// Writes the record, if one was asked for.
@@ -156,6 +175,7 @@ impl Recorder {
         if let Some(bandwidth) = self.memory_read() {
             println!("memory read in the same run: {:.1} GB/s", bandwidth / 1e9);
         }
+        self.print_arithmetic();
         let record = Record {
             benchmark,
             date: chrono::Local::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, false),

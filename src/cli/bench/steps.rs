@@ -298,6 +298,13 @@ impl StepCost {
     }
 }
 
+/// Multiplications and additions of a prompt of which the last token alone needs logits. Tokens see
+/// half of the prompt on average.
+pub(super) fn prompt_flops(spec: &ModelSpec, kv_dtype: DType, len: usize) -> usize {
+    let output = 2 * spec.lm_head.num_weights();
+    len * (StepCost::of(spec, kv_dtype, len.div_ceil(2)).flops - output) + output
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -320,6 +327,9 @@ mod tests {
         assert_eq!(cost.kv_bytes, 3 * 2 * 100 * 4 * 2);
         let cost = StepCost::of(&spec, DType::I8, 100);
         assert_eq!(cost.kv_bytes, 3 * 2 * 100 * (4 + 4));
+        // A prompt of 200 tokens, one of which needs logits.
+        let prompt = 200 * (2 * (weights - 160) + 3 * 4 * 100 * 8) + 2 * 160;
+        assert_eq!(prompt_flops(&spec, DType::BF16, 200), prompt);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `isa`, `topology` | which instructions, how many threads and on which cores, decided once at start-up |
+//! | `peak`, `peak_x86` | how fast this machine's instructions are, for benchmarks |
 //! | `simd`; `scalar`, `avx2`, `avx512` | the vector vocabulary; one file per instruction set |
 //! | `pool`, `share` | fork-join threads; what they share |
 //! | `kv_rows` | cached keys and values of every dtype, as kernels read and write them |
@@ -45,6 +46,9 @@ mod lines;
 mod matmul;
 mod middle;
 mod partition;
+mod peak;
+#[cfg(target_arch = "x86_64")]
+mod peak_x86;
 pub mod pool;
 mod rows;
 mod sample;
@@ -86,6 +90,7 @@ use crate::formats::{PackedMatrix, dense};
 use crate::output::SampledToken;
 use crate::tensor::DType;
 pub use isa::Isa;
+pub use peak::{Arithmetic, peak_arithmetic};
 use pool::Pool;
 use share::{PerThread, Scratch};
 pub use topology::physical_cores;

@@ -19,8 +19,7 @@ struct Roof {
 }
 
 impl Roof {
-    /// The limits of as many threads as the model ran on. Arithmetic is in the record only if
-    /// `--limits-json` brought it.
+    /// The limits of as many threads as the model ran on; of arithmetic, the fastest of the record.
     fn of(record: &Record) -> Roof {
         let threads = record.model["threads"].as_u64();
         let same_threads = |limit: &&Limit| Some(limit.threads as u64) == threads;

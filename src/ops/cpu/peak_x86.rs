@@ -1,10 +1,11 @@
-//! Peak arithmetic of x86-64: register-only loops of FMA and of AMX tile products.
+//! Peak arithmetic of x86-64: loops of FMA, of products of bytes and of bf16, and of AMX tile
+//! products, with all operands in registers.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
-use super::Arithmetic;
+use super::peak::Arithmetic;
 
 /// Passes of a loop per call: milliseconds.
 const LOOPS: usize = 400_000;
@@ -22,6 +23,14 @@ pub fn arithmetic() -> Vec<Arithmetic> {
     if is_x86_feature_detected!("avx512f") {
         // SAFETY: just detected.
         found.push(("f32 FMA, AVX-512", flops(16), || unsafe { fma_avx512() }));
+    }
+    if is_x86_feature_detected!("avx512vnni") {
+        // SAFETY: just detected.
+        found.push(("int8 VNNI, AVX-512", flops(64), || unsafe { bytes_avx512() }));
+    }
+    if is_x86_feature_detected!("avx512bf16") {
+        // SAFETY: just detected.
+        found.push(("bf16, AVX-512", flops(32), || unsafe { bf16_avx512() }));
     }
     if has_amx(AMX_BF16) {
         let flops = (AMX_LOOPS * 4 * 16 * 16 * 32 * 2) as f64;
@@ -55,6 +64,31 @@ fn fma_avx512() {
     for _ in 0..LOOPS {
         for acc in &mut acc {
             *acc = _mm512_fmadd_ps(*acc, factor, factor);
+        }
+    }
+    black_box(acc);
+}
+
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn bytes_avx512() {
+    let factor = _mm512_set1_epi8(black_box(1));
+    let mut acc = [factor; CHAINS];
+    for _ in 0..LOOPS {
+        for acc in &mut acc {
+            *acc = _mm512_dpbusd_epi32(*acc, factor, factor);
+        }
+    }
+    black_box(acc);
+}
+
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn bf16_avx512() {
+    // SAFETY: vectors of the same size, all of whose bits are valid.
+    let factor: __m512bh = unsafe { std::mem::transmute(_mm512_set1_epi16(black_box(0x3f00))) };
+    let mut acc = [_mm512_setzero_ps(); CHAINS];
+    for _ in 0..LOOPS {
+        for acc in &mut acc {
+            *acc = _mm512_dpbf16_ps(*acc, factor, factor);
         }
     }
     black_box(acc);
