@@ -30,30 +30,37 @@ __device__ __forceinline__ float logit_of(uint64_t rank) {
   return __uint_as_float(ordered >> 31 ? ordered ^ 1u << 31 : ~ordered);
 }
 
-// What experts of a token are chosen by: logits, or in some groups of `group_len` experts scores.
+// What experts of a token are chosen by, in some groups of `group_len` experts: logits, which have the order of
+// probabilities, or sigmoids of logits and a bias.
 struct Values {
   const float *logits, *bias;
-  int group_len;    // 0: logits
+  bool sigmoid;
+  int group_len;
   unsigned groups;  // a bit for each
 
   __device__ __forceinline__ float score(int id) const { return __fdiv_rn(1.f, 1.f + expf(-logits[id])); }
-  __device__ __forceinline__ float biased(int id) const { return bias ? __fadd_rn(score(id), bias[id]) : score(id); }
+  __device__ __forceinline__ float biased(int id) const {
+    if (!sigmoid) return logits[id];
+    return bias ? __fadd_rn(score(id), bias[id]) : score(id);
+  }
 
   __device__ __forceinline__ unsigned long long rank(int id) const {
-    if (group_len == 0) return rank_of(logits[id], id);
     return groups >> id / group_len & 1 ? rank_of(biased(id), id) : 1;
   }
 
-  // The groups whose two best experts have the largest sums; a group per lane. 1 ranks below all.
+  // The groups whose best experts have the largest values, or whose two best have the largest sums; a group per lane.
+  // 1 ranks below all.
   __device__ __forceinline__ unsigned best_groups(int num_groups, int num_chosen) const {
     const int lane = threadIdx.x % 32;
-    float first = __int_as_float(0xff800000), second = group_len > 1 ? first : 0.f;
+    if (num_groups == num_chosen) return ~0u;
+    const bool two = sigmoid && group_len > 1;
+    float first = __int_as_float(0xff800000), second = two ? first : 0.f;
     for (int i = 0; lane < num_groups && i < group_len; i++) {
       const float value = biased(lane * group_len + i);
       if (value > first) {
-        if (group_len > 1) second = first;
+        if (two) second = first;
         first = value;
-      } else if (value > second && group_len > 1) {
+      } else if (value > second && two) {
         second = value;
       }
     }
@@ -69,11 +76,11 @@ struct Values {
 extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS)
     route_experts(uint32_t* ids /* [tokens, per_token] */, float* weights /* as ids */, const float* logits /* [tokens, experts] */,
                   const float* bias /* [experts] of scores, or null */, int tokens, int experts, int per_token /* at most 32 */,
-                  int renormalize, int num_groups /* 0: a softmax of logits; at most 32 */, int num_chosen_groups, float scale) {
+                  int renormalize, int sigmoid /* or a softmax */, int num_groups /* at most 32 */, int num_chosen_groups, float scale) {
   const int token = blockIdx.x * ROUTE_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (token >= tokens) return;
-  Values values = {logits + size_t(token) * experts, bias, num_groups ? experts / num_groups : 0, 0};
-  if (num_groups) values.groups = values.best_groups(num_groups, num_chosen_groups);
+  Values values = {logits + size_t(token) * experts, bias, sigmoid != 0, experts / num_groups, 0};
+  values.groups = values.best_groups(num_groups, num_chosen_groups);
   unsigned long long chosen = 0, last = ~0ull;
   for (int i = 0; i < per_token; i++) {
     unsigned long long best = 0;
@@ -90,11 +97,11 @@ extern "C" __global__ void __launch_bounds__(32 * ROUTE_WARPS)
   for (int i = 0; i < per_token; i++) place += __shfl_sync(FULL_WARP, id, i) < id;
   const float largest = logit_of(__shfl_sync(FULL_WARP, chosen, 0));
   float weight = 0.f, sum = 1.f;
-  if (chose) weight = num_groups ? values.score(id) : expf(logit_of(chosen) - largest);
+  if (chose) weight = sigmoid ? values.score(id) : expf(logit_of(chosen) - largest);
   if (renormalize) {
     sum = warp_sum(weight);
-    if (num_groups) sum += LEAST_SCORE_SUM;
-  } else if (!num_groups) {
+    if (sigmoid) sum += LEAST_SCORE_SUM;
+  } else if (!sigmoid) {
     sum = 0.f;
     for (int i = lane; i < experts; i += 32) sum += expf(values.logits[i] - largest);
     sum = warp_sum(sum);

@@ -184,6 +184,13 @@ impl Tensor {
         copy
     }
 
+    /// The same elements under another shape; panics when their number differs.
+    pub fn reshaped(self, shape: impl Into<Shape>) -> Tensor {
+        let shape = shape.into();
+        assert_eq!(shape.len(), self.shape.len(), "{:?} as {shape:?}", self.shape);
+        Tensor { shape, ..self }
+    }
+
     /// Element type.
     pub fn dtype(&self) -> DType {
         self.dtype

@@ -53,7 +53,9 @@ impl TensorSource for DummySource {
         match expected.role {
             TensorRole::Bias => {}
             TensorRole::Norm => fill_ones(&mut tensor),
-            TensorRole::Matrix | TensorRole::Router => fill_random(&mut tensor, seed_of(name)),
+            TensorRole::Matrix | TensorRole::Router | TensorRole::Heads => {
+                fill_random(&mut tensor, seed_of(name));
+            }
         }
         Ok(tensor)
     }

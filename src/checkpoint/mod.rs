@@ -38,6 +38,8 @@ pub enum TensorRole {
     Matrix,
     /// The matrix that chooses experts, which keeps its precision.
     Router,
+    /// Matrices of heads, which keep their precision.
+    Heads,
     /// The bias of a linear layer.
     Bias,
     /// The weight of a normalisation.

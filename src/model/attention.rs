@@ -7,7 +7,7 @@ use super::batch::ForwardBatch;
 use super::error::ModelError;
 use super::kv_cache::KvLayer;
 use super::rope::RopeTable;
-use super::spec::{AttentionSpec, LinearSpec};
+use super::spec::{AttentionSpec, HeadInputs, LinearSpec};
 use super::workspace::Workspace;
 use crate::device::RankContext;
 use crate::ops::args::{AttentionArgs, NormArgs, RopeArgs, RopeStyle, WriteKvArgs};
@@ -39,21 +39,22 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// Loads the weights that `spec` names.
+    /// Loads the weights that `spec` and its `inputs` name.
     pub fn load(
         spec: &AttentionSpec,
+        inputs: &HeadInputs,
         norm_eps: f32,
         rope_style: RopeStyle,
         loader: &Loader<'_>,
     ) -> Result<Attention, ModelError> {
-        let qk_norm = match &spec.qk_norm {
+        let qk_norm = match &inputs.qk_norm {
             Some(names) => Some((loader.tensor(&names.q_norm)?, loader.tensor(&names.k_norm)?)),
             None => None,
         };
         Ok(Attention {
-            q: load_linear(&spec.q, Partition::Column, loader)?,
-            k: load_linear(&spec.k, Partition::Column, loader)?,
-            v: load_linear(&spec.v, Partition::Column, loader)?,
+            q: load_linear(&inputs.q, Partition::Column, loader)?,
+            k: load_linear(&inputs.k, Partition::Column, loader)?,
+            v: load_linear(&inputs.v, Partition::Column, loader)?,
             o: load_linear(&spec.o, Partition::Row, loader)?,
             qk_norm,
             norm_eps,
@@ -72,6 +73,7 @@ impl Attention {
         workspace: &mut Workspace,
     ) {
         let num_tokens = batch.num_tokens();
+        let v_cache = cache.v.as_mut().expect("a cache of heads has values");
         self.project(rank, num_tokens, workspace);
         let heads = [num_tokens, self.spec.num_heads, self.spec.head_dim];
         let kv_heads = [num_tokens, self.spec.num_kv_heads, self.spec.head_dim];
@@ -85,7 +87,7 @@ impl Attention {
         });
         rank.ops.write_kv(WriteKvArgs {
             k_cache: cache.k.view_mut(),
-            v_cache: cache.v.view_mut(),
+            v_cache: v_cache.view_mut(),
             k: workspace.k.rows(num_tokens).reshape(kv_heads),
             v: workspace.v.rows(num_tokens).reshape(kv_heads),
             slot_mapping: batch.slot_mapping(),
@@ -94,7 +96,7 @@ impl Attention {
             out: workspace.attended.rows_mut(num_tokens).reshape(heads),
             q: workspace.q.rows(num_tokens).reshape(heads),
             k_cache: cache.k.view(),
-            v_cache: cache.v.view(),
+            v_cache: v_cache.view(),
             block_tables: batch.block_tables(),
             cu_seqlens_q: batch.cu_seqlens_q(),
             context_lens: batch.context_lens(),

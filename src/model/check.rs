@@ -96,7 +96,9 @@ fn extra(
 ) -> Vec<TensorProblem> {
     let unused_head = spec.lm_head.weight_name();
     let harmless = |name: &str| {
-        HARMLESS_ENDINGS.iter().any(|end| name.ends_with(end)) || (spec.tied && name == unused_head)
+        HARMLESS_ENDINGS.iter().any(|end| name.ends_with(end))
+            || spec.unused_prefixes.iter().any(|start| name.starts_with(start))
+            || (spec.tied && name == unused_head)
     };
     let names = source.names().into_iter();
     names

@@ -10,23 +10,62 @@ use super::attention::Attention;
 use super::batch::ForwardBatch;
 use super::embedding::Embedding;
 use super::error::ModelError;
-use super::kv_cache::KvCache;
+use super::kv_cache::{KvCache, KvLayer};
+use super::latent_attention::LatentAttention;
 use super::mlp::Mlp;
 use super::moe::Moe;
 use super::rope::RopeTable;
-use super::spec::{FeedForwardSpec, LayerSpec, ModelSpec};
+use super::spec::{AttentionInputs, AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec};
 use super::workspace::Workspace;
 use crate::device::RankContext;
-use crate::ops::args::{AddNormArgs, GatherRowsArgs, NormArgs};
+use crate::ops::args::{AddNormArgs, GatherRowsArgs, NormArgs, RopeStyle};
 use crate::tensor::Tensor;
 use crate::weights::Loader;
 
 /// One layer.
 struct Layer {
     input_norm: Tensor,
-    attention: Attention,
+    attention: AttentionBlock,
     post_attention_norm: Tensor,
     feed_forward: FeedForward,
+}
+
+/// How a layer attends.
+enum AttentionBlock {
+    Heads(Box<Attention>),
+    Latent(Box<LatentAttention>),
+}
+
+impl AttentionBlock {
+    fn load(
+        spec: &AttentionSpec,
+        norm_eps: f32,
+        rope_style: RopeStyle,
+        loader: &Loader<'_>,
+    ) -> Result<AttentionBlock, ModelError> {
+        Ok(match &spec.inputs {
+            AttentionInputs::Heads(inputs) => AttentionBlock::Heads(Box::new(Attention::load(
+                spec, inputs, norm_eps, rope_style, loader,
+            )?)),
+            AttentionInputs::Latent(inputs) => AttentionBlock::Latent(Box::new(
+                LatentAttention::load(spec, inputs, rope_style, loader)?,
+            )),
+        })
+    }
+
+    fn forward(
+        &self,
+        rank: &RankContext,
+        rope: &RopeTable,
+        batch: &ForwardBatch,
+        cache: &mut KvLayer,
+        workspace: &mut Workspace,
+    ) {
+        match self {
+            AttentionBlock::Heads(heads) => heads.forward(rank, rope, batch, cache, workspace),
+            AttentionBlock::Latent(latent) => latent.forward(rank, rope, batch, cache, workspace),
+        }
+    }
 }
 
 /// What computes after attention.
@@ -71,7 +110,7 @@ impl Decoder {
         let layer = |layer: &LayerSpec| -> Result<Layer, ModelError> {
             Ok(Layer {
                 input_norm: loader.tensor(&layer.input_norm)?,
-                attention: Attention::load(
+                attention: AttentionBlock::load(
                     &layer.attention,
                     spec.norm_eps,
                     spec.rope.style,

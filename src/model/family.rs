@@ -12,7 +12,9 @@ use serde::Deserialize;
 use crate::ops::args::RopeStyle;
 
 /// The descriptions: name of the family, text of its file.
-const SOURCES: [(&str, &str); 6] = [
+const SOURCES: [(&str, &str); 8] = [
+    ("deepseek_v2", include_str!("../../models/families/deepseek_v2.toml")),
+    ("deepseek_v3", include_str!("../../models/families/deepseek_v3.toml")),
     ("llama", include_str!("../../models/families/llama.toml")),
     ("mistral", include_str!("../../models/families/mistral.toml")),
     ("mixtral", include_str!("../../models/families/mixtral.toml")),
@@ -59,6 +61,8 @@ pub struct Family {
     pub tensors: TensorNames,
     /// Mixtures of experts, in a family that has them.
     pub experts: Option<ExpertsFamily>,
+    /// Names of latent attention's tensors, in a family that has it.
+    pub latent: Option<LatentTensorNames>,
 }
 
 /// Spelling of [`RopeStyle`] in a description.
@@ -166,11 +170,14 @@ pub struct TensorNames {
     pub input_norm: String,
     /// Norm before the MLP.
     pub post_attention_norm: String,
-    /// Query projection.
+    /// Query projection; empty where attention is latent.
+    #[serde(default)]
     pub q: String,
-    /// Key projection.
+    /// Key projection, likewise.
+    #[serde(default)]
     pub k: String,
-    /// Value projection.
+    /// Value projection, likewise.
+    #[serde(default)]
     pub v: String,
     /// Output projection of attention.
     pub o: String,
@@ -189,6 +196,26 @@ pub struct TensorNames {
     /// Norm of key heads; needed with [`QkNorm::PerHead`].
     #[serde(default)]
     pub k_norm: String,
+}
+
+/// Names of tensors of latent attention; `{layer}` stands for a layer's number.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LatentTensorNames {
+    /// Query projection of models that do not compress queries.
+    pub q: String,
+    /// Compression of queries.
+    pub q_down: String,
+    /// Norm of compressed queries.
+    pub q_norm: String,
+    /// Query projection of compressed queries.
+    pub q_up: String,
+    /// Projection to a latent and a key that rotates.
+    pub kv_down: String,
+    /// Norm of latents.
+    pub kv_norm: String,
+    /// Keys and values of a latent.
+    pub kv_up: String,
 }
 
 /// How a family mixes experts.
@@ -217,6 +244,10 @@ pub struct ExpertsFamily {
 pub enum RoutingName {
     /// A softmax over all experts, of which the most probable are chosen.
     Softmax,
+    /// Within groups or not, as `topk_method` in config.json says.
+    GroupedSoftmax,
+    /// Sigmoids with a bias, within groups.
+    GroupedSigmoid,
 }
 
 /// Whether weights of chosen experts are divided by their sum.
@@ -227,6 +258,8 @@ pub enum RenormalizeRule {
     Always,
     /// `norm_topk_prob` in config.json decides; absent means no.
     Config,
+    /// In no model of the family: `norm_topk_prob` is refused.
+    Never,
 }
 
 /// Which layers have experts.
@@ -237,6 +270,8 @@ pub enum ExpertLayers {
     All,
     /// Every `decoder_sparse_step`-th, except those in `mlp_only_layers`.
     Stepped,
+    /// Every `moe_layer_freq`-th from `first_k_dense_replace` on.
+    Upper,
 }
 
 /// What a family means by fields about experts that config.json leaves out.
@@ -249,6 +284,9 @@ pub struct ExpertDefaults {
     pub num_experts_per_tok: usize,
     /// Width of an expert; without it config.json must say so.
     pub intermediate_size: Option<usize>,
+    /// Experts that every token has beside.
+    #[serde(default)]
+    pub num_shared_experts: usize,
 }
 
 /// Names of tensors; `{layer}` and `{expert}` stand for numbers.
@@ -263,6 +301,20 @@ pub struct ExpertTensorNames {
     pub up: String,
     /// Down projection of an expert.
     pub down: String,
+    /// What is added to scores when experts are chosen; needed with
+    /// [`RoutingName::GroupedSigmoid`].
+    #[serde(default)]
+    pub bias: String,
+    /// Gate projection of the experts that every token has, which are one MLP; empty in a family
+    /// without.
+    #[serde(default)]
+    pub shared_gate: String,
+    /// Up projection, likewise.
+    #[serde(default)]
+    pub shared_up: String,
+    /// Down projection, likewise.
+    #[serde(default)]
+    pub shared_down: String,
 }
 
 impl Family {
@@ -291,6 +343,20 @@ mod tests {
             assert_eq!(per_head, !family.tensors.k_norm.is_empty(), "{}: k_norm", family.name);
             let windowed = family.sliding_window != WindowRule::Never;
             assert!(windowed || family.defaults.sliding_window.is_none(), "{}", family.name);
+            let TensorNames { q, k, v, .. } = &family.tensors;
+            for name in [q, k, v] {
+                assert_eq!(family.latent.is_none(), !name.is_empty(), "{}: q, k, v", family.name);
+            }
+            if let Some(experts) = &family.experts {
+                let ExpertTensorNames { bias, shared_gate, shared_up, shared_down, .. } =
+                    &experts.tensors;
+                let has_bias = experts.routing == RoutingName::GroupedSigmoid;
+                assert_eq!(has_bias, !bias.is_empty(), "{}: bias", family.name);
+                let has_shared = experts.defaults.num_shared_experts > 0;
+                for name in [shared_gate, shared_up, shared_down] {
+                    assert_eq!(has_shared, !name.is_empty(), "{}: shared experts", family.name);
+                }
+            }
             let layers = family.experts.as_ref().map(|experts| experts.layers);
             let has_mlp = layers != Some(ExpertLayers::All);
             let TensorNames { gate, up, down, .. } = &family.tensors;
@@ -327,7 +393,7 @@ mod tests {
 
     #[test]
     fn an_unknown_block_or_field_does_not_parse() {
-        let text = SOURCES[0].1;
+        let text = include_str!("../../models/families/llama.toml");
         assert!(toml::from_str::<Family>(text).is_ok());
         let unknown_value = text.replace("qk_norm = \"none\"", "qk_norm = \"layer\"");
         assert!(toml::from_str::<Family>(&unknown_value).is_err());

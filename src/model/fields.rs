@@ -64,6 +64,17 @@ impl<'a> Fields<'a> {
         self.size(name)?.ok_or_else(|| self.missing(name))
     }
 
+    /// A number of something, from 0 on.
+    pub(super) fn count(&self, name: &str) -> Result<Option<usize>, ModelError> {
+        let read = |value: &Value| {
+            let count = value.as_u64().and_then(|n| usize::try_from(n).ok());
+            count
+                .filter(|count| *count <= MAX_SIZE)
+                .ok_or_else(|| self.unsupported(name, "is a whole number from 0 to 16777216"))
+        };
+        self.get(name).map(read).transpose()
+    }
+
     /// A finite number above zero.
     pub(super) fn positive(&self, name: &str) -> Result<Option<f64>, ModelError> {
         let read = |value: &Value| {

@@ -10,9 +10,10 @@ use super::error::ModelError;
 use super::expert_params::ExpertParams;
 use super::family::{Family, WindowRule};
 use super::fields::Fields;
+use super::latent_params::LatentParams;
 use super::quantization;
 use super::rope::{RopeScaling, RopeSpec, yarn_attention_factor};
-use crate::ops::args::Activation;
+use crate::ops::args::{Activation, RopeStyle};
 use crate::tensor::DType;
 use crate::weights::mxfp4::Layout;
 
@@ -33,11 +34,15 @@ pub struct HyperParams {
     pub intermediate_size: usize,
     /// Mixtures of experts, in a family that has them.
     pub experts: Option<ExpertParams>,
+    /// Latent attention, in a family that has it.
+    pub latent: Option<LatentParams>,
+    /// Layers after the last one, which predict further tokens and are not used.
+    pub num_prediction_layers: usize,
     /// Query heads.
     pub num_heads: usize,
     /// Key and value heads; divides `num_heads`.
     pub num_kv_heads: usize,
-    /// Width of a head; even.
+    /// Width of a head, where attention is not latent; even.
     pub head_dim: usize,
     /// Longest context the model supports, in tokens.
     pub max_position: usize,
@@ -89,7 +94,11 @@ fn family_of(config: Fields<'_>) -> Result<&'static Family, ModelError> {
 impl HyperParams {
     fn read(config: Fields<'_>, family: &Family) -> Result<HyperParams, ModelError> {
         let defaults = &family.defaults;
-        let (num_heads, num_kv_heads, head_dim) = read_heads(config, family)?;
+        let latent = LatentParams::read(config, family)?;
+        let (num_heads, num_kv_heads, head_dim) = match &latent {
+            None => read_heads(config, family)?,
+            Some(latent) => (config.required_size("num_attention_heads")?, 1, latent.rope_dim),
+        };
         let max_position =
             config.size("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
         let rope = read_rope(config, family, head_dim, max_position)?;
@@ -99,6 +108,8 @@ impl HyperParams {
             hidden_size: config.required_size("hidden_size")?,
             intermediate_size: config.required_size("intermediate_size")?,
             experts: ExpertParams::read(config, family, windows.len())?,
+            latent,
+            num_prediction_layers: config.count("num_nextn_predict_layers")?.unwrap_or(0),
             num_heads,
             num_kv_heads,
             head_dim,
@@ -238,7 +249,12 @@ fn read_rope(
         None => RopeScaling::Default,
         Some(rope) => read_scaling(config, rope, max_position)?,
     };
-    Ok(RopeSpec { theta, rotary_dim: head_dim, style: family.rope_style.into(), scaling })
+    let style = match config.flag("rope_interleave")? {
+        None => family.rope_style.into(),
+        Some(true) => RopeStyle::Interleaved,
+        Some(false) => RopeStyle::Halves,
+    };
+    Ok(RopeSpec { theta, rotary_dim: head_dim, style, scaling })
 }
 
 fn read_scaling(

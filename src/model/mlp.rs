@@ -32,6 +32,13 @@ impl Mlp {
 
     /// Replaces `workspace.hidden` (normalised input) by the block's output.
     pub fn forward(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
+        self.compute(rank, num_tokens, workspace);
+        let Workspace { hidden, normed, .. } = workspace;
+        std::mem::swap(hidden, normed);
+    }
+
+    /// Leaves the block's output for `workspace.hidden` in `workspace.normed`.
+    pub fn compute(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
         let Workspace { hidden, normed, gate, up, activated, .. } = workspace;
         // Layers with experts may be wider.
         let middle = [num_tokens, self.intermediate_size];
@@ -47,6 +54,5 @@ impl Mlp {
             down: self.down.projection(&*rank.comm, normed.rows_mut(num_tokens)),
         });
         self.down.reduce(&*rank.comm, normed.rows_mut(num_tokens));
-        std::mem::swap(hidden, normed);
     }
 }

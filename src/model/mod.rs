@@ -6,6 +6,7 @@
 //! scheduling or sampling.
 
 pub mod attention;
+pub mod attention_spec;
 pub mod batch;
 pub mod check;
 pub mod decoder;
@@ -16,6 +17,8 @@ pub mod family;
 mod fields;
 pub mod hparams;
 pub mod kv_cache;
+pub mod latent_attention;
+pub mod latent_params;
 pub mod mlp;
 pub mod moe;
 mod quantization;

@@ -3,18 +3,24 @@
 
 use super::attention::load_linear;
 use super::error::ModelError;
+use super::mlp::Mlp;
 use super::spec::{MlpSpec, MoeSpec};
 use super::workspace::{ExpertRows, Workspace};
 use crate::device::RankContext;
 use crate::ops::args::{
-    Activation, Expert, ExpertMlpArgs, ExpertScratch, Experts, RouteExpertsArgs, Routing,
+    Activation, AddArgs, Expert, ExpertMlpArgs, ExpertScratch, Experts, RouteExpertsArgs, Routing,
 };
+use crate::tensor::Tensor;
 use crate::weights::Loader;
 use crate::weights::linear::{Linear, Partition};
 
 /// One layer's router and experts.
 pub struct Moe {
     router: Linear,
+    /// Added to scores when experts are chosen.
+    bias: Option<Tensor>,
+    /// What every token has beside.
+    shared: Option<Mlp>,
     experts: Experts,
     routing: Routing,
     experts_per_token: usize,
@@ -30,6 +36,14 @@ impl Moe {
         let shape = [router.out_features, router.in_features];
         Ok(Moe {
             router: Linear::router(loader, &router.name, shape)?,
+            bias: match &spec.bias {
+                None => None,
+                Some(name) => Some(loader.wide_floats(name, &[router.out_features])?),
+            },
+            shared: match &spec.shared {
+                None => None,
+                Some(shared) => Some(Mlp::load(shared, loader)?),
+            },
             experts: load_experts(&spec.experts, loader)?,
             routing: spec.routing,
             experts_per_token: spec.experts_per_token,
@@ -38,8 +52,16 @@ impl Moe {
         })
     }
 
-    /// Replaces `workspace.hidden` (normalised input) by the block's output.
+    /// Replaces `workspace.hidden` (normalised input) by the output of chosen experts, and adds that of
+    /// what every token has to the residual stream.
     pub fn forward(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
+        if let Some(shared) = &self.shared {
+            shared.compute(rank, num_tokens, workspace);
+            rank.ops.add(AddArgs {
+                out: workspace.residual.rows_mut(num_tokens),
+                x: workspace.normed.rows(num_tokens),
+            });
+        }
         let Workspace { hidden, normed, gate, up, activated, expert_rows, .. } = workspace;
         let rows = expert_rows.as_mut().expect("a workspace of a model with experts has rows");
         let ExpertRows { router_logits, expert_ids, weights, gathered, yielded } = rows;
@@ -53,7 +75,7 @@ impl Moe {
             expert_ids: expert_ids.reborrow(),
             weights: weights.reborrow(),
             logits: logits.as_view(),
-            bias: None,
+            bias: self.bias.as_ref().map(Tensor::view),
             routing: self.routing,
         });
         let room = [gathered.shape().sizes()[0], self.intermediate_size];

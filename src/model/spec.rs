@@ -3,9 +3,10 @@
 //! The only description the decoder, the loader and the tests read. It names every tensor
 //! and its shape, so that a checkpoint can be checked before any of it is used.
 
+pub use super::attention_spec::*;
 use super::error::ModelError;
 use super::expert_params::ExpertParams;
-use super::family::{ExpertsFamily, Family, QkNorm};
+use super::family::{ExpertsFamily, Family};
 use super::hparams::{HyperParams, read_config};
 use super::rope::RopeSpec;
 use crate::checkpoint::{ExpectedTensor, TensorRole};
@@ -46,6 +47,9 @@ pub struct ModelSpec {
     pub dtype: DType,
     /// How matrices are stored that are quantized.
     pub stored: Option<Layout>,
+    /// How names of tensors begin that the model does without: those of layers after the last one,
+    /// which predict further tokens.
+    pub unused_prefixes: Vec<String>,
 }
 
 /// One layer: norm, attention, norm, feed-forward block.
@@ -70,40 +74,6 @@ pub enum FeedForwardSpec {
     Moe(MoeSpec),
 }
 
-/// Attention of one layer.
-#[derive(Clone, Debug, PartialEq)]
-pub struct AttentionSpec {
-    /// Query heads.
-    pub num_heads: usize,
-    /// Key and value heads; divides `num_heads`.
-    pub num_kv_heads: usize,
-    /// Width of a head.
-    pub head_dim: usize,
-    /// Multiplies q·k.
-    pub scale: f32,
-    /// A query sees this many tokens, itself included; `None` sees all.
-    pub sliding_window: Option<usize>,
-    /// Query projection, `[num_heads * head_dim, hidden_size]`.
-    pub q: LinearSpec,
-    /// Key projection, `[num_kv_heads * head_dim, hidden_size]`.
-    pub k: LinearSpec,
-    /// Value projection, as `k`.
-    pub v: LinearSpec,
-    /// Output projection, `[hidden_size, num_heads * head_dim]`.
-    pub o: LinearSpec,
-    /// Normalisation of query and key heads before they rotate, if the family has it.
-    pub qk_norm: Option<QkNormSpec>,
-}
-
-/// Normalisation of query and key heads.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct QkNormSpec {
-    /// Name of the weight for query heads, `[head_dim]`.
-    pub q_norm: String,
-    /// Name of the weight for key heads, `[head_dim]`.
-    pub k_norm: String,
-}
-
 /// Gated MLP of one layer: `down(activation(gate(x)) * up(x))`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MlpSpec {
@@ -124,8 +94,12 @@ pub struct MlpSpec {
 pub struct MoeSpec {
     /// Its products choose the experts of a token, `[num_experts, hidden_size]`.
     pub router: LinearSpec,
+    /// Name of the tensor that is added to scores when experts are chosen, `[num_experts]`.
+    pub bias: Option<String>,
     /// How experts are chosen and weighted.
     pub routing: Routing,
+    /// What every token has beside.
+    pub shared: Option<MlpSpec>,
     /// Experts that compute a token.
     pub experts_per_token: usize,
     /// The experts, all of the same sizes and without biases.
@@ -172,6 +146,7 @@ impl ModelSpec {
             bos_token_id: hparams.bos_token_id,
             dtype: hparams.dtype,
             stored: hparams.stored,
+            unused_prefixes: unused_prefixes(family, hparams),
         }
     }
 
@@ -202,8 +177,9 @@ impl ModelSpec {
     /// The widest input of any projection.
     pub fn widest_input(&self) -> usize {
         let of_layer = |layer: &LayerSpec| {
-            let attended = layer.attention.num_heads * layer.attention.head_dim;
-            attended.max(layer.feed_forward.intermediate_size())
+            let attention = &layer.attention;
+            let attended = attention.linears().into_iter().map(|linear| linear.in_features).max();
+            attended.unwrap_or(0).max(layer.feed_forward.intermediate_size())
         };
         self.layers.iter().map(of_layer).max().unwrap_or(0).max(self.hidden_size)
     }
@@ -229,25 +205,15 @@ impl ModelSpec {
     }
 }
 
-impl AttentionSpec {
-    fn extend_expected(&self, tensors: &mut Vec<ExpectedTensor>) {
-        for projection in [&self.q, &self.k, &self.v] {
-            projection.extend_expected(tensors);
-        }
-        if let Some(names) = &self.qk_norm {
-            tensors.push(norm(&names.q_norm, self.head_dim));
-            tensors.push(norm(&names.k_norm, self.head_dim));
-        }
-        self.o.extend_expected(tensors);
-    }
-}
-
 impl FeedForwardSpec {
-    /// Width between the projections, of an MLP or of each expert.
+    /// Width between the projections, of an MLP or of the widest expert.
     pub fn intermediate_size(&self) -> usize {
         match self {
             FeedForwardSpec::Mlp(mlp) => mlp.intermediate_size,
-            FeedForwardSpec::Moe(moe) => moe.experts[0].intermediate_size,
+            FeedForwardSpec::Moe(moe) => {
+                let shared = moe.shared.as_ref().map_or(0, |shared| shared.intermediate_size);
+                moe.experts[0].intermediate_size.max(shared)
+            }
         }
     }
 
@@ -263,11 +229,15 @@ impl FeedForwardSpec {
         match self {
             FeedForwardSpec::Mlp(mlp) => mlp.extend_expected(tensors),
             FeedForwardSpec::Moe(moe) => {
-                tensors.push(ExpectedTensor {
-                    name: moe.router.weight_name(),
-                    shape: vec![moe.router.out_features, moe.router.in_features],
-                    role: TensorRole::Router,
-                });
+                tensors.push(ExpectedTensor { role: TensorRole::Router, ..moe.router.expected() });
+                tensors.extend(moe.bias.iter().map(|name| ExpectedTensor {
+                    name: name.clone(),
+                    shape: vec![moe.experts.len()],
+                    role: TensorRole::Bias,
+                }));
+                if let Some(shared) = &moe.shared {
+                    shared.extend_expected(tensors);
+                }
                 moe.experts.iter().for_each(|expert| expert.extend_expected(tensors));
             }
         }
@@ -303,12 +273,18 @@ impl LinearSpec {
         format!("{}.bias", self.name)
     }
 
-    fn extend_expected(&self, tensors: &mut Vec<ExpectedTensor>) {
-        tensors.push(ExpectedTensor {
+    /// The tensor of its matrix.
+    pub(super) fn expected(&self) -> ExpectedTensor {
+        ExpectedTensor {
             name: self.weight_name(),
             shape: vec![self.out_features, self.in_features],
             role: TensorRole::Matrix,
-        });
+        }
+    }
+
+    /// Adds its tensors.
+    pub(super) fn extend_expected(&self, tensors: &mut Vec<ExpectedTensor>) {
+        tensors.push(self.expected());
         if self.bias {
             tensors.push(ExpectedTensor {
                 name: self.bias_name(),
@@ -319,12 +295,13 @@ impl LinearSpec {
     }
 }
 
-fn norm(name: &str, width: usize) -> ExpectedTensor {
+/// The weight of a norm.
+pub(super) fn norm(name: &str, width: usize) -> ExpectedTensor {
     ExpectedTensor { name: name.to_owned(), shape: vec![width], role: TensorRole::Norm }
 }
 
 /// A linear layer of `[out_features, in_features]`.
-fn linear(name: &str, shape: (usize, usize), bias: bool) -> LinearSpec {
+pub(super) fn linear(name: &str, shape: (usize, usize), bias: bool) -> LinearSpec {
     LinearSpec { name: name.to_owned(), out_features: shape.0, in_features: shape.1, bias }
 }
 
@@ -338,48 +315,36 @@ fn layer(family: &Family, hparams: &HyperParams, index: usize) -> LayerSpec {
     }
 }
 
-fn attention(family: &Family, hparams: &HyperParams, index: usize) -> AttentionSpec {
-    let names = &family.tensors;
-    let name = |template: &str| template.replace("{layer}", &index.to_string());
-    let HyperParams { hidden_size, num_heads, num_kv_heads, head_dim, .. } = *hparams;
-    let (q_width, kv_width) = (num_heads * head_dim, num_kv_heads * head_dim);
-    let qkv_bias = family.qkv_bias.holds(hparams.attention_bias);
-    let o_bias = family.o_bias.holds(hparams.attention_bias);
-    AttentionSpec {
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        scale: (1.0 / (head_dim as f64).sqrt()) as f32,
-        sliding_window: hparams.windows[index],
-        q: linear(&name(&names.q), (q_width, hidden_size), qkv_bias),
-        k: linear(&name(&names.k), (kv_width, hidden_size), qkv_bias),
-        v: linear(&name(&names.v), (kv_width, hidden_size), qkv_bias),
-        o: linear(&name(&names.o), (hidden_size, q_width), o_bias),
-        qk_norm: match family.qk_norm {
-            QkNorm::None => None,
-            QkNorm::PerHead => {
-                Some(QkNormSpec { q_norm: name(&names.q_norm), k_norm: name(&names.k_norm) })
-            }
-        },
-    }
+fn unused_prefixes(family: &Family, hparams: &HyperParams) -> Vec<String> {
+    let num_layers = hparams.windows.len();
+    let Some((start, _)) = family.tensors.input_norm.split_once("{layer}") else {
+        return Vec::new();
+    };
+    let layers = num_layers..num_layers + hparams.num_prediction_layers;
+    layers.map(|layer| format!("{start}{layer}.")).collect()
 }
 
 fn feed_forward(family: &Family, hparams: &HyperParams, index: usize) -> FeedForwardSpec {
     match (&family.experts, &hparams.experts) {
         (Some(names), Some(params)) if params.layers[index] => {
-            FeedForwardSpec::Moe(moe(names, params, hparams, index))
+            FeedForwardSpec::Moe(moe(family, (names, params), hparams, index))
         }
-        _ => FeedForwardSpec::Mlp(mlp(family, hparams, index)),
+        _ => {
+            let names = &family.tensors;
+            let width = hparams.intermediate_size;
+            let names = [&names.gate, &names.up, &names.down];
+            FeedForwardSpec::Mlp(mlp(family, hparams, names, width, index))
+        }
     }
 }
 
 fn moe(
-    family: &ExpertsFamily,
-    params: &ExpertParams,
+    family: &Family,
+    (experts, params): (&ExpertsFamily, &ExpertParams),
     hparams: &HyperParams,
     index: usize,
 ) -> MoeSpec {
-    let names = &family.tensors;
+    let names = &experts.tensors;
     let name = |template: &str| template.replace("{layer}", &index.to_string());
     let (hidden, width) = (hparams.hidden_size, params.intermediate_size);
     let expert = |expert: usize| {
@@ -394,22 +359,33 @@ fn moe(
     };
     MoeSpec {
         router: linear(&name(&names.router), (params.num_experts, hidden), false),
+        bias: (!names.bias.is_empty()).then(|| name(&names.bias)),
         routing: params.routing,
+        shared: params.shared_width.map(|width| {
+            let names = [&names.shared_gate, &names.shared_up, &names.shared_down];
+            mlp(family, hparams, names, width, index)
+        }),
         experts_per_token: params.experts_per_token,
         experts: (0..params.num_experts).map(expert).collect(),
     }
 }
 
-fn mlp(family: &Family, hparams: &HyperParams, index: usize) -> MlpSpec {
-    let names = &family.tensors;
-    let name = |template: &str| template.replace("{layer}", &index.to_string());
-    let HyperParams { hidden_size, intermediate_size, .. } = *hparams;
+/// Gate, up and down projection of these names.
+fn mlp(
+    family: &Family,
+    hparams: &HyperParams,
+    names: [&String; 3],
+    intermediate_size: usize,
+    index: usize,
+) -> MlpSpec {
+    let [gate, up, down] = names.map(|name| name.replace("{layer}", &index.to_string()));
+    let hidden_size = hparams.hidden_size;
     let bias = family.mlp_bias.holds(hparams.mlp_bias);
     MlpSpec {
         intermediate_size,
         activation: hparams.activation,
-        gate: linear(&name(&names.gate), (intermediate_size, hidden_size), bias),
-        up: linear(&name(&names.up), (intermediate_size, hidden_size), bias),
-        down: linear(&name(&names.down), (hidden_size, intermediate_size), bias),
+        gate: linear(&gate, (intermediate_size, hidden_size), bias),
+        up: linear(&up, (intermediate_size, hidden_size), bias),
+        down: linear(&down, (hidden_size, intermediate_size), bias),
     }
 }

@@ -23,6 +23,8 @@ pub struct Workspace {
     pub attended: Tensor,
     /// As `k`: keys before their norm.
     pub raw_k: Tensor,
+    /// What latent attention needs beside, in a model that has it.
+    pub latent_rows: Option<LatentRows>,
     /// `[max_num_tokens, intermediate_size]`.
     pub gate: Tensor,
     /// As `gate`.
@@ -35,6 +37,15 @@ pub struct Workspace {
     pub logits: Tensor,
     /// What layers with experts need beside, in a model that has any.
     pub expert_rows: Option<ExpertRows>,
+}
+
+/// Rows of layers with latent attention, in which `q` holds absorbed queries, `k` latents, and
+/// `attended` their means.
+pub struct LatentRows {
+    /// `[max_num_tokens, num_heads * (nope_dim + rope_dim)]` or wider: queries, then heads' outputs.
+    pub raw_q: Tensor,
+    /// `[max_num_tokens, width of compressed queries]`, twice: before and after their norm.
+    pub compressed_q: [Tensor; 2],
 }
 
 /// Rows of layers with experts.
@@ -59,6 +70,9 @@ struct Shapes {
     hidden: usize,
     q: usize,
     kv: usize,
+    /// Widths of [`LatentRows`]; 0 without latent attention.
+    raw_q: usize,
+    compressed_q: usize,
     intermediate: usize,
     vocab: usize,
     /// Experts, and those of a token, of the layer that has most; 0 without experts.
@@ -79,6 +93,14 @@ impl Shapes {
             hidden: spec.hidden_size,
             q: widest(|l| l.attention.num_heads * l.attention.head_dim),
             kv: widest(|l| l.attention.num_kv_heads * l.attention.head_dim),
+            raw_q: widest(|l| {
+                let latent = l.attention.latent();
+                latent.map_or(0, |latent| latent.q.out_features.max(l.attention.o.in_features))
+            }),
+            compressed_q: widest(|l| {
+                let down = l.attention.latent().and_then(|latent| latent.q_down.as_ref());
+                down.map_or(0, |down| down.norm_width)
+            }),
             intermediate: widest(|l| l.feed_forward.intermediate_size()),
             vocab: spec.vocab_size,
             experts: spec.num_experts(),
@@ -88,7 +110,9 @@ impl Shapes {
     }
 
     fn size_bytes(&self, dtype: DType) -> usize {
-        let per_token = 3 * self.hidden + 2 * self.q + 3 * self.kv + 3 * self.intermediate;
+        let latent = self.raw_q + 2 * self.compressed_q;
+        let attention = 2 * self.q + 3 * self.kv + latent;
+        let per_token = 3 * self.hidden + attention + 3 * self.intermediate;
         let activations = self.token_rows * per_token + self.logit_rows * self.hidden;
         let logits = self.logit_rows * self.vocab;
         activations * dtype.size_bytes()
@@ -141,6 +165,13 @@ impl Workspace {
             v: tokens(s.kv)?,
             attended: tokens(s.q)?,
             raw_k: tokens(s.kv)?,
+            latent_rows: match s.raw_q {
+                0 => None,
+                _ => Some(LatentRows {
+                    raw_q: tokens(s.raw_q)?,
+                    compressed_q: [tokens(s.compressed_q)?, tokens(s.compressed_q)?],
+                }),
+            },
             gate: tokens(s.intermediate)?,
             up: tokens(s.intermediate)?,
             activated: tokens(s.intermediate)?,

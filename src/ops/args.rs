@@ -4,9 +4,11 @@
 //! Backends call it first and trust it afterwards.
 
 mod experts;
+mod latent;
 mod sampling;
 
 pub use experts::*;
+pub use latent::*;
 pub use sampling::*;
 
 use super::kv_tensor::{KvView, KvViewMut};
@@ -331,8 +333,8 @@ impl GatherRowsArgs<'_> {
 pub struct CopyBlocksArgs<'a> {
     /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
     pub k_cache: KvViewMut<'a>,
-    /// As `k_cache`.
-    pub v_cache: KvViewMut<'a>,
+    /// As `k_cache`; `None` where one vector is key and value.
+    pub v_cache: Option<KvViewMut<'a>>,
     /// `(source, destination)` block ids; no destination is also a source.
     pub pairs: &'a [(u32, u32)],
 }

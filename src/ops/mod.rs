@@ -69,14 +69,29 @@ pub struct StepLimits {
 /// A layer of a model and its cache, as far as kernels depend on them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LayerShape {
-    /// Elements of a head.
+    /// Elements of a cached vector.
     pub head_dim: usize,
+    /// With latent attention, what a cached vector is made of, and a head.
+    pub latent: Option<LatentShape>,
     /// Elements of a row of the residual stream.
     pub hidden_size: usize,
     /// Elements of the KV cache.
     pub kv_dtype: DType,
     /// Tokens of a KV block.
     pub block_size: usize,
+}
+
+/// A layer of latent attention, as far as kernels depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LatentShape {
+    /// Elements of a latent.
+    pub rank: usize,
+    /// Elements of a key that rotate.
+    pub rope_dim: usize,
+    /// Elements of a head's query that do not.
+    pub nope_dim: usize,
+    /// Elements of a head's value.
+    pub value_dim: usize,
 }
 
 /// One device's implementation of the operations.
@@ -179,6 +194,12 @@ pub trait Ops: Send + Sync {
         Ok(matrix)
     }
 
+    /// Brings matrices of heads, `[num_heads, out_features, in_features]`, at load, to where and
+    /// into the dtype in which [`Ops::head_matmul`] reads them.
+    fn place_heads(&self, matrices: Tensor) -> Result<Tensor, OpsError> {
+        self.place(matrices)
+    }
+
     /// Makes one thing of the experts of a layer, at load, whose matrices were arranged. Refuses
     /// those that this device cannot multiply together.
     fn index_experts(&self, experts: Vec<Expert>) -> Result<Experts, OpsError> {
@@ -236,6 +257,20 @@ pub trait Ops: Send + Sync {
 
     /// Causal attention of new tokens over the paged KV cache.
     fn attention(&self, args: AttentionArgs<'_>);
+
+    /// `out[r, h, :n] = weight[h] · x[r, h, :k]`: a matrix per head.
+    fn head_matmul(&self, args: HeadMatmulArgs<'_>);
+
+    /// Normalises latents, rotates their keys and the queries, and stores the former at the tokens'
+    /// slots.
+    fn write_latent(&self, args: WriteLatentArgs<'_>);
+
+    /// Causal attention of new tokens over a paged cache whose vectors are key and value of all
+    /// heads.
+    fn latent_attention(&self, args: LatentAttentionArgs<'_>);
+
+    /// `out += x`.
+    fn add(&self, args: AddArgs<'_>);
 
     /// `out[i, :] = x[rows[i], :]`.
     fn gather_rows(&self, args: GatherRowsArgs<'_>);

@@ -9,7 +9,7 @@ use super::recorded::MOST_PADDING;
 use crate::config::{CacheConfig, KvCacheDtype, SchedulerConfig};
 use crate::model::batch::{BatchLimits, ForwardBatch};
 use crate::model::kv_cache::KvCache;
-use crate::model::spec::ModelSpec;
+use crate::model::spec::{LatentInputs, ModelSpec};
 use crate::model::workspace::Workspace;
 use crate::ops::{DeviceMemoryInfo, LayerShape, Ops, OpsError, StepLimits};
 use crate::tensor::DType;
@@ -170,8 +170,13 @@ impl MemoryPlan {
             max_logit_rows,
         };
         for layer in &spec.layers {
-            let (head_dim, hidden_size) = (layer.attention.head_dim, spec.hidden_size);
-            let layer = LayerShape { head_dim, hidden_size, kv_dtype, block_size };
+            let layer = LayerShape {
+                head_dim: layer.attention.head_dim,
+                latent: layer.attention.latent().map(LatentInputs::kernel_shape),
+                hidden_size: spec.hidden_size,
+                kv_dtype,
+                block_size,
+            };
             ops.check(&plan.step_limits(spec), &layer)?;
         }
         plan.workspace_bytes = plan.workspace(ops, spec);

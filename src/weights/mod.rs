@@ -4,6 +4,7 @@
 //! some format; [`linear::Linear`] is what the model multiplies by. [`Loader`] reads them, and
 //! quantizes on the way if asked to. Knows nothing of layers.
 
+pub mod heads;
 pub mod linear;
 pub mod mxfp4;
 pub mod plain;
@@ -124,6 +125,21 @@ impl<'a> Loader<'a> {
         self.prepare((scheme.load)(self.source, name, shape, self.threads)?)
     }
 
+    /// A small tensor of floats, as f32.
+    pub fn wide_floats(&self, name: &str, shape: &[usize]) -> Result<Tensor, LoadError> {
+        let tensor = plain::load_float(self.source, name, shape)?;
+        let row = crate::formats::dense::pack(tensor.reshaped([1, shape.iter().product()])).row(0);
+        self.place(Tensor::from_slice(&row, shape))
+    }
+
+    /// Matrices of heads, `[num_heads, out_features, in_features]`, where operations read them.
+    fn place_heads(&self, matrices: Tensor) -> Result<Tensor, LoadError> {
+        match self.ops {
+            Some(ops) => Ok(ops.place_heads(matrices)?),
+            None => Ok(matrices),
+        }
+    }
+
     /// A table of floats, such as tied embeddings, as a matrix.
     fn table(&self, name: &str, shape: [usize; 2]) -> Result<PackedMatrix, LoadError> {
         let table = plain::load_float(self.source, name, &shape)?;
@@ -193,6 +209,13 @@ impl<'a> Loader<'a> {
                 (None, None) => {}
             }
         }
+        let dtype = match (tensor.role, self.ops.map(Ops::activation_dtype)) {
+            // A device multiplies them in the dtype of its activations, unless that is f32.
+            (TensorRole::Heads, Some(activations)) if activations != DType::F32 => {
+                Some(activations)
+            }
+            _ => dtype,
+        };
         tensor.shape.iter().product::<usize>() * dtype.map_or(0, DType::size_bytes)
     }
 }

@@ -35,10 +35,18 @@ fn routings(experts: usize, per_token: usize) -> Vec<Routing> {
     let fits = |&(num, chosen, ..): &(usize, usize, bool, f32)| {
         experts.is_multiple_of(num) && per_token <= chosen * (experts / num)
     };
-    let sigmoid = |(num_groups, num_chosen_groups, renormalize, scale)| {
-        Routing::Sigmoid(SigmoidRouting { num_groups, num_chosen_groups, renormalize, scale })
+    let grouped = |(num_groups, num_chosen_groups, renormalize, scale)| {
+        [Scoring::Softmax, Scoring::Sigmoid].map(|scoring| {
+            Routing::Grouped(GroupedRouting {
+                scoring,
+                num_groups,
+                num_chosen_groups,
+                renormalize,
+                scale,
+            })
+        })
     };
-    ROUTINGS.into_iter().chain(groups.into_iter().filter(fits).map(sigmoid)).collect()
+    ROUTINGS.into_iter().chain(groups.into_iter().filter(fits).flat_map(grouped)).collect()
 }
 
 /// Logits of which many are equal, and a bias. Other scores are never nearer than their rounding:
@@ -64,7 +72,10 @@ pub fn check_routing(ops: &dyn Ops) {
         for routing in routings(experts, per_token) {
             let (logits, bias) = match routing {
                 Routing::Softmax { .. } => (&fine, None),
-                Routing::Sigmoid(routing) => (&coarse, routing.renormalize.then(|| bias.view())),
+                Routing::Grouped(routing) => {
+                    let has_bias = routing.renormalize && routing.scoring == Scoring::Sigmoid;
+                    (&coarse, has_bias.then(|| bias.view()))
+                }
             };
             let router = Router { logits: logits.view(), bias, per_token, routing };
             check_router(ops, &router, &format!("{tokens} x {experts} choose {per_token}"));

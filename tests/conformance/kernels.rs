@@ -10,7 +10,7 @@ use tokenmill::tensor::DType;
 
 use crate::on_device::OnDevice;
 use crate::shim::{self, Shim};
-use crate::{all_reduce, attention_kernels, cuda_matmul, experts, rows, sample};
+use crate::{all_reduce, attention_kernels, cuda_matmul, experts, latent, rows, sample};
 
 /// A device with activations of bf16 or f16.
 fn simt(activations: DType) -> OnDevice<Shim> {
@@ -55,9 +55,16 @@ static EXPERTS: Table = Table::new(|| {
     experts::check_on_device(&simt(DType::BF16));
 });
 
+static LATENT: Table = Table::new(|| {
+    latent::check_products(&simt(DType::BF16));
+    latent::check_writes(&simt(DType::BF16));
+    latent::check_add(&simt(DType::BF16));
+    latent::check_kernels(&simt(DType::BF16), &simt(DType::BF16));
+});
+
 /// All of them.
-static TABLES: [&Table; 7] =
-    [&ROWS, &SAMPLE, &ATTENTION, &MATMUL, &DENSE_MATMUL, &ALL_REDUCE, &EXPERTS];
+static TABLES: [&Table; 8] =
+    [&ROWS, &SAMPLE, &ATTENTION, &MATMUL, &DENSE_MATMUL, &ALL_REDUCE, &EXPERTS, &LATENT];
 
 #[test]
 fn row_kernels_agree_with_the_referee() {
@@ -123,6 +130,11 @@ fn bits_of_a_token_of_expert_kernels_do_not_depend_on_its_company() {
 #[test]
 fn expert_kernels_take_no_memory_after_reserve() {
     experts::check_scratch();
+}
+
+#[test]
+fn latent_kernels_agree_with_the_referee_however_work_is_cut() {
+    LATENT.pass();
 }
 
 #[test]

@@ -14,6 +14,7 @@ mod cuda_matmul;
 mod experts;
 mod invariance;
 mod kernels;
+mod latent;
 mod matmul;
 mod on_device;
 mod recording;
@@ -26,6 +27,7 @@ mod support;
 
 use support::{backends, for_each_backend};
 use tokenmill::config::CpuIsa;
+use tokenmill::ops::Ops;
 use tokenmill::ops::cpu::{CpuError, CpuOps, Isa};
 
 #[test]
@@ -51,6 +53,15 @@ fn attention_agrees_with_the_referee() {
 }
 
 #[test]
+fn latent_attention_agrees_with_the_referee() {
+    for_each_backend(latent::check_products);
+    for_each_backend(latent::check_writes);
+    for_each_backend(latent::check_add);
+    let backends = backends();
+    latent::check_attention(&backends.iter().map(|ops| ops as &dyn Ops).collect::<Vec<_>>());
+}
+
+#[test]
 fn the_sampler_agrees_with_the_referee() {
     for_each_backend(sample::check);
 }
@@ -59,6 +70,8 @@ fn the_sampler_agrees_with_the_referee() {
 fn no_result_depends_on_the_batch() {
     for_each_backend(invariance::check);
     for_each_backend(experts::check_invariance);
+    for_each_backend(latent::check_invariance);
+    for_each_backend(latent::check_product_rows);
 }
 
 #[test]
@@ -68,6 +81,7 @@ fn no_result_depends_on_the_number_of_threads() {
         let two = CpuOps::new(Some(2), isa.choice()).unwrap();
         invariance::check_equal(&one, &two);
         experts::check_equal(&one, &two);
+        latent::check_equal(&one, &two);
     }
 }
 
@@ -90,7 +104,6 @@ fn a_missing_instruction_set_is_refused_by_name() {
 
 #[test]
 fn a_backend_names_its_instructions_and_threads() {
-    use tokenmill::ops::Ops;
     assert_eq!(CpuOps::new(Some(2), CpuIsa::Scalar).unwrap().name(), "cpu (scalar, 2 threads)");
     assert_eq!(CpuOps::new(Some(1), CpuIsa::Scalar).unwrap().name(), "cpu (scalar, 1 thread)");
 }

@@ -309,6 +309,62 @@ impl<L: Launcher> Ops for OnDevice<L> {
         self.widen(args.out, &out);
     }
 
+    fn head_matmul(&self, args: HeadMatmulArgs<'_>) {
+        let (x, weight) = (self.narrow(args.x), args.weight);
+        let weight = Tensor::from_slice(&floats(weight), weight.shape());
+        let weight = self.ops.place_heads(weight).unwrap();
+        let mut out = self.narrow(args.out.as_view());
+        let (x, weight) = (x.view(), weight.view());
+        self.ops.head_matmul(HeadMatmulArgs { out: out.view_mut(), x, weight });
+        self.widen(args.out, &out);
+    }
+
+    fn write_latent(&self, mut args: WriteLatentArgs<'_>) {
+        let mut cache = self.cache(reborrowed(&mut args.cache));
+        let mut absorbed = self.narrow(args.absorbed.as_view());
+        let (mut latent, q) = (self.narrow(args.latent.as_view()), self.narrow(args.q));
+        let tables = [args.weight, args.positions, args.cos, args.sin, args.slot_mapping];
+        let [weight, positions, cos, sin, slots] = tables.map(|table| self.copy(table));
+        self.ops.write_latent(WriteLatentArgs {
+            cache: cache.view_mut(),
+            absorbed: absorbed.view_mut(),
+            latent: latent.view_mut(),
+            q: q.view(),
+            weight: weight.view(),
+            eps: args.eps,
+            positions: positions.view(),
+            cos: cos.view(),
+            sin: sin.view(),
+            style: args.style,
+            slot_mapping: slots.view(),
+        });
+        self.restore(&mut args.cache, &cache);
+        self.widen(args.absorbed, &absorbed);
+    }
+
+    fn latent_attention(&self, args: LatentAttentionArgs<'_>) {
+        let (q, cache) = (self.narrow(args.q), self.cache(args.cache));
+        let steps = [args.block_tables, args.cu_seqlens_q, args.context_lens];
+        let [block_tables, cu_seqlens_q, context_lens] = steps.map(|step| self.copy(step));
+        let mut out = self.empty(self.activations, args.out.shape());
+        self.ops.latent_attention(LatentAttentionArgs {
+            out: out.view_mut(),
+            q: q.view(),
+            cache: cache.view(),
+            block_tables: block_tables.view(),
+            cu_seqlens_q: cu_seqlens_q.view(),
+            context_lens: context_lens.view(),
+            scale: args.scale,
+        });
+        self.widen(args.out, &out);
+    }
+
+    fn add(&self, args: AddArgs<'_>) {
+        let (mut out, x) = (self.narrow(args.out.as_view()), self.narrow(args.x));
+        self.ops.add(AddArgs { out: out.view_mut(), x: x.view() });
+        self.widen(args.out, &out);
+    }
+
     fn gather_rows(&self, args: GatherRowsArgs<'_>) {
         let (x, rows) = (self.narrow(args.x), self.copy(args.rows));
         let mut out = self.empty(self.activations, args.out.shape());
@@ -318,13 +374,15 @@ impl<L: Launcher> Ops for OnDevice<L> {
     }
 
     fn copy_blocks(&self, mut args: CopyBlocksArgs<'_>) {
-        let (mut k_cache, mut v_cache) =
-            (self.cache(reborrowed(&mut args.k_cache)), self.cache(reborrowed(&mut args.v_cache)));
+        let mut k_cache = self.cache(reborrowed(&mut args.k_cache));
+        let mut v_cache = args.v_cache.as_mut().map(|cache| self.cache(reborrowed(cache)));
         let pairs = args.pairs;
-        let (k, v) = (k_cache.view_mut(), v_cache.view_mut());
+        let (k, v) = (k_cache.view_mut(), v_cache.as_mut().map(KvTensor::view_mut));
         self.ops.copy_blocks(CopyBlocksArgs { k_cache: k, v_cache: v, pairs });
         self.restore(&mut args.k_cache, &k_cache);
-        self.restore(&mut args.v_cache, &v_cache);
+        if let (Some(to), Some(from)) = (&mut args.v_cache, &v_cache) {
+            self.restore(to, from);
+        }
     }
 
     fn sample(&self, args: SampleArgs<'_>) -> Vec<SampledToken> {
@@ -332,6 +390,15 @@ impl<L: Launcher> Ops for OnDevice<L> {
         let tokens = self.ops.sample(SampleArgs { logits: logits.view_mut(), rows: args.rows });
         self.check();
         tokens
+    }
+}
+
+fn floats(view: View<'_>) -> Vec<f32> {
+    match view.dtype() {
+        DType::F32 => view.as_slice::<f32>().to_vec(),
+        DType::BF16 => view.as_slice::<bf16>().iter().map(|x| x.to_f32()).collect(),
+        DType::F16 => view.as_slice::<f16>().iter().map(|x| x.to_f32()).collect(),
+        other => panic!("floats of {other}"),
     }
 }
 

@@ -191,7 +191,7 @@ fn kv_writes_and_copies(
             });
             ops.copy_blocks(CopyBlocksArgs {
                 k_cache: k_cache.view_mut(),
-                v_cache: v_cache.view_mut(),
+                v_cache: Some(v_cache.view_mut()),
                 pairs: &[(0, num_blocks as u32 - 1)],
             });
             let tensors = [Some(k_cache.data), k_cache.scales, Some(v_cache.data), v_cache.scales];

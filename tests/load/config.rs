@@ -57,8 +57,9 @@ fn fields_that_are_left_out_have_the_familys_defaults() {
 
     let qwen3 = spec("Qwen3ForCausalLM", json!({}));
     assert_eq!(qwen3.layers[0].attention.head_dim, 128);
-    assert_eq!(qwen3.layers[0].attention.q.out_features, 32 * 128);
-    assert!(qwen3.layers[0].attention.qk_norm.is_some());
+    let heads = qwen3.layers[0].attention.heads().unwrap();
+    assert_eq!(heads.q.out_features, 32 * 128);
+    assert!(heads.qk_norm.is_some());
 }
 
 #[test]
@@ -161,7 +162,7 @@ fn what_cannot_be_served_is_refused_with_one_sentence() {
         ),
         (
             json!({"architectures": ["GPT2LMHeadModel"]}),
-            r#"config.json: architectures is ["GPT2LMHeadModel"]; supported are LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"#,
+            r#"config.json: architectures is ["GPT2LMHeadModel"]; supported are DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"#,
         ),
         (
             json!({"quantization_config": {"quant_method": "gptq"}}),

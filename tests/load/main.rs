@@ -11,6 +11,7 @@ mod experts;
 mod files;
 mod hub;
 mod hub_server;
+mod latent;
 mod mxfp4;
 mod published;
 mod safetensors;

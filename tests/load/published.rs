@@ -105,5 +105,6 @@ fn qwen3_0_6b_has_its_published_size_and_wide_heads() {
         "torch_dtype": "bfloat16", "use_sliding_window": false, "vocab_size": 151936
     }));
     assert_eq!(num_parameters(&spec), 596_049_920);
-    assert_eq!(spec.layers[0].attention.q.out_features, 2048);
+    let heads = spec.layers[0].attention.heads().unwrap();
+    assert_eq!(heads.q.out_features, 2048);
 }

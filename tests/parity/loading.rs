@@ -39,7 +39,7 @@ fn descriptions_say_what_the_recorder_asked_for() {
     assert_eq!(spec("llama_biases").dtype, DType::F16);
     assert!(spec("llama_biases").layers[0].attention.o.bias);
     assert!(!spec("qwen2_tied").layers[0].attention.o.bias);
-    assert!(spec("qwen2_tied").layers[0].attention.q.bias);
+    assert!(spec("qwen2_tied").layers[0].attention.heads().unwrap().q.bias);
     assert_eq!(spec("qwen3").layers[0].attention.head_dim, 24);
     assert_eq!(spec("qwen3").rope.theta, 1e6);
     let experts = |name: &str| -> Vec<Option<(usize, usize)>> {

@@ -17,7 +17,7 @@ use tokenmill::tensor::{DType, Tensor};
 use tokenmill::weights::Loader;
 
 use crate::bundled::Greedy;
-use crate::decoding::{MIXTURE_TOLERANCE, decode, decode_with, median_error, relative_error};
+use crate::decoding::{MIXTURE_TOLERANCE, decode, decode_with, error_and_limit, median_error};
 use crate::recorded::Case;
 use crate::shim::Shim;
 
@@ -34,14 +34,9 @@ fn has_kernels(case: &Case) -> bool {
 fn every_family_computes_the_recorded_logits_however_the_prompt_is_chunked() {
     for case in Case::all().into_iter().filter(has_kernels) {
         let ops: Arc<dyn Ops> = Arc::new(CudaOps::new(Shim::new()));
-        let spec = ModelSpec::from_config(&case.config_json).unwrap();
         for chunk in [case.token_ids.len(), 5] {
             let logits = decode(&case, Arc::clone(&ops), chunk, DType::BF16);
-            let (num_tokens, recorded) = (case.token_ids.len(), case.logits.as_slice());
-            let (error, most) = match spec.num_experts() {
-                0 => (relative_error(&case, &logits), TOLERANCE),
-                _ => (median_error(num_tokens, &logits, recorded), TOLERANCE * MIXTURE_TOLERANCE),
-            };
+            let (error, most) = error_and_limit(&case, &logits, TOLERANCE);
             let what = format!("{} in chunks of {chunk} on {}", case.name, ops.name());
             assert!(error <= most, "{what}: off by {error}");
         }

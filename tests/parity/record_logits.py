@@ -25,6 +25,10 @@ import zlib
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -87,6 +91,24 @@ QWEN3_MOE_SIZES = dict(
     num_experts=7,
     num_experts_per_tok=3,
     moe_intermediate_size=40,
+)
+DEEPSEEK_V2 = (DeepseekV2Config, DeepseekV2ForCausalLM)
+DEEPSEEK_V3 = (DeepseekV3Config, DeepseekV3ForCausalLM)
+DEEPSEEK_SIZES = dict(
+    hidden_size=72,
+    intermediate_size=88,
+    num_hidden_layers=3,
+    num_key_value_heads=6,
+    rms_norm_eps=1e-4,
+    kv_lora_rank=32,
+    qk_nope_head_dim=24,
+    qk_rope_head_dim=16,
+    v_head_dim=40,
+    first_k_dense_replace=1,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=40,
+    n_shared_experts=2,
 )
 
 # name: (classes, changed configuration, dtype of the weights, older spelling of config.json)
@@ -176,6 +198,54 @@ CASES = {
         torch.bfloat16,
         False,
     ),
+    "deepseek_v2": (
+        DEEPSEEK_V2,
+        dict(DEEPSEEK_SIZES, q_lora_rank=None, topk_method="greedy", routed_scaling_factor=1.5),
+        torch.bfloat16,
+        True,
+    ),
+    "deepseek_v2_groups": (
+        DEEPSEEK_V2,
+        dict(
+            DEEPSEEK_SIZES,
+            num_hidden_layers=2,
+            q_lora_rank=48,
+            attention_bias=True,
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=4.0,
+            **rope("yarn", factor=4.0, original_max_position_embeddings=64, mscale=0.7, mscale_all_dim=0.7),
+        ),
+        torch.bfloat16,
+        True,
+    ),
+    "deepseek_v3": (
+        DEEPSEEK_V3,
+        dict(
+            DEEPSEEK_SIZES,
+            kv_lora_rank=48,
+            qk_nope_head_dim=16,
+            v_head_dim=24,
+            q_lora_rank=56,
+            n_group=4,
+            topk_group=2,
+            n_shared_experts=1,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+            **rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=64,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                mscale=1.0,
+                mscale_all_dim=0.6,
+            ),
+        ),
+        torch.bfloat16,
+        False,
+    ),
 }
 
 
@@ -188,6 +258,9 @@ def randomize(model):
             parameter.normal_(0.0, 0.3)
         else:
             parameter.normal_(0.0, 1.5 / parameter.shape[-1] ** 0.5)
+    for name, buffer in sorted(model.named_buffers()):
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0.0, 0.3)
 
 
 def in_older_spelling(config):
@@ -223,8 +296,11 @@ def record(name):
     token_ids = torch.randint(3, config.vocab_size, (1, PROMPT_LEN))
     logits = model(token_ids, use_cache=False).logits[0]
     positions = torch.tensor([POSITIONS])
-    cos, sin = rotary(torch.zeros(1, 1, 1), positions)
-    half = cos.shape[-1] // 2
+    angles = rotary(torch.zeros(1, 1, 1), positions)
+    # DeepSeek-V2's are complex numbers; others are repeated for both halves of a head.
+    is_complex = torch.is_tensor(angles)
+    cos, sin = (angles.real, angles.imag) if is_complex else angles
+    half = cos.shape[-1] if is_complex else cos.shape[-1] // 2
     save_file(
         {
             "token_ids": token_ids[0].to(torch.uint32),

@@ -208,7 +208,7 @@ impl Bench<'_> {
         let half = num_blocks as u32 / 2;
         let pairs: Vec<(u32, u32)> = (0..half).map(|block| (block, half + block)).collect();
         let microseconds = self.time(|| {
-            let (k_cache, v_cache) = (k.view_mut(), v.view_mut());
+            let (k_cache, v_cache) = (k.view_mut(), Some(v.view_mut()));
             self.ops.copy_blocks(CopyBlocksArgs { k_cache, v_cache, pairs: &pairs });
         })?;
         let bytes = 2.0 * k.data.size_bytes() as f64;

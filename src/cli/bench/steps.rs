@@ -279,20 +279,22 @@ impl StepCost {
         let mut cost = StepCost { kv_bytes: 0, flops: 2 * output };
         for layer in &spec.layers {
             let attention = &layer.attention;
-            let linears = [&attention.q, &attention.k, &attention.v, &attention.o];
-            let weights = linears.map(LinearSpec::num_weights).iter().sum::<usize>()
+            let linears = attention.linears().into_iter();
+            let weights = linears.map(LinearSpec::num_weights).sum::<usize>()
                 + match &layer.feed_forward {
                     FeedForwardSpec::Mlp(mlp) => mlp.num_weights(),
                     FeedForwardSpec::Moe(moe) => {
                         let chosen = &moe.experts[..moe.experts_per_token];
                         let experts: usize = chosen.iter().map(MlpSpec::num_weights).sum();
-                        moe.router.num_weights() + experts
+                        let shared = moe.shared.as_ref().map_or(0, MlpSpec::num_weights);
+                        moe.router.num_weights() + experts + shared
                     }
                 };
             let seen = attention.sliding_window.map_or(context_len, |w| w.min(context_len));
-            cost.flops += 2 * weights + 4 * seen * attention.num_heads * attention.head_dim;
+            let products = attention.num_heads * (attention.head_dim + attention.value_dim());
+            cost.flops += 2 * weights + 2 * seen * products;
             let vector_bytes = KvTensor::vector_bytes(kv_dtype, attention.head_dim);
-            cost.kv_bytes += 2 * seen * attention.num_kv_heads * vector_bytes;
+            cost.kv_bytes += seen * attention.cached_vectors() * vector_bytes;
         }
         cost
     }

@@ -9,6 +9,7 @@ use crate::request::SamplingParams;
 use crate::tensor::{DType, Tensor};
 use crate::weights;
 
+use super::latent::latent_attention;
 use super::verify::{COMPUTED, MOVED, Side};
 
 type Run = fn(&mut Side<'_>) -> Result<(), OpsError>;
@@ -22,6 +23,7 @@ pub(super) const ALL: &[(&str, f64, Run)] = &[
     ("gated_matmul", COMPUTED, gated_matmul),
     ("experts", COMPUTED, experts),
     ("attention", COMPUTED, attention),
+    ("latent_attention", COMPUTED, latent_attention),
     ("copy_blocks", MOVED, copy_blocks),
     ("gather_rows", MOVED, gather_rows),
     ("sample", MOVED, sample),
@@ -295,7 +297,7 @@ fn copy_blocks(side: &mut Side<'_>) -> Result<(), OpsError> {
     let mut v_cache = KvTensor { data: side.activations(shape)?, scales: None };
     side.ops.copy_blocks(CopyBlocksArgs {
         k_cache: k_cache.view_mut(),
-        v_cache: v_cache.view_mut(),
+        v_cache: Some(v_cache.view_mut()),
         pairs: &[(0, 3), (5, 1)],
     });
     side.note("keys", &k_cache.data);

@@ -7,6 +7,7 @@
 //! | `cases` | those cases |
 
 mod cases;
+mod latent;
 mod machine;
 mod verify;
 

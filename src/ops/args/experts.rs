@@ -14,18 +14,30 @@ pub enum Routing {
         /// Their probabilities are divided by their sum.
         renormalize: bool,
     },
-    /// A score per expert, of which the largest are chosen, within groups.
-    Sigmoid(SigmoidRouting),
+    /// A score per expert, of which the largest are chosen, within the best groups.
+    Grouped(GroupedRouting),
 }
 
-/// How DeepSeek-V3 routes (arXiv 2412.19437, section 2.1.2): an expert's score is the sigmoid of its
-/// logit. A bias is added to scores when experts are chosen, and not when they are weighted.
+/// What an expert's score is, and a group's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scoring {
+    /// Its probability; a group's is that of its best expert (DeepSeek-V2, arXiv 2405.04434, section
+    /// 2.2.2).
+    Softmax,
+    /// The sigmoid of its logit; a group's is the sum of those of its two best experts
+    /// (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). A bias may be added when experts and groups
+    /// are chosen, and not when experts are weighted.
+    Sigmoid,
+}
+
+/// How DeepSeek routes.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct SigmoidRouting {
+pub struct GroupedRouting {
+    /// What is compared.
+    pub scoring: Scoring,
     /// Groups of as many neighbouring experts each; at most [`MAX_GROUPS`].
     pub num_groups: usize,
-    /// Groups whose experts can be chosen: those whose two best experts have the largest sums, of
-    /// equal ones the lower groups.
+    /// Groups whose experts can be chosen: those of the largest scores, of equal ones the lower.
     pub num_chosen_groups: usize,
     /// Scores of chosen experts are divided by their sum.
     pub renormalize: bool,
@@ -54,9 +66,9 @@ pub struct RouteExpertsArgs<'a> {
     pub routing: Routing,
 }
 
-impl SigmoidRouting {
+impl GroupedRouting {
     fn check(&self, num_experts: usize, per_token: usize) {
-        let SigmoidRouting { num_groups, num_chosen_groups, .. } = *self;
+        let GroupedRouting { num_groups, num_chosen_groups, .. } = *self;
         assert!((1..=MAX_GROUPS).contains(&num_groups), "route_experts: groups");
         assert_eq!(num_experts % num_groups, 0, "route_experts: experts of a group");
         assert!((1..=num_groups).contains(&num_chosen_groups), "route_experts: chosen groups");
@@ -78,7 +90,11 @@ impl RouteExpertsArgs<'_> {
         let num_experts = self.logits.size(1);
         match self.routing {
             Routing::Softmax { .. } => assert!(self.bias.is_none(), "route_experts: a bias"),
-            Routing::Sigmoid(routing) => routing.check(num_experts, self.expert_ids.size(1)),
+            Routing::Grouped(routing) => {
+                routing.check(num_experts, self.expert_ids.size(1));
+                let takes_bias = routing.scoring == Scoring::Sigmoid;
+                assert!(takes_bias || self.bias.is_none(), "route_experts: a bias");
+            }
         }
         if let Some(bias) = self.bias {
             assert_eq!(bias.shape().sizes(), &[num_experts], "route_experts: bias");

@@ -35,10 +35,15 @@ pub fn queries_per_tile(group: usize) -> usize {
 pub struct Sizes {
     /// Query heads.
     pub num_heads: usize,
-    /// Key and value heads.
+    /// Groups of query heads: those of a key and value head, or some of all where one vector is key
+    /// and value of all heads.
     pub num_kv_heads: usize,
-    /// Elements per head.
+    /// Heads of the cache: one of each group, or one of all.
+    pub cache_heads: usize,
+    /// Elements of a query and a key.
     pub head_dim: usize,
+    /// Elements of a value.
+    pub value_dim: usize,
     /// Positions per cache block.
     pub block_size: usize,
 }
@@ -93,9 +98,9 @@ pub struct AttendTile<'a> {
     pub q: &'a [f32],
     /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
     pub k_cache: Cached<'a>,
-    /// As `k_cache`.
-    pub v_cache: Cached<'a>,
-    /// As `q`; tasks write disjoint rows and heads.
+    /// As `k_cache`; `None` where values are the first elements of keys.
+    pub v_cache: Option<Cached<'a>>,
+    /// `[num_tokens, num_heads, value_dim]`; tasks write disjoint rows and heads.
     pub out: &'a Parts<'a, f32>,
     /// Head and block sizes.
     pub sizes: Sizes,
@@ -127,7 +132,7 @@ pub struct Attend<'a> {
     pub scratch: &'a mut Scratch,
 }
 
-/// The scratch of a task, cut into matrices with `dim` padded.
+/// The scratch of a task, cut into matrices with `dim` and `value_dim` padded.
 struct Tile<'a> {
     /// `[rows, dim]`, multiplied by the scale.
     q: &'a mut [f32],
@@ -137,7 +142,7 @@ struct Tile<'a> {
     keys: &'a mut [f32],
     /// `[rows, KV_TILE]`: scores, then weights.
     scores: &'a mut [f32],
-    /// `[rows, dim]`: sums of weighted values of this part.
+    /// `[rows, value_dim]`: sums of weighted values of this part.
     acc: &'a mut [f32],
     /// Largest score and sum of weights of this part, per row.
     state: &'a mut [f32],
@@ -146,21 +151,23 @@ struct Tile<'a> {
     /// As `state`, of all parts before.
     joined_state: &'a mut [f32],
     dim: usize,
+    value_dim: usize,
 }
 
 impl<'a> Tile<'a> {
-    fn new(scratch: &'a mut Scratch, rows: usize, head_dim: usize) -> Tile<'a> {
-        let dim = head_dim.next_multiple_of(DIM_STEP);
-        let len = 3 * rows * dim + 2 * KV_TILE * dim + rows * KV_TILE + 4 * rows;
+    fn new(scratch: &'a mut Scratch, rows: usize, sizes: Sizes) -> Tile<'a> {
+        let dim = sizes.head_dim.next_multiple_of(DIM_STEP);
+        let value_dim = sizes.value_dim.next_multiple_of(DIM_STEP);
+        let len = rows * (dim + 2 * value_dim) + 2 * KV_TILE * dim + rows * KV_TILE + 4 * rows;
         let (q, rest) = scratch.take(len).split_at_mut(rows * dim);
         let (wide, rest) = rest.split_at_mut(KV_TILE * dim);
         let (keys, rest) = rest.split_at_mut(KV_TILE * dim);
         let (scores, rest) = rest.split_at_mut(rows * KV_TILE);
-        let (acc, rest) = rest.split_at_mut(rows * dim);
-        let (joined, rest) = rest.split_at_mut(rows * dim);
+        let (acc, rest) = rest.split_at_mut(rows * value_dim);
+        let (joined, rest) = rest.split_at_mut(rows * value_dim);
         let (state, joined_state) = rest.split_at_mut(2 * rows);
         joined.fill(0.0);
-        Tile { q, wide, keys, scores, acc, state, joined, joined_state, dim }
+        Tile { q, wide, keys, scores, acc, state, joined, joined_state, dim, value_dim }
     }
 
     /// Forgets the part before.
@@ -175,7 +182,8 @@ impl<'a> Tile<'a> {
     #[inline(always)]
     fn join<S: Simd>(&mut self, simd: S) {
         let states = self.joined_state.chunks_exact_mut(2).zip(self.state.chunks_exact(2));
-        let sums = self.joined.chunks_exact_mut(self.dim).zip(self.acc.chunks_exact(self.dim));
+        let sums = self.joined.chunks_exact_mut(self.value_dim);
+        let sums = sums.zip(self.acc.chunks_exact(self.value_dim));
         for ((before, part), (joined, acc)) in states.zip(sums) {
             let (state, factors) = get(before).join(get(part), Base::E);
             put(before, state);
@@ -199,7 +207,7 @@ impl Kernel for Attend<'_> {
     fn run<S: Simd>(self, simd: S) {
         let Attend { task, partial, scratch } = self;
         let group = task.sizes.group();
-        let mut tile = Tile::new(scratch, task.queries.len() * group, task.sizes.head_dim);
+        let mut tile = Tile::new(scratch, task.queries.len() * group, task.sizes);
         task.load_queries(simd, &mut tile);
         if let Some(partial) = partial {
             task.attend_part(simd, &mut tile, partial.part);
@@ -217,10 +225,21 @@ impl Kernel for Attend<'_> {
 }
 
 impl AttendTile<'_> {
-    /// Where the heads of one query lie in `q` and `out`.
+    /// Where the heads of one query lie in `q`.
     #[inline(always)]
     pub fn heads_of(&self, query: usize) -> Range<usize> {
-        let len = self.sizes.group() * self.sizes.head_dim;
+        self.heads_of_len(query, self.sizes.head_dim)
+    }
+
+    /// Where they lie in `out`.
+    #[inline(always)]
+    pub fn results_of(&self, query: usize) -> Range<usize> {
+        self.heads_of_len(query, self.sizes.value_dim)
+    }
+
+    #[inline(always)]
+    fn heads_of_len(&self, query: usize, head_len: usize) -> Range<usize> {
+        let len = self.sizes.group() * head_len;
         let start = (query * self.sizes.num_kv_heads + self.kv_head) * len;
         start..start + len
     }
@@ -253,10 +272,12 @@ impl AttendTile<'_> {
             let (q, keys) = ((&*tile.q, tile.dim), (&*tile.keys, KV_TILE));
             product::<S, false>(simd, shape, q, keys, (tile.scores, KV_TILE));
             self.softmax(simd, tile, start);
-            self.load_tile(simd, self.v_cache, (tile.wide, tile.dim), (start, seen));
-            let shape = Shape { rows, len: KV_TILE, width: tile.dim };
+            if let Some(v_cache) = self.v_cache {
+                self.load_tile(simd, v_cache, (tile.wide, tile.dim), (start, seen));
+            }
+            let shape = Shape { rows, len: KV_TILE, width: tile.value_dim };
             let (weights, values) = ((&*tile.scores, KV_TILE), (&*tile.wide, tile.dim));
-            product::<S, true>(simd, shape, weights, values, (tile.acc, tile.dim));
+            product::<S, true>(simd, shape, weights, values, (tile.acc, tile.value_dim));
         }
     }
 
@@ -340,17 +361,19 @@ impl AttendTile<'_> {
     /// included.
     #[inline(always)]
     pub fn rows_at(&self, position: usize) -> (usize, usize) {
-        let Sizes { num_kv_heads, block_size, .. } = self.sizes;
+        let Sizes { cache_heads, block_size, .. } = self.sizes;
         let (block, offset) = (position / block_size, position % block_size);
         let block = self.block_table[block] as usize;
-        ((block * num_kv_heads + self.kv_head) * block_size + offset, block_size - offset)
+        let head = self.kv_head.min(cache_heads - 1);
+        ((block * cache_heads + head) * block_size + offset, block_size - offset)
     }
 
     /// Turns the tile's scores into weights, row by row.
     #[inline(always)]
     fn softmax<S: Simd>(&self, simd: S, tile: &mut Tile<'_>, start: usize) {
         let group = self.sizes.group();
-        let rows = tile.scores.chunks_exact_mut(KV_TILE).zip(tile.acc.chunks_exact_mut(tile.dim));
+        let sums = tile.acc.chunks_exact_mut(tile.value_dim);
+        let rows = tile.scores.chunks_exact_mut(KV_TILE).zip(sums);
         for (i, ((scores, acc), state)) in rows.zip(tile.state.chunks_exact_mut(2)).enumerate() {
             let position = self.first_position + i / group;
             let first = (position + 1).saturating_sub(self.window).saturating_sub(start);
@@ -370,12 +393,12 @@ impl AttendTile<'_> {
 
     /// Leaves a part to be joined later.
     fn leave(&self, tile: &Tile<'_>, mut partial: Partial<'_>) {
-        let dim = self.sizes.head_dim;
+        let dim = self.sizes.value_dim;
         for (row, state) in tile.state.chunks_exact(2).enumerate() {
             partial.put_state(row, get(state));
         }
         let sums = partial.sums(tile.state.len() / 2).chunks_exact_mut(dim);
-        for (to, acc) in sums.zip(tile.acc.chunks_exact(tile.dim)) {
+        for (to, acc) in sums.zip(tile.acc.chunks_exact(tile.value_dim)) {
             to.copy_from_slice(&acc[..dim]);
         }
     }
@@ -385,11 +408,11 @@ impl AttendTile<'_> {
         let group = self.sizes.group();
         for (i, query) in self.queries.rows().enumerate() {
             // SAFETY: this task alone writes these heads of these rows.
-            let heads = unsafe { self.out.part(self.heads_of(query)) };
-            for (row, head) in heads.chunks_exact_mut(self.sizes.head_dim).enumerate() {
+            let heads = unsafe { self.out.part(self.results_of(query)) };
+            for (row, head) in heads.chunks_exact_mut(self.sizes.value_dim).enumerate() {
                 let row = i * group + row;
                 let total = tile.joined_state[2 * row + 1];
-                write_means(simd, head, &tile.joined[row * tile.dim..], total);
+                write_means(simd, head, &tile.joined[row * tile.value_dim..], total);
             }
         }
     }

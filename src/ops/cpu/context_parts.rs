@@ -85,9 +85,9 @@ pub struct Partial<'a> {
 }
 
 impl Partial<'_> {
-    /// Numbers that `rows` rows of `head_dim` elements take.
-    pub fn len(rows: usize, head_dim: usize) -> usize {
-        rows * (2 + head_dim)
+    /// Numbers that `rows` rows of `value_dim` elements take.
+    pub fn len(rows: usize, value_dim: usize) -> usize {
+        rows * (2 + value_dim)
     }
 
     /// The state of row `row`, to be written.
@@ -142,7 +142,7 @@ impl Kernel for JoinParts<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (group, dim) = (self.task.sizes.group(), self.task.sizes.head_dim);
+        let (group, dim) = (self.task.sizes.group(), self.task.sizes.value_dim);
         let rows = self.task.queries.len() * group;
         let sums = self.scratch.take(dim);
         for row in 0..rows {
@@ -154,7 +154,7 @@ impl Kernel for JoinParts<'_> {
                 state = joined;
                 join_rows(simd, sums, part_sums, factors);
             }
-            let heads = self.task.heads_of(self.task.queries.row(row / group));
+            let heads = self.task.results_of(self.task.queries.row(row / group));
             let at = heads.start + row % group * dim;
             // SAFETY: this task alone writes these heads of these rows.
             let out = unsafe { self.task.out.part(at..at + dim) };

@@ -5,7 +5,9 @@ use std::ops::Range;
 
 use super::CpuOps;
 use super::share::Parts;
-use crate::ops::args::{LEAST_SCORE_SUM, MAX_GROUPS, RouteExpertsArgs, Routing, SigmoidRouting};
+use crate::ops::args::{
+    GroupedRouting, LEAST_SCORE_SUM, MAX_GROUPS, RouteExpertsArgs, Routing, Scoring,
+};
 use crate::tensor::View;
 
 /// Elements of a row-wise operation that take as long as one logit does here.
@@ -95,8 +97,8 @@ impl CpuOps {
                     Routing::Softmax { renormalize } => {
                         route_by_softmax(logits, renormalize, ids, weights);
                     }
-                    Routing::Sigmoid(routing) => {
-                        route_by_sigmoid(logits, bias, &routing, ids, weights);
+                    Routing::Grouped(routing) => {
+                        route_in_groups(logits, bias, &routing, ids, weights);
                     }
                 }
             }
@@ -119,19 +121,24 @@ fn route_by_softmax(logits: &[f32], renormalize: bool, ids: &mut [u32], weights:
 }
 
 /// The same by scores, within the best groups.
-fn route_by_sigmoid(
+fn route_in_groups(
     logits: &[f32],
     bias: Option<&[f32]>,
-    routing: &SigmoidRouting,
+    routing: &GroupedRouting,
     ids: &mut [u32],
     weights: &mut [f32],
 ) {
+    let is_softmax = routing.scoring == Scoring::Softmax;
     let score = |id: usize| 1.0 / (1.0 + (-logits[id]).exp());
-    let biased = |id: usize| score(id) + bias.map_or(0.0, |bias| bias[id]);
+    // Probabilities have the order of logits.
+    let biased = |id: usize| match is_softmax {
+        true => logits[id],
+        false => score(id) + bias.map_or(0.0, |bias| bias[id]),
+    };
     let group_len = logits.len() / routing.num_groups;
     let of_group = |group: usize| {
         let (mut ids, mut best) = ([0; 2], [0.0; 2]);
-        let num_best = group_len.min(2);
+        let num_best = if is_softmax { 1 } else { group_len.min(2) };
         let group = (group * group_len..(group + 1) * group_len).map(biased);
         choose(group, &mut ids[..num_best], &mut best[..num_best]);
         best[0] + best[1]
@@ -144,11 +151,18 @@ fn route_by_sigmoid(
         if is_chosen { biased(id) } else { f32::NEG_INFINITY }
     };
     choose((0..logits.len()).map(of_chosen_group), ids, weights);
+    // The largest of all logits lies in the best group.
+    let largest = weights[0];
     ids.sort_unstable();
     for (weight, &id) in weights.iter_mut().zip(&*ids) {
-        *weight = score(id as usize);
+        let id = id as usize;
+        *weight = if is_softmax { (logits[id] - largest).exp() } else { score(id) };
     }
-    let sum = if routing.renormalize { weights.iter().sum::<f32>() + LEAST_SCORE_SUM } else { 1.0 };
+    let sum = match (routing.renormalize, is_softmax) {
+        (true, _) => weights.iter().sum::<f32>() + LEAST_SCORE_SUM,
+        (false, true) => logits.iter().map(|logit| (logit - largest).exp()).sum(),
+        (false, false) => 1.0,
+    };
     weights.iter_mut().for_each(|weight| *weight = *weight / sum * routing.scale);
 }
 

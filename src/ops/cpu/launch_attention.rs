@@ -17,11 +17,33 @@ use super::share::{Parts, Scratch};
 use super::shared_parts::{BlockTables, QueryTile, SharedParts};
 #[cfg(target_arch = "x86_64")]
 use super::tile_attention;
-use crate::ops::args::AttentionArgs;
+use crate::ops::args::{AttentionArgs, LatentAttentionArgs};
 use crate::tensor::View;
 
 /// Numbers that parts may leave to be joined, per thread: 1 MiB.
 const PARTIAL_LEN_PER_THREAD: usize = 1 << 18;
+
+/// Query heads that a task of latent attention has at least, where they are cut to occupy threads:
+/// what it takes to widen and transpose a vector is little beside as many heads.
+const FEWEST_LATENT_HEADS: usize = 16;
+/// Those that it has at most: sums of 64 heads of 512 elements fit the second-level cache twice.
+const MOST_LATENT_HEADS: usize = 64;
+
+/// A batch of queries, and the cache that they see.
+struct Attended<'a> {
+    q: View<'a>,
+    out: Parts<'a, f32>,
+    k_cache: Cached<'a>,
+    v_cache: Option<Cached<'a>>,
+    sizes: Sizes,
+    block_tables: View<'a>,
+    cu_seqlens_q: View<'a>,
+    context_lens: View<'a>,
+    scale: f32,
+    window: usize,
+    softcap: Option<f32>,
+    sinks: Option<&'a [f32]>,
+}
 
 /// What a task leads past keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +99,7 @@ impl AttentionPlan {
         pieces.clear();
         let most_numbers = threads * PARTIAL_LEN_PER_THREAD;
         shared.find(tiles, sizes, window, tables, most_numbers);
-        let len = |queries: usize| Partial::len(queries * sizes.group(), sizes.head_dim);
+        let len = |queries: usize| Partial::len(queries * sizes.group(), sizes.value_dim);
         let mut numbers = 0;
         for (i, group) in shared.groups.iter().enumerate() {
             for kv_head in 0..sizes.num_kv_heads {
@@ -124,24 +146,66 @@ impl AttentionPlan {
 
 impl CpuOps {
     pub(super) fn attend(&self, args: AttentionArgs<'_>) {
-        let sizes = Sizes {
-            num_heads: args.q.size(1),
-            num_kv_heads: args.k_cache.size(1),
-            head_dim: args.q.size(2),
-            block_size: args.k_cache.size(2),
-        };
-        let (k_cache, v_cache) = (Cached::of(args.k_cache), Cached::of(args.v_cache));
-        let window = args.sliding_window.unwrap_or(usize::MAX);
+        let (num_kv_heads, head_dim) = (args.k_cache.size(1), args.q.size(2));
+        self.attend_all(&Attended {
+            sizes: Sizes {
+                num_heads: args.q.size(1),
+                num_kv_heads,
+                cache_heads: num_kv_heads,
+                head_dim,
+                value_dim: head_dim,
+                block_size: args.k_cache.size(2),
+            },
+            q: args.q,
+            out: Parts::new(args.out.into_mut_slice()),
+            k_cache: Cached::of(args.k_cache),
+            v_cache: Some(Cached::of(args.v_cache)),
+            block_tables: args.block_tables,
+            cu_seqlens_q: args.cu_seqlens_q,
+            context_lens: args.context_lens,
+            scale: args.scale,
+            window: args.sliding_window.unwrap_or(usize::MAX),
+            softcap: args.softcap,
+            sinks: args.sinks.map(View::as_slice),
+        });
+    }
+
+    /// The same with one vector as key and value of all heads, which tasks share among them.
+    pub(super) fn attend_latents(&self, args: LatentAttentionArgs<'_>) {
+        let (num_rows, num_heads) = (args.q.size(0), args.q.size(1));
+        self.attend_all(&Attended {
+            sizes: Sizes {
+                num_heads,
+                num_kv_heads: num_head_groups(num_heads, num_rows, self.threads()),
+                cache_heads: 1,
+                head_dim: args.q.size(2),
+                value_dim: args.out.size(2),
+                block_size: args.cache.size(2),
+            },
+            q: args.q,
+            out: Parts::new(args.out.into_mut_slice()),
+            k_cache: Cached::of(args.cache),
+            v_cache: None,
+            block_tables: args.block_tables,
+            cu_seqlens_q: args.cu_seqlens_q,
+            context_lens: args.context_lens,
+            scale: args.scale,
+            window: usize::MAX,
+            softcap: None,
+            sinks: None,
+        });
+    }
+
+    fn attend_all(&self, args: &Attended<'_>) {
+        let &Attended { k_cache, v_cache, sizes, window, sinks, ref out, .. } = args;
         let mut plan = self.attention_plan.lock().unwrap_or_else(PoisonError::into_inner);
         let per_tile = self.queries_per_tile(sizes, k_cache, args.q.size(0));
         let tables = BlockTables::of(args.block_tables, sizes.block_size);
-        plan_queries(&mut plan.tiles, &args, per_tile);
+        plan_queries(&mut plan.tiles, args, per_tile);
         let num_numbers = plan.cut(sizes, window, tables, self.threads());
         let AttentionPlan { tiles, shared, tasks, joins, pieces, partials } = &mut *plan;
         let partials = partials.take(num_numbers);
         let q = args.q.as_slice::<f32>();
-        let sinks = args.sinks.map(View::as_slice);
-        let out = Parts::new(args.out.into_mut_slice::<f32>());
         let task = |lead: Lead, kv_head: usize| {
             let (seq, queries, first_position, window) = match lead {
                 Lead::Tile(tile) => {
@@ -159,7 +223,7 @@ impl CpuOps {
                 q,
                 k_cache,
                 v_cache,
-                out: &out,
+                out,
                 sizes,
                 block_table: tables.of_seq(seq),
                 kv_head,
@@ -222,9 +286,25 @@ impl CpuOps {
     }
 }
 
+/// How many groups the heads of latent attention make: as few as tasks can have, more where
+/// `num_rows` queries alone would leave threads without work. Each divides the heads.
+fn num_head_groups(num_heads: usize, num_rows: usize, threads: usize) -> usize {
+    let fits = |&groups: &usize| {
+        num_heads.is_multiple_of(groups) && num_heads / groups <= MOST_LATENT_HEADS
+    };
+    let mut groups = (1..=num_heads).find(fits).unwrap_or(num_heads);
+    while num_rows * groups < threads
+        && (num_heads / groups).is_multiple_of(2)
+        && num_heads / groups >= 2 * FEWEST_LATENT_HEADS
+    {
+        groups *= 2;
+    }
+    groups
+}
+
 /// Cuts every sequence's queries into tiles, those with most work first. Panics when the
 /// sequences overlap or own rows that are not there: tasks rely on it.
-fn plan_queries(tiles: &mut Vec<QueryTile>, args: &AttentionArgs<'_>, per_tile: usize) {
+fn plan_queries(tiles: &mut Vec<QueryTile>, args: &Attended<'_>, per_tile: usize) {
     tiles.clear();
     let cu_seqlens = args.cu_seqlens_q.as_slice::<u32>();
     for (seq, &context) in args.context_lens.as_slice::<u32>().iter().enumerate() {

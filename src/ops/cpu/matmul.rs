@@ -46,6 +46,11 @@ impl<'a, E: Float> DenseRows<'a, E> {
         DenseRows { elements, stride }
     }
 
+    /// Rows that follow each other.
+    pub fn new(elements: &'a [E], stride: usize) -> DenseRows<'a, E> {
+        DenseRows { elements, stride }
+    }
+
     /// Elements `at..at + S::LANES` of a row.
     ///
     /// # Safety

@@ -15,7 +15,7 @@
 //! | `tile_attention`, `tile_cache`, `tile_pack`, `tile_rows`, `tile_softmax` | attention on them |
 //! | `context_parts` | how attention over parts of a context is joined |
 //! | `experts` | which experts compute a token, and which tokens an expert computes |
-//! | `launch`, `launch_attention`, `launch_experts`, `launch_matmul`, `launch_mlp`, `partition` | how operations are cut into tasks |
+//! | `launch`, `launch_attention`, `launch_experts`, `launch_latent`, `launch_matmul`, `launch_mlp`, `partition` | how operations are cut into tasks |
 //!
 //! Activations are f32. No result depends on the number of threads, nor on which other rows
 //! or sequences are in the batch: that is part of every kernel's contract and tested bit by bit.
@@ -40,6 +40,7 @@ mod kv_rows;
 mod launch;
 mod launch_attention;
 mod launch_experts;
+mod launch_latent;
 mod launch_matmul;
 mod launch_mlp;
 mod lines;
@@ -311,6 +312,26 @@ impl Ops for CpuOps {
         self.attend(args);
     }
 
+    fn head_matmul(&self, args: HeadMatmulArgs<'_>) {
+        args.check();
+        self.multiply_heads(args);
+    }
+
+    fn write_latent(&self, args: WriteLatentArgs<'_>) {
+        args.check();
+        self.write_latents(args);
+    }
+
+    fn latent_attention(&self, args: LatentAttentionArgs<'_>) {
+        args.check();
+        self.attend_latents(args);
+    }
+
+    fn add(&self, args: AddArgs<'_>) {
+        args.check();
+        self.add_elements(args.out.into_mut_slice(), args.x.as_slice());
+    }
+
     fn gather_rows(&self, args: GatherRowsArgs<'_>) {
         args.check();
         let width = args.x.size(1);
@@ -319,7 +340,7 @@ impl Ops for CpuOps {
     }
 
     fn copy_blocks(&self, args: CopyBlocksArgs<'_>) {
-        for mut cache in [args.k_cache, args.v_cache] {
+        for mut cache in std::iter::once(args.k_cache).chain(args.v_cache) {
             for &(source, destination) in args.pairs {
                 cache.copy_block(source, destination);
             }

@@ -79,6 +79,26 @@ fn norm_row<S: Simd, W: Float>(simd: S, out: &mut [f32], x: &[f32], (weight, eps
     }
 }
 
+/// `out += x`.
+pub struct Add<'a> {
+    /// Updated.
+    pub out: &'a mut [f32],
+    /// As many elements.
+    pub x: &'a [f32],
+}
+
+impl Kernel for Add<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        for at in (0..self.x.len()).step_by(S::LANES) {
+            let sum = simd.add(load(simd, self.out, at), load(simd, self.x, at));
+            store(simd, self.out, at, sum);
+        }
+    }
+}
+
 /// Rotates all heads of one token in place.
 pub struct Rotate<'a> {
     /// `[num_heads, head_dim]`.

@@ -146,7 +146,7 @@ impl SharedParts {
         // Cut into parts, tiles leave this much, shared or not.
         let numbers = |tile: &QueryTile| {
             let rows = tile.queries.len() * sizes.group();
-            sizes.num_kv_heads * tile.parts(window).len() * Partial::len(rows, sizes.head_dim)
+            sizes.num_kv_heads * tile.parts(window).len() * Partial::len(rows, sizes.value_dim)
         };
         let few = tiles.iter().enumerate().filter(|(_, tile)| tile.has_few_rows(sizes));
         let mut sum = 0;
@@ -195,7 +195,7 @@ impl SharedParts {
                 let group =
                     SharedPart { part, seq: tiles[leader].seq, rows: first_row..rows.len(), start };
                 start +=
-                    sizes.num_kv_heads * Partial::len(group.len() * sizes.group(), sizes.head_dim);
+                    sizes.num_kv_heads * Partial::len(group.len() * sizes.group(), sizes.value_dim);
                 groups.push(group);
             }
         }
@@ -220,7 +220,7 @@ impl SharedParts {
 
     /// Where the task of a group and KV head leaves its numbers: their start and how many.
     pub fn room(sizes: Sizes, group: &SharedPart, kv_head: usize) -> (usize, usize) {
-        let len = Partial::len(group.len() * sizes.group(), sizes.head_dim);
+        let len = Partial::len(group.len() * sizes.group(), sizes.value_dim);
         (group.start + kv_head * len, len)
     }
 
@@ -237,7 +237,14 @@ impl SharedParts {
 mod tests {
     use super::*;
 
-    const SIZES: Sizes = Sizes { num_heads: 14, num_kv_heads: 2, head_dim: 64, block_size: 256 };
+    const SIZES: Sizes = Sizes {
+        num_heads: 14,
+        num_kv_heads: 2,
+        cache_heads: 2,
+        head_dim: 64,
+        value_dim: 64,
+        block_size: 256,
+    };
 
     /// Decodes at these positions; tables have four blocks per part.
     fn find(positions: &[usize], tables: &[[u32; 8]], window: usize, most: usize) -> SharedParts {

@@ -35,8 +35,9 @@ const FEWEST_ROWS: usize = 64;
 
 /// Whether tiles can be used for such heads and such a cache.
 pub fn fits(sizes: Sizes, cache: Cached<'_>) -> bool {
-    let head_dim = sizes.head_dim;
-    tile_rows::fits(cache) && head_dim.is_multiple_of(32) && head_dim <= MAX_HEAD_DIM
+    let Sizes { head_dim, value_dim, .. } = sizes;
+    let is_right = head_dim.is_multiple_of(32) && head_dim <= MAX_HEAD_DIM;
+    tile_rows::fits(cache) && is_right && value_dim == head_dim
 }
 
 /// Queries that one task takes for heads in groups of `group`, when `num_queries` should make
@@ -50,7 +51,8 @@ pub fn attend_on_tiles(amx: Amx, attend: Attend<'_>) {
     let Attend { task, partial, scratch } = attend;
     let (columns, dim) = (columns(&task), task.sizes.head_dim);
     let keys = TileRows::new(task.k_cache, dim).without_scales();
-    let values = TileRows::new(task.v_cache, dim);
+    let v_cache = task.v_cache.expect("tiles read values from a cache of their own");
+    let values = TileRows::new(v_cache, dim);
     let seen = match &partial {
         Some(partial) => within(&task.seen(), partial.part),
         None => task.seen(),

@@ -6,7 +6,7 @@
 //! `attention_prefill`'s; in a mixed step both kernels run and each passes over what is the
 //! other's. No choice made here changes a bit of a result (`kernels/include/attention.cuh`).
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::launcher::{CudaError, Launch, Launcher, args, count};
 use super::{CudaOps, support};
@@ -145,14 +145,15 @@ pub(super) struct Partials {
     memory: Mutex<Option<PartialMemory>>,
 }
 
-struct PartialMemory {
-    /// f32: two numbers per slot, then `head_dim` per slot.
-    states: Tensor,
-    sums: Tensor,
+/// f32: two numbers per slot, then as many per slot as a head's output has.
+pub(super) struct PartialMemory {
+    pub(super) states: Tensor,
+    pub(super) sums: Tensor,
 }
 
 impl PartialMemory {
-    fn has_room_for(&self, num_slots: usize, head_dim: usize) -> bool {
+    /// Whether slots of `head_dim` sums have room.
+    pub(super) fn has_room_for(&self, num_slots: usize, head_dim: usize) -> bool {
         num_slots * STATE_LEN <= self.states.shape().len()
             && num_slots * head_dim <= self.sums.shape().len()
     }
@@ -170,6 +171,11 @@ fn slot_bytes(head_dim: usize) -> usize {
 }
 
 impl Partials {
+    /// The memory, if any was reserved.
+    pub(super) fn lock(&self) -> MutexGuard<'_, Option<PartialMemory>> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Bytes that [`Partials::reserve`] takes.
     pub(super) fn size_bytes(limits: &StepLimits) -> usize {
         num_partial_slots(limits) * slot_bytes(limits.head_dim)
@@ -189,7 +195,7 @@ impl Partials {
             let states = floats(num_slots * STATE_LEN)?;
             Some(PartialMemory { states, sums: floats(num_slots * limits.head_dim)? })
         };
-        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = memory;
+        *self.lock() = memory;
         Ok(())
     }
 }
@@ -321,7 +327,7 @@ impl<L: Launcher> CudaOps<L> {
 
     /// Sequences of one query, or of few.
     fn attend_short(&self, args: &mut AttentionArgs<'_>, step: Step, kernels: Kernels) {
-        let mut memory = self.partials.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut memory = self.partials.lock();
         let multiprocessors = self.facts().multiprocessors as usize;
         let num_splits = step.num_splits(multiprocessors, memory.as_ref());
         let (states, sums) = match memory.as_mut() {

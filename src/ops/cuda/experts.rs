@@ -14,7 +14,7 @@ use super::matmul::{Factor, Factors, Parameters};
 use super::product::{Kind, RowTiles};
 use crate::formats::PackedMatrix;
 use crate::ops::args::{
-    Activation, Expert, ExpertMlpArgs, Experts, RouteExpertsArgs, Routing, SigmoidRouting,
+    Activation, Expert, ExpertMlpArgs, Experts, GroupedRouting, RouteExpertsArgs, Routing, Scoring,
 };
 use crate::ops::{OpsError, StepLimits};
 use crate::tensor::{DType, Tensor, View, ViewMut};
@@ -135,14 +135,16 @@ impl<L: Launcher> CudaOps<L> {
     pub(super) fn route(&self, args: RouteExpertsArgs<'_>) {
         let RouteExpertsArgs { mut expert_ids, mut weights, logits, bias, routing } = args;
         let (num_tokens, per_token) = (expert_ids.size(0), expert_ids.size(1));
-        let (renormalize, [groups, chosen_groups], scale) = match routing {
-            Routing::Softmax { renormalize } => (renormalize, [0, 0], 1.0),
-            Routing::Sigmoid(SigmoidRouting {
-                num_groups,
-                num_chosen_groups,
+        // All experts are one group.
+        let routing = match routing {
+            Routing::Softmax { renormalize } => GroupedRouting {
+                scoring: Scoring::Softmax,
+                num_groups: 1,
+                num_chosen_groups: 1,
                 renormalize,
-                scale,
-            }) => (renormalize, [num_groups, num_chosen_groups], scale),
+                scale: 1.0,
+            },
+            Routing::Grouped(routing) => routing,
         };
         let launch = Launch::new(num_tokens.div_ceil(ROUTE_TOKENS), 32 * ROUTE_TOKENS);
         let arguments = args![
@@ -153,10 +155,11 @@ impl<L: Launcher> CudaOps<L> {
             num_tokens,
             logits.size(1),
             per_token,
-            u32::from(renormalize),
-            groups,
-            chosen_groups,
-            scale,
+            u32::from(routing.renormalize),
+            u32::from(routing.scoring == Scoring::Sigmoid),
+            routing.num_groups,
+            routing.num_chosen_groups,
+            routing.scale,
         ];
         self.launch("route_experts", launch, &arguments);
     }

@@ -20,6 +20,7 @@ pub mod cublas;
 pub mod driver;
 mod experts;
 mod image;
+mod latent;
 pub mod launcher;
 mod matmul;
 mod memory;
@@ -195,6 +196,14 @@ impl<L: Launcher> Ops for CudaOps<L> {
         self.placed_matrix(dense::into_dtype(matrix, self.activation_dtype()))
     }
 
+    fn place_heads(&self, matrices: Tensor) -> Result<Tensor, OpsError> {
+        let shape = matrices.shape();
+        let cols = shape.sizes()[2];
+        let rows = dense::pack(matrices.reshaped([shape.len() / cols, cols]));
+        let rows = dense::into_dtype(rows, self.activation_dtype());
+        self.placed(rows.data.reshaped(shape))
+    }
+
     fn index_experts(&self, experts: Vec<Expert>) -> Result<Experts, OpsError> {
         support::check_experts(&experts).map_err(|refusal| refusal.of_device(self.name()))?;
         self.indexed(experts)
@@ -261,6 +270,26 @@ impl<L: Launcher> Ops for CudaOps<L> {
     fn attention(&self, args: AttentionArgs<'_>) {
         args.check();
         self.attend(args);
+    }
+
+    fn head_matmul(&self, args: HeadMatmulArgs<'_>) {
+        args.check();
+        self.multiply_heads(args);
+    }
+
+    fn write_latent(&self, args: WriteLatentArgs<'_>) {
+        args.check();
+        self.write_latents(args);
+    }
+
+    fn latent_attention(&self, args: LatentAttentionArgs<'_>) {
+        args.check();
+        self.attend_latents(args);
+    }
+
+    fn add(&self, args: AddArgs<'_>) {
+        args.check();
+        self.add_elements(args);
     }
 
     fn gather_rows(&self, args: GatherRowsArgs<'_>) {

@@ -175,7 +175,7 @@ impl<L: Launcher> CudaOps<L> {
     }
 
     pub(super) fn copy_cache_blocks(&self, args: CopyBlocksArgs<'_>) {
-        for cache in [args.k_cache, args.v_cache] {
+        for cache in std::iter::once(args.k_cache).chain(args.v_cache) {
             for mut tensor in std::iter::once(cache.data).chain(cache.scales) {
                 for &(source, destination) in args.pairs {
                     let (from, to) = tensor.two_rows(source as usize, destination as usize);

@@ -18,6 +18,11 @@ use crate::tensor::DType;
 const HEAD_DIM_UNIT: usize = 16;
 /// The largest head that there are kernels for.
 const MAX_HEAD_DIM: usize = 256;
+/// Elements of a product's k, of which latents and what rotates are multiples.
+const LATENT_UNIT: usize = 16;
+/// The largest latent, and the largest cached vector (`MAX_RANK`, `MAX_DIM` in `attention_mla.cu`).
+const MAX_RANK: usize = 512;
+const MAX_LATENT: usize = 576;
 /// Scales of a cache are copied four at a time.
 const LEAST_BLOCK_SIZE: usize = 4;
 /// Longest row of a norm: four chunks of eight elements for each of 1,024 threads (`MAX_HELD` in
@@ -83,8 +88,17 @@ pub(super) fn check_shape(
     limits: &StepLimits,
     layer: &LayerShape,
 ) -> Result<(), Refusal> {
-    check_heads(layer.head_dim)?;
-    check_cache(layer.kv_dtype, layer.block_size)?;
+    match layer.latent {
+        None => {
+            check_heads(layer.head_dim)?;
+            check_cache(layer.kv_dtype, layer.block_size)?;
+        }
+        Some(latent) => {
+            check_latents(latent.rank, latent.rope_dim)?;
+            check_latent_heads(latent.nope_dim, latent.value_dim)?;
+            check_latent_cache(layer.kv_dtype, layer.block_size)?;
+        }
+    }
     check_norm_width(layer.hidden_size)?;
     let StepLimits { num_experts, experts_per_token, .. } = *limits;
     let needed = format!("at most {MAX_EXPERTS}");
@@ -119,6 +133,32 @@ pub(super) fn check_cache(dtype: DType, block_size: usize) -> Result<(), Refusal
     let is_right = block_size.is_power_of_two() && block_size >= LEAST_BLOCK_SIZE;
     let needed = format!("a power of two from {LEAST_BLOCK_SIZE} on");
     require(is_right, "--block-size", block_size, needed)
+}
+
+/// Vectors of latent attention.
+pub(super) fn check_latents(rank: usize, rope_dim: usize) -> Result<(), Refusal> {
+    let is_right = |len: usize, most: usize| {
+        len.is_multiple_of(LATENT_UNIT) && (LATENT_UNIT..=most).contains(&len)
+    };
+    let needed = |most: usize| format!("a multiple of {LATENT_UNIT} up to {most}");
+    require(is_right(rank, MAX_RANK), "kv_lora_rank", rank, needed(MAX_RANK))?;
+    let most = MAX_LATENT - rank;
+    require(is_right(rope_dim, most), "qk_rope_head_dim", rope_dim, needed(most))
+}
+
+/// Heads of latent attention, whose matrices are copied sixteen bytes at a time.
+fn check_latent_heads(nope_dim: usize, value_dim: usize) -> Result<(), Refusal> {
+    let is_right = |len: usize| len.is_multiple_of(8);
+    require(is_right(nope_dim), "qk_nope_head_dim", nope_dim, "a multiple of 8")?;
+    require(is_right(value_dim), "v_head_dim", value_dim, "a multiple of 8")
+}
+
+/// The paged cache of latent attention.
+pub(super) fn check_latent_cache(dtype: DType, block_size: usize) -> Result<(), Refusal> {
+    let has_kernels = matches!(dtype, DType::BF16 | DType::F16);
+    let needed = "bf16 or f16, for latent attention,";
+    require(has_kernels, "--kv-cache-dtype", dtype, needed)?;
+    check_cache(dtype, block_size)
 }
 
 /// Rows that a norm holds in registers.
@@ -185,6 +225,7 @@ pub(super) fn check_experts(experts: &[Expert]) -> Result<(), Refusal> {
 mod tests {
     use super::*;
     use crate::formats::{Quantized, ScaleGrid, dense};
+    use crate::ops::LatentShape;
     use crate::tensor::Tensor;
 
     const FACTS: DeviceFacts = DeviceFacts {
@@ -206,8 +247,13 @@ mod tests {
         experts_per_token: 0,
         expert_width: 0,
     };
-    const LAYER: LayerShape =
-        LayerShape { head_dim: 128, hidden_size: 8192, kv_dtype: DType::BF16, block_size: 16 };
+    const LAYER: LayerShape = LayerShape {
+        head_dim: 128,
+        latent: None,
+        hidden_size: 8192,
+        kv_dtype: DType::BF16,
+        block_size: 16,
+    };
 
     fn refusal(limits: StepLimits, layer: LayerShape) -> String {
         check_shape(&FACTS, &limits, &layer)
@@ -259,6 +305,30 @@ mod tests {
         assert_eq!(
             limits(StepLimits { vocab_size: 1 << 20, ..LIMITS }),
             "vocab_size is 1048576: at most 524288 is needed"
+        );
+    }
+
+    #[test]
+    fn latents_that_no_kernel_reads_are_refused_by_name() {
+        let latent = LatentShape { rank: 512, rope_dim: 64, nope_dim: 128, value_dim: 128 };
+        let layer = LayerShape { head_dim: 576, latent: Some(latent), ..LAYER };
+        let refused = |latent| refusal(LIMITS, LayerShape { latent: Some(latent), ..layer });
+        assert_eq!(refused(latent), "");
+        assert_eq!(
+            refused(LatentShape { rank: 520, ..latent }),
+            "kv_lora_rank is 520: a multiple of 16 up to 512 is needed"
+        );
+        assert_eq!(
+            refused(LatentShape { rope_dim: 80, ..latent }),
+            "qk_rope_head_dim is 80: a multiple of 16 up to 64 is needed"
+        );
+        assert_eq!(
+            refused(LatentShape { nope_dim: 20, ..latent }),
+            "qk_nope_head_dim is 20: a multiple of 8 is needed"
+        );
+        assert_eq!(
+            refusal(LIMITS, LayerShape { kv_dtype: DType::I8, ..layer }),
+            "--kv-cache-dtype is i8: bf16 or f16, for latent attention, is needed"
         );
     }
 

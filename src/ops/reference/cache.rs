@@ -4,23 +4,27 @@ use half::{bf16, f16};
 
 use super::{dot, read};
 use crate::formats::{fp8, int8};
-use crate::ops::args::{AttentionArgs, WriteKvArgs};
+use crate::ops::args::{AttentionArgs, LatentAttentionArgs, WriteKvArgs};
 use crate::ops::kv_tensor::{KvView, KvViewMut};
 use crate::tensor::{DType, Fp8, View};
 
 /// See [`crate::ops::Ops::write_kv`].
 pub fn write_kv(args: WriteKvArgs<'_>) {
-    let (num_kv_heads, head_dim) = (args.k.size(1), args.k.size(2));
-    let block_size = args.k_cache.size(2);
-    for (mut cache, new) in [(args.k_cache, args.k), (args.v_cache, args.v)] {
-        let new = new.as_slice::<f32>();
-        for (token, &slot) in args.slot_mapping.as_slice::<u32>().iter().enumerate() {
-            let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
-            for head in 0..num_kv_heads {
-                let from = (token * num_kv_heads + head) * head_dim;
-                let row = (block * num_kv_heads + head) * block_size + offset;
-                write_vector(&mut cache, row, &new[from..from + head_dim]);
-            }
+    let num_kv_heads = args.k.size(1);
+    for (cache, new) in [(args.k_cache, args.k), (args.v_cache, args.v)] {
+        write_rows(cache, new.as_slice(), num_kv_heads, args.slot_mapping);
+    }
+}
+
+/// Stores `new [num_tokens, num_kv_heads, head_dim]` in the tokens' slots.
+pub fn write_rows(mut cache: KvViewMut<'_>, new: &[f32], num_kv_heads: usize, slots: View<'_>) {
+    let (block_size, head_dim) = (cache.size(2), cache.size(3));
+    for (token, &slot) in slots.as_slice::<u32>().iter().enumerate() {
+        let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
+        for head in 0..num_kv_heads {
+            let from = (token * num_kv_heads + head) * head_dim;
+            let row = (block * num_kv_heads + head) * block_size + offset;
+            write_vector(&mut cache, row, &new[from..from + head_dim]);
         }
     }
 }
@@ -108,7 +112,7 @@ pub fn attention(args: AttentionArgs<'_>) {
 }
 
 /// The keys and values of sequences, found through their block tables.
-struct PagedCache<'a> {
+pub struct PagedCache<'a> {
     k: KvView<'a>,
     v: KvView<'a>,
     tables: View<'a>,
@@ -121,8 +125,13 @@ impl<'a> PagedCache<'a> {
         PagedCache { k: args.k_cache, v: args.v_cache, tables: args.block_tables, num_kv_heads }
     }
 
+    /// Vectors that are keys and values.
+    pub fn of_latents(args: &LatentAttentionArgs<'a>) -> PagedCache<'a> {
+        PagedCache { k: args.cache, v: args.cache, tables: args.block_tables, num_kv_heads: 1 }
+    }
+
     /// Keys and values of one head at `positions`, one vector per position.
-    fn gather(
+    pub fn gather(
         &self,
         seq: usize,
         kv_head: usize,
@@ -139,8 +148,9 @@ impl<'a> PagedCache<'a> {
     }
 }
 
-/// `out = softmax(scores) · values` for one query head; a sink is one more score without a value.
-fn weigh(out: &mut [f32], scores: &[f64], sink: Option<f64>, values: &[Vec<f32>]) {
+/// `out = softmax(scores) · values` for one query head, of whose elements `out` may have the first
+/// ones only; a sink is one more score without a value.
+pub fn weigh(out: &mut [f32], scores: &[f64], sink: Option<f64>, values: &[Vec<f32>]) {
     let max = scores.iter().copied().chain(sink).fold(f64::NEG_INFINITY, f64::max);
     let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
     let total: f64 = weights.iter().sum::<f64>() + sink.map_or(0.0, |sink| (sink - max).exp());

@@ -18,8 +18,11 @@ pub fn route_experts(args: RouteExpertsArgs<'_>) {
             Routing::Softmax { renormalize } => {
                 (largest(&logits, per_token), softmax(&logits), renormalize, 1.0)
             }
-            Routing::Sigmoid(routing) => {
-                let scores: Vec<f64> = logits.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect();
+            Routing::Grouped(routing) => {
+                let scores: Vec<f64> = match routing.scoring {
+                    Scoring::Softmax => softmax(&logits),
+                    Scoring::Sigmoid => logits.iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect(),
+                };
                 let chosen = chosen_by_score(&routing, &scores, bias, per_token);
                 (chosen, scores, routing.renormalize, f64::from(routing.scale))
             }
@@ -47,7 +50,7 @@ fn largest(values: &[f64], num: usize) -> Vec<u32> {
 }
 
 fn chosen_by_score(
-    routing: &SigmoidRouting,
+    routing: &GroupedRouting,
     scores: &[f64],
     bias: Option<&[f32]>,
     num: usize,
@@ -55,8 +58,10 @@ fn chosen_by_score(
     let biased = |(i, score): (usize, &f64)| score + bias.map_or(0.0, |bias| f64::from(bias[i]));
     let mut biased: Vec<f64> = scores.iter().enumerate().map(biased).collect();
     let group_len = scores.len() / routing.num_groups;
-    let of_group =
-        |group: &[f64]| -> f64 { largest(group, 2).iter().map(|&best| group[best as usize]).sum() };
+    let num_best = if routing.scoring == Scoring::Sigmoid { 2 } else { 1 };
+    let of_group = |group: &[f64]| -> f64 {
+        largest(group, num_best).iter().map(|&best| group[best as usize]).sum()
+    };
     let groups: Vec<f64> = biased.chunks_exact(group_len).map(of_group).collect();
     let groups = largest(&groups, routing.num_chosen_groups);
     for (i, group) in biased.chunks_exact_mut(group_len).enumerate() {

@@ -6,6 +6,7 @@
 
 mod cache;
 mod experts;
+mod latent;
 mod sample;
 
 use half::{bf16, f16};
@@ -129,6 +130,27 @@ impl Ops for ReferenceOps {
         cache::attention(args);
     }
 
+    fn head_matmul(&self, args: HeadMatmulArgs<'_>) {
+        args.check();
+        latent::head_matmul(args);
+    }
+
+    fn write_latent(&self, args: WriteLatentArgs<'_>) {
+        args.check();
+        latent::write_latent(args);
+    }
+
+    fn latent_attention(&self, args: LatentAttentionArgs<'_>) {
+        args.check();
+        latent::latent_attention(args);
+    }
+
+    fn add(&self, args: AddArgs<'_>) {
+        args.check();
+        let x = args.x.as_slice::<f32>();
+        args.out.into_mut_slice::<f32>().iter_mut().zip(x).for_each(|(out, x)| *out += x);
+    }
+
     fn gather_rows(&self, args: GatherRowsArgs<'_>) {
         args.check();
         let width = args.x.size(1);
@@ -139,7 +161,7 @@ impl Ops for ReferenceOps {
     }
 
     fn copy_blocks(&self, args: CopyBlocksArgs<'_>) {
-        for mut cache in [args.k_cache, args.v_cache] {
+        for mut cache in std::iter::once(args.k_cache).chain(args.v_cache) {
             for &(source, destination) in args.pairs {
                 cache.copy_block(source, destination);
             }
