@@ -15,10 +15,12 @@ A kernel file may say of its kernels (a name, * for any letters; later lines add
 
     // Report: NAME threads=128 dynamic=49152 sass=HMMA,LDG.128
     // Report: NAME spills=64: why this is cheaper than what would avoid it
+    // Report: NAME only=80,90a: why it is not launched on other targets
 
 threads per block (without: its launch bounds, else 256) and bytes of dynamic shared memory
 (without: 0) decide the occupancy, and tests/conformance checks them against launches; sass lists
-instructions that must occur; spills allows as many bytes of stores and loads, for a reason.
+instructions that must occur; spills allows as many bytes of stores and loads, for a reason; on
+targets other than those of only, a block need not fit.
 """
 
 import argparse
@@ -169,8 +171,8 @@ def notes_of(source):
     if len(found) != source.read_text().count("// Report:"):
         sys.exit(f"{source}: a note is not of the form '// Report: NAME key=value ...[: why]'")
     notes = [(pattern, dict(word.split("=", 1) for word in words.split()), why) for pattern, words, why in found]
-    if any("spills" in note and not why for _, note, why in notes):
-        sys.exit(f"{source}: a note allows spills and does not say why")
+    if any(note.keys() & {"spills", "only"} and not why for _, note, why in notes):
+        sys.exit(f"{source}: a note allows spills or leaves out targets and does not say why")
     return notes
 
 
@@ -193,7 +195,8 @@ def describe(name, by_target, note, problems):
         for word in wanted:
             if word not in fact["sass"]:
                 problems.append(f"{name}, sm_{target}: no {word} among its instructions")
-        if occupancy(fact, target, threads, dynamic) == 0:
+        is_launched = target in note.get("only", target).split(",")
+        if is_launched and occupancy(fact, target, threads, dynamic) == 0:
             problems.append(f"{name}, sm_{target}: no block of {threads} threads fits")
     one = lambda values: str(values[0]) if len(set(values)) == 1 else " ".join(map(str, values))
     occupied = [occupancy(fact, target, threads, dynamic) for target, fact in by_target.items()]

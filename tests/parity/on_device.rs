@@ -82,8 +82,14 @@ fn a_model_that_has_no_kernels_is_refused_before_its_weights_are_read() {
     for case in &with {
         assert_eq!(planned(case, KvCacheDtype::Auto), Ok(()), "{}", case.name);
     }
-    let refusal = planned(&with[0], KvCacheDtype::F32).unwrap_err();
-    assert!(refusal.contains("no kernels for --kv-cache-dtype f32: bf16, f16, fp8"), "{refusal}");
+    for case in &with {
+        let spec = ModelSpec::from_config(&case.config_json).unwrap();
+        let is_latent = spec.layers[0].attention.latent().is_some();
+        let what = if is_latent { "bf16 or f16, for latent attention," } else { "bf16, f16, fp8" };
+        let refusal = planned(case, KvCacheDtype::F32).unwrap_err();
+        let expected = format!("no kernels for --kv-cache-dtype f32: {what}");
+        assert!(refusal.contains(&expected), "{}: {refusal}", case.name);
+    }
     assert!(!without.is_empty(), "every head has kernels");
 }
 
