@@ -69,6 +69,7 @@ INSTRUCTIONS = {
 }
 NOTE_LINE = re.compile(r"^// Report:.*\n", re.M)
 NOTE = re.compile(r"^// Report: (\S+)((?: \w+=[^\s:]+)+)(?:: (\S.*))?$", re.M)
+INCLUDE = re.compile(r'^\s*#\s*include "(.+)"', re.M)
 DEFAULT_THREADS = 256
 REGISTER_UNIT = 256  # registers of a warp are given in units
 SHARED_UNIT = 128
@@ -91,13 +92,25 @@ def run(*command):
     return done.stdout + done.stderr
 
 
+def headers_of(source):
+    """The headers of ours that a source includes, by way of others too."""
+    found, rest = set(), [source]
+    while rest:
+        paths = {KERNELS / "include" / name for name in INCLUDE.findall(rest.pop().read_text())}
+        rest += sorted(paths - found)
+        found |= paths
+    return found
+
+
 def kept(source, target, version, make):
     """What `make` returns, from the cache if it was made of the same before."""
     how = [inspect.getsource(part) for part in (compiled, assembled_later, parse_ptxas, functions)]
-    flags = map(str, [*FRONT_FLAGS, *ASSEMBLER_FLAGS, EMBEDDED_PTX, *INSTRUCTIONS.values()])
+    # Wherever the sources lie.
+    flags = [flag for flag in FRONT_FLAGS if not isinstance(flag, pathlib.Path)]
+    flags += [*ASSEMBLER_FLAGS, EMBEDDED_PTX, *INSTRUCTIONS.values()]
     key = hashlib.sha256("\n".join([version, target, *how, *flags]).encode())
     key.update(NOTE_LINE.sub("", source.read_text()).encode())
-    for path in sorted((KERNELS / "include").iterdir()):
+    for path in sorted(headers_of(source)):
         key.update(path.read_bytes())
     cached = CACHE / f"{source.stem}-{target}-{key.hexdigest()[:16]}.json"
     if cached.exists():
