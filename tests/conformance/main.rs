@@ -39,6 +39,7 @@ fn row_operations_agree_with_the_referee() {
 fn matmul_agrees_with_the_referee() {
     for_each_backend(matmul::check);
     for_each_backend(matmul::check_quantized);
+    for_each_backend(matmul::check_large_results);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Matmul in every format, sizes around every tile boundary.
 
+use std::ops::Range;
+
 use tokenmill::formats::{Format, PackedMatrix, dense};
 use tokenmill::ops::args::{Activation, GatedMatmulArgs, GatedMlpArgs, MatmulArgs, Projection};
 use tokenmill::ops::reference::ReferenceOps;
@@ -85,6 +87,36 @@ pub fn check_quantized(ops: &dyn Ops) {
 /// `(rows, k, width, columns)` of a gated MLP whose middle is larger than second-level caches: it
 /// goes past them where that pays.
 const LARGE_MIDDLE: (usize, usize, usize, usize) = (2100, 64, 256, 16);
+
+/// `(rows, columns, k)` of products whose results are more than 1 MiB: kernels write them past the
+/// caches where that pays. Rows of the second are more than a core's cache holds, and on tiles
+/// are computed in groups.
+const LARGE_RESULTS: [(usize, usize, usize); 2] = [(1100, 256, 64), (1100, 256, 1280)];
+
+/// Rows of many have the bits that they have among few, whose results stay in the caches.
+pub fn check_large_results(ops: &dyn Ops) {
+    const FEW: usize = 100;
+    let rng = &mut Rng::new(80);
+    for (rows, cols, k) in LARGE_RESULTS {
+        let mut weights = quantized(rng, cols, k);
+        weights.retain(|(_, weight)| k == 64 || weight.format == Format::Int8);
+        let bf16 = ops.arrange(rng.matrix(DType::BF16, cols, k)).unwrap();
+        weights.push(("bf16", bf16));
+        let x = rng.tensor(DType::F32, [rows, k]);
+        for (name, weight) in weights {
+            let what = format!("{} matmul {rows} x {cols} x {k} {name}", ops.name());
+            let run = |rows: Range<usize>| {
+                let mut out = Guarded::poisoned([rows.len(), cols]);
+                let projection = Projection { out: out.view(), weight: &weight, bias: None };
+                let x = x.view().rows(rows);
+                ops.matmul(MatmulArgs { x, projections: vec![projection] });
+                out.finish(&what)
+            };
+            let few: Vec<f32> = (0..rows).step_by(FEW).flat_map(|i| run(i..i + FEW)).collect();
+            assert_same(&what, &run(0..rows), &few);
+        }
+    }
+}
 
 /// A gated MLP equals its steps, bit for bit: with one row and many, widths that fill lines and
 /// others, and matrices of equal and of different formats.
