@@ -89,7 +89,7 @@ pub fn check_quantized(ops: &dyn Ops) {
 const LARGE_MIDDLE: (usize, usize, usize, usize) = (2100, 64, 256, 16);
 
 /// `(rows, columns, k)` of products whose results are more than 1 MiB: kernels write them past the
-/// caches where that pays. Rows of the second are more than a core's cache holds, and on tiles
+/// caches where these keep no more. Rows of the second are more than a core's cache holds, and on tiles
 /// are computed in groups.
 const LARGE_RESULTS: [(usize, usize, usize); 2] = [(1100, 256, 64), (1100, 256, 1280)];
 

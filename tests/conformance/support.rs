@@ -15,9 +15,11 @@ pub const FLOATS: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 /// What a KV cache may hold.
 pub const CACHES: [DType; 5] = [DType::F32, DType::BF16, DType::F16, DType::I8, DType::Fp8];
 
-/// Every instruction set of this machine, on one thread and on two.
+/// Every instruction set of this machine, on one thread, where caches keep what the machine says,
+/// and on two, where they keep no large result.
 pub fn backends() -> Vec<CpuOps> {
-    let on = |isa: Isa| [1, 2].map(|threads| CpuOps::new(Some(threads), isa.choice()).unwrap());
+    let new = |isa: Isa, threads| CpuOps::new(Some(threads), isa.choice()).unwrap();
+    let on = |isa| [new(isa, 1), new(isa, 2).keeping(1 << 20)];
     Isa::supported().into_iter().flat_map(on).collect()
 }
 

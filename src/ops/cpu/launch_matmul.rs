@@ -306,12 +306,12 @@ impl CpuOps {
         let bias = |p: &Projection<'_>| p.bias.map(|bias| self.widened(bias));
         let biases: Vec<Option<Vec<f32>>> = projections.iter().map(bias).collect();
         let all_cols: usize = projections.iter().map(|p| p.weight.num_rows).sum();
-        let bytes = inputs.num_rows * all_cols * size_of::<f32>();
+        let is_cached = self.keeps(inputs.num_rows * all_cols);
         let planned = projections.into_iter().zip(&biases).map(|(projection, bias)| {
             let Projection { out, weight, .. } = projection;
             let main = Weighted { weight, bias: bias.as_deref() };
             let out = out.into_mut_slice::<f32>();
-            let place = Place::Rows(Rows::of_operation(out, weight.num_rows, bytes));
+            let place = Place::Rows(Rows::of_operation(out, weight.num_rows, is_cached));
             self.plan(inputs, Product { main, up: None }, place, all_cols)
         });
         self.run_planned(&planned.collect::<Vec<Planned<'_>>>());

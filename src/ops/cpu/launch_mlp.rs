@@ -43,8 +43,8 @@ impl CpuOps {
         let input = match form {
             Form::Codes(group) => {
                 let mut filling = lines.for_codes(num_rows, k, group);
-                let (to, middle) =
-                    (&filling.parts(), &Middle::new(out.into_mut_slice::<f32>(), num_rows));
+                let (to, is_cached) = (&filling.parts(), self.keeps(num_rows * k));
+                let middle = &Middle::new(out.into_mut_slice::<f32>(), num_rows, is_cached);
                 self.run_gated(buffers, x, gated, Place::Middle(middle));
                 self.pool.run(middle.num_tiles(), |_, tile| {
                     self.isa.run(CodeMiddle { middle, tile, to });
@@ -68,9 +68,8 @@ impl CpuOps {
         }
         let GatedMatmulArgs { out, x, gate, up, activation, .. } = args;
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes = size_of::<f32>() * out.shape().len();
-        let num_cols = out.size(1);
-        let place = Place::Rows(Rows::of_operation(out.into_mut_slice(), num_cols, bytes));
+        let (num_cols, is_cached) = (out.size(1), self.keeps(out.shape().len()));
+        let place = Place::Rows(Rows::of_operation(out.into_mut_slice(), num_cols, is_cached));
         self.run_gated(&mut prepared.x, x, Gated { gate, up, activation }, place);
     }
 

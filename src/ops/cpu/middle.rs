@@ -3,8 +3,8 @@
 //! It is by far the widest of all activations, is written a block of sixteen columns at a time and
 //! read once, so it lies in the order in which it is written: for every sixteen rows, the block of
 //! their first sixteen columns, then the next. Row-major, each sixteen results would go to another
-//! page; writing them took as long as half the products. A large one is written past the caches,
-//! which it would sweep, because it is read only when all of it is there.
+//! page; writing them took as long as half the products. One that the caches do not keep is written
+//! past them, which it would sweep, because it is read only when all of it is there.
 
 use std::ops::Range;
 
@@ -15,8 +15,6 @@ use crate::formats::blocks::BLOCK_ROWS;
 
 /// Columns of a block.
 const BLOCK_COLS: usize = BLOCK_ROWS;
-/// What second-level caches hold beside weights: a middle of fewer bytes stays in them.
-const CACHED_BYTES: usize = 2 << 20;
 /// Codes of a block in a line.
 const BLOCKS_PER_LINE: usize = LINE_BYTES / BLOCK_COLS;
 
@@ -25,17 +23,16 @@ pub struct Middle<'a> {
     values: Parts<'a, f32>,
     num_rows: usize,
     num_blocks: usize,
-    is_large: bool,
+    is_streamed: bool,
 }
 
 impl<'a> Middle<'a> {
-    /// Memory of `num_rows` rows as a middle.
-    pub fn new(values: &'a mut [f32], num_rows: usize) -> Middle<'a> {
+    /// Memory of `num_rows` rows as a middle, which the caches keep or not.
+    pub fn new(values: &'a mut [f32], num_rows: usize, is_cached: bool) -> Middle<'a> {
         let num_blocks = values.len() / num_rows / BLOCK_COLS;
         assert_eq!(values.len(), num_rows * num_blocks * BLOCK_COLS, "whole blocks");
         assert_eq!(values.as_ptr().align_offset(LINE_BYTES), 0, "blocks begin with a cache line");
-        let is_large = size_of_val(values) > CACHED_BYTES;
-        Middle { values: Parts::new(values), num_rows, num_blocks, is_large }
+        Middle { values: Parts::new(values), num_rows, num_blocks, is_streamed: !is_cached }
     }
 
     /// Where the columns of a block lie, of rows that share a tile: one after the other.
@@ -49,8 +46,8 @@ impl<'a> Middle<'a> {
 
     /// Whether it is written past the caches.
     #[inline(always)]
-    pub fn is_large(&self) -> bool {
-        self.is_large
+    pub fn is_streamed(&self) -> bool {
+        self.is_streamed
     }
 
     /// Number of tiles.

@@ -129,6 +129,8 @@ pub struct CpuOps {
     prepared: Mutex<launch_matmul::Prepared>,
     attention_plan: Mutex<launch_attention::AttentionPlan>,
     experts: Mutex<launch_experts::ExpertState>,
+    /// Bytes of results that the caches keep until they are read.
+    kept_bytes: usize,
 }
 
 impl CpuOps {
@@ -152,7 +154,19 @@ impl CpuOps {
             prepared: Mutex::default(),
             attention_plan: Mutex::default(),
             experts: Mutex::default(),
+            kept_bytes: topology::kept_bytes(),
         })
+    }
+
+    /// The same as if the caches kept results of so many bytes until they are read. What keeps
+    /// fewer writes more of them past the caches; no result depends on it.
+    pub fn keeping(self, kept_bytes: usize) -> CpuOps {
+        CpuOps { kept_bytes, ..self }
+    }
+
+    /// Whether the caches keep so many f32 until they are read.
+    fn keeps(&self, len: usize) -> bool {
+        len * size_of::<f32>() <= self.kept_bytes
     }
 
     /// Whether matrices of this dtype are put into blocks: they are read as they are then.

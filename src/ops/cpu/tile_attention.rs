@@ -24,7 +24,7 @@ use super::context_parts::{Base, Partial, State, parts_of, within};
 use super::kv_rows::Cached;
 use super::tile_cache::{CHUNKS, Cache, KV_TILE, MAX_HEAD_DIM, left};
 use super::tile_pack::pack;
-use super::tile_products::{Ahead, Left, Right};
+use super::tile_products::{Left, Right};
 use super::tile_rows::{self, TileRows};
 use super::tile_softmax::{CHUNK, Column, Sums, join_sums, limit, rescale, rows_in};
 
@@ -405,10 +405,10 @@ unsafe fn multiply(
     unsafe {
         match (right.next(), right.next()) {
             (Some(first), Some(second)) => {
-                tiles.multiply_two::<Bf16>(left, first, second, steps, Ahead::NOTHING);
+                tiles.multiply_two::<Bf16>(left, first, second, steps);
             }
             (Some(first), None) => {
-                tiles.multiply_one::<Bf16>(left, first, steps, Ahead::NOTHING);
+                tiles.multiply_one::<Bf16>(left, first, steps);
             }
             (None, _) => {}
         }

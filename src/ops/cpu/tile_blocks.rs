@@ -15,16 +15,17 @@ use std::ops::Range;
 use super::amx::{Amx, ROW_BYTES, TILE_BYTES, TILE_LEN, TileElement, Tiles};
 use super::lines::{LINE_BYTES, Lines, TILE_ROWS};
 use super::share::Scratch;
-use super::tile_products::{Ahead, Left, Right};
-use super::tile_write::{Finish, write_gated, write_lines};
+use super::tile_products::{Ahead, Left};
+use super::tile_write::{Finish, TileResults};
 use super::weight_blocks::{BlockOutput, Blocks};
 
 /// Bytes of rows that stay in the second-level cache (2 MiB on every machine with tiles) beside
 /// the weights of two passes and what neighbours on the same core leave there.
 const ROWS_BYTES: usize = 5 << 18;
-/// Parts of a pass through a pair of tiles of rows, between which finished rows are written:
-/// tiles and vectors work side by side.
-const PARTS: usize = 2;
+
+/// Rows that are written at a time while tiles multiply: few enough to run beside the products of
+/// two steps. Divides a tile's.
+const WRITTEN_ROWS: usize = 4;
 
 /// Four accumulators: rows × first block, next rows × first block, the same for the second.
 pub type Sums = [[u32; TILE_LEN]; 4];
@@ -55,7 +56,7 @@ pub struct BlockTask<'a, E, F> {
     pub element: PhantomData<E>,
 }
 
-impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
+impl<'a, E: TileElement, F: Finish> BlockTask<'a, E, F> {
     /// Computes some blocks of output columns for all rows.
     pub fn run_blocks(&self, blocks: Range<usize>, scratch: &mut Scratch) {
         for group in 0..self.num_row_groups() {
@@ -109,26 +110,15 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
         let end = self.main.blocks.end();
         for pass in self.passes(&blocks) {
             let next = if pass.end < blocks.end { Some(pass.end) } else { behind };
-            let next = next.map(|block| self.weights_of(block..end.min(block + pass.len())));
+            let next = next.map(|block| self.weights_of(&(block..end.min(block + pass.len()))));
             self.run_pass(&mut tiles, &pass, pairs.clone(), next, &mut work);
         }
-        self.write_finished(&mut work, 2 * TILE_ROWS);
+        self.write_rest(&mut work);
     }
 
     /// Blocks of one pass: of one matrix, or the same of both.
     pub fn blocks_per_pass(&self) -> usize {
         if self.up.is_some() { 1 } else { 2 }
-    }
-
-    /// The right operands of a pass; the second is missing at an odd end.
-    fn rights(&self, blocks: &Range<usize>) -> (Right, Option<Right>) {
-        let right = |start: *const u8| Right { start, row_stride: ROW_BYTES };
-        let first = self.main.blocks.block(blocks.start);
-        let second = match &self.up {
-            Some(up) => Some(up.blocks.block(blocks.start)),
-            None => (blocks.len() > 1).then(|| self.main.blocks.block(blocks.start + 1)),
-        };
-        (right(first), second.map(right))
     }
 
     /// The left operand: a pair of tiles of rows, from `step` on. A tile that is missing is its
@@ -142,26 +132,29 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
         Left { upper, lower, row_stride: ROW_BYTES, step: self.x.rows_per_tile() * ROW_BYTES }
     }
 
-    /// What a pass multiplies by a pair of tiles of rows.
-    fn operands(&self, blocks: &Range<usize>, pair: usize) -> Operands {
-        let (first, second) = self.rights(blocks);
-        let is_alone = self.x.num_tiles() == 1;
-        Operands { left: self.left(pair, 0), first, second, is_alone }
-    }
-
     /// Where the weights of some blocks begin: of the first two, or twice of the only one.
-    fn weights_of(&self, blocks: Range<usize>) -> [*const u8; 2] {
-        let (first, second) = self.rights(&blocks);
-        [first.start, second.unwrap_or(first).start]
+    fn weights_of(&self, blocks: &Range<usize>) -> [*const u8; 2] {
+        let first = self.main.blocks.block(blocks.start);
+        let second = match &self.up {
+            Some(up) => up.blocks.block(blocks.start),
+            None if blocks.len() > 1 => self.main.blocks.block(blocks.start + 1),
+            None => first,
+        };
+        [first, second]
     }
 
     /// Writes the sums of few rows.
-    pub fn write_pass(&self, pass: Range<usize>, sums: &[Sums]) {
-        self.write(&mut Finished::new(0, 0, pass), sums, 2 * TILE_ROWS);
+    pub fn write_pass(&self, pass: Range<usize>, sums: &mut [Sums]) {
+        let num_rows = self.x.num_rows;
+        let finished = Some(Finished { slot: 0, pair: 0, pass, num_rows, next_row: 0 });
+        self.write_rest(&mut Work { finished, next_slot: 1, sums });
     }
 
     /// The blocks of every pass.
-    pub fn passes(&self, blocks: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<E, F> {
+    pub fn passes(
+        &self,
+        blocks: &Range<usize>,
+    ) -> impl Iterator<Item = Range<usize>> + use<'a, E, F> {
         let (end, len) = (blocks.end, self.blocks_per_pass());
         blocks.clone().step_by(len).map(move |block| block..end.min(block + len))
     }
@@ -176,117 +169,194 @@ impl<E: TileElement, F: Finish> BlockTask<'_, E, F> {
         next: Option<[*const u8; 2]>,
         work: &mut Work<'_>,
     ) {
-        let part_steps = self.x.steps.div_ceil(PARTS);
         let spread = Spread::over(pairs.len());
+        let kind = self.kind(pass, pairs.len());
         for pair in pairs.clone() {
             tiles.clear();
-            let mut operands = self.operands(pass, pair);
-            let mut ahead = spread.of_pair(pair - pairs.start, self.x.steps, next);
-            for first_step in (0..self.x.steps).step_by(part_steps) {
-                let steps = part_steps.min(self.x.steps - first_step);
-                // SAFETY: blocks have all steps, and rows have room to be read as whole tiles.
-                unsafe { operands.multiply::<E>(tiles, steps, &mut ahead) }
-                self.write_finished(work, 2 * TILE_ROWS / PARTS);
+            let ahead = spread.of_pair(pair - pairs.start, self.x.steps, next);
+            let operands =
+                Operands { left: self.left(pair, 0), rights: self.weights_of(pass), ahead };
+            match (kind, operands.ahead.lines) {
+                (Kind::ManyPairs, 0) => self.run_steps::<ManyPairs, 0>(tiles, operands, work),
+                (Kind::ManyPairs, 1) => self.run_steps::<ManyPairs, 1>(tiles, operands, work),
+                (Kind::ManyPairs, 2) => self.run_steps::<ManyPairs, 2>(tiles, operands, work),
+                (Kind::ManyPairs, 4) => self.run_steps::<ManyPairs, 4>(tiles, operands, work),
+                (Kind::ManyPairs, 8) => self.run_steps::<ManyPairs, 8>(tiles, operands, work),
+                (Kind::ManyPairs, _) => self.run_steps::<ManyPairs, 16>(tiles, operands, work),
+                (Kind::OnePair, 0) => self.run_steps::<OnePair, 0>(tiles, operands, work),
+                (Kind::OnePair, _) => self.run_steps::<OnePair, 32>(tiles, operands, work),
+                (Kind::OneTile, 0) => self.run_steps::<OneTile, 0>(tiles, operands, work),
+                (Kind::OneTile, _) => self.run_steps::<OneTile, 32>(tiles, operands, work),
+                (Kind::OneBlock, _) => self.run_steps::<OneBlock, 0>(tiles, operands, work),
             }
-            self.write_finished(work, 2 * TILE_ROWS);
+            self.write_rest(work);
             let slot = work.next_slot;
             tiles.store(&mut work.sums[slot]);
-            work.finished = Some(Finished::new(slot, pair, pass.clone()));
+            let num_rows = (self.x.num_rows - 2 * pair * TILE_ROWS).min(2 * TILE_ROWS);
+            work.finished =
+                Some(Finished { slot, pair, pass: pass.clone(), num_rows, next_row: 0 });
             work.next_slot = 1 - slot;
         }
     }
 
-    /// Writes the next rows of what is finished, if anything is.
-    fn write_finished(&self, work: &mut Work<'_>, num_rows: usize) {
-        if let Some(finished) = &mut work.finished {
-            self.write(finished, work.sums, num_rows);
-        }
-    }
-
-    /// Writes the next `num_rows` rows of finished sums.
-    fn write(&self, finished: &mut Finished, sums: &[Sums], num_rows: usize) {
-        let rows = finished.next_row..(2 * TILE_ROWS).min(finished.next_row + num_rows);
-        finished.next_row = rows.end;
-        // SAFETY: tiles are open, so the machine has AVX-512.
-        unsafe { self.write_rows(finished, &sums[finished.slot], rows) }
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    fn write_rows(&self, finished: &Finished, sums: &Sums, rows: Range<usize>) {
-        let first_row = 2 * finished.pair * TILE_ROWS;
-        let end = rows.end.min(self.x.num_rows.saturating_sub(first_row));
-        let mut start = rows.start;
-        while start < end {
-            // Rows of one tile.
-            let lines = start..end.min((start / TILE_ROWS + 1) * TILE_ROWS);
-            start = lines.end;
-            let row = first_row + lines.start;
-            let of = |finish: &F, half: usize, block: usize| {
-                let sums = &sums[2 * half + lines.start / TILE_ROWS];
-                (finish.lines(row, block), &sums[lines.start % TILE_ROWS * TILE_ROWS..])
-            };
-            let rows = row..row + lines.len();
-            let block = finished.blocks.start;
-            let first = of(&self.main.finish, 0, block);
-            let simd = self.amx.vectors();
-            // SAFETY: the instructions exist here; this task alone writes these blocks.
-            unsafe {
-                if let Some(up) = &self.up {
-                    let up = of(&up.finish, 1, block);
-                    write_gated(simd, &self.out, (rows, block), first, up);
-                    continue;
-                }
-                write_lines(simd, &self.out, (rows.clone(), block), first);
-                if finished.blocks.len() > 1 {
-                    let second = of(&self.main.finish, 1, block + 1);
-                    write_lines(simd, &self.out, (rows, block + 1), second);
-                }
+    /// All steps of a pair of tiles of rows, and between them some rows of what was finished
+    /// before: tiles and vectors work side by side.
+    fn run_steps<K: Step, const LINES: usize>(
+        &self,
+        tiles: &mut Tiles,
+        mut operands: Operands,
+        work: &mut Work<'_>,
+    ) {
+        let (steps, mut due) = (self.x.steps, 0);
+        for _ in 0..steps {
+            // SAFETY: blocks have all steps, and rows have room to be read as whole tiles.
+            unsafe { operands.step::<E, K, LINES>(tiles) }
+            due += 2 * TILE_ROWS;
+            while due >= WRITTEN_ROWS * steps {
+                due -= WRITTEN_ROWS * steps;
+                // SAFETY: the token proves that the instructions exist.
+                unsafe { self.write_next(work) }
             }
         }
+    }
+
+    fn kind(&self, pass: &Range<usize>, num_pairs: usize) -> Kind {
+        match num_pairs {
+            _ if self.up.is_none() && pass.len() == 1 => Kind::OneBlock,
+            _ if self.x.num_tiles() == 1 => Kind::OneTile,
+            1 => Kind::OnePair,
+            _ => Kind::ManyPairs,
+        }
+    }
+
+    /// Writes the next rows of what is finished, if any are left.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+    fn write_next(&self, work: &mut Work<'_>) {
+        let Some(finished) = &mut work.finished else { return };
+        let start = finished.next_row;
+        let end = finished.num_rows.min(start + WRITTEN_ROWS);
+        if start >= end {
+            return;
+        }
+        finished.next_row = end;
+        let (half, first) = (start / TILE_ROWS, start % TILE_ROWS);
+        let sums = &work.sums[finished.slot];
+        let lines = [&sums[half], &sums[half + 2]].map(|sums| sums.as_ptr());
+        let first_row = (2 * finished.pair + half) * TILE_ROWS;
+        let rows = first_row..self.x.num_rows.min(first_row + TILE_ROWS);
+        let results = self.results(rows, &finished.pass);
+        // SAFETY: the instructions exist here; accumulators have sixteen lines; this task alone
+        // writes these blocks.
+        unsafe { results.write(self.amx.vectors(), lines, first..first + (end - start)) }
+    }
+
+    /// Writes all that is left of it.
+    fn write_rest(&self, work: &mut Work<'_>) {
+        while work.finished.as_ref().is_some_and(|finished| finished.next_row < finished.num_rows) {
+            // SAFETY: the token proves that the instructions exist.
+            unsafe { self.write_next(work) }
+        }
+    }
+
+    /// What becomes of rows that share a tile.
+    #[inline(always)]
+    fn results(&self, rows: Range<usize>, pass: &Range<usize>) -> TileResults<'a, F::Lines> {
+        let (row, block) = (rows.start, pass.start);
+        let first = self.main.finish.lines(row, block);
+        match &self.up {
+            Some(up) => {
+                let up = up.finish.lines(row, block);
+                TileResults::gated(&self.out, rows, block, [first, up])
+            }
+            None => {
+                let second = (pass.len() > 1).then(|| self.main.finish.lines(row, block + 1));
+                TileResults::of_blocks(&self.out, rows, block, (first, second))
+            }
+        }
+    }
+}
+
+/// What there is of two tiles of rows and two blocks, and where rows are best read from.
+#[derive(Clone, Copy)]
+enum Kind {
+    OneBlock,
+    OneTile,
+    OnePair,
+    ManyPairs,
+}
+
+/// A step of a kind.
+trait Step {
+    /// Adds the products, and asks for `LINES` lines ahead.
+    ///
+    /// # Safety
+    /// The step must exist.
+    unsafe fn multiply<E: TileElement, const LINES: usize>(tiles: &mut Tiles, of: &mut Operands);
+}
+
+/// One block of weights.
+struct OneBlock;
+/// One tile of rows.
+struct OneTile;
+/// All rows are one pair of tiles: the first-level cache keeps what it can of them.
+struct OnePair;
+/// Other rows follow: the first-level cache keeps the weights for them.
+struct ManyPairs;
+
+impl Step for OneBlock {
+    #[inline(always)]
+    unsafe fn multiply<E: TileElement, const LINES: usize>(tiles: &mut Tiles, of: &mut Operands) {
+        // SAFETY: the same contract.
+        unsafe { tiles.step_by_one::<E, LINES>(&of.left, of.rights[0], &mut of.ahead) }
+    }
+}
+
+impl Step for OneTile {
+    #[inline(always)]
+    unsafe fn multiply<E: TileElement, const LINES: usize>(tiles: &mut Tiles, of: &mut Operands) {
+        // SAFETY: the same contract.
+        unsafe { tiles.step_of_upper::<E, LINES>(&of.left, of.rights, &mut of.ahead) }
+    }
+}
+
+impl Step for OnePair {
+    #[inline(always)]
+    unsafe fn multiply<E: TileElement, const LINES: usize>(tiles: &mut Tiles, of: &mut Operands) {
+        // SAFETY: the same contract.
+        unsafe { tiles.step_by_two::<E, false, LINES>(&of.left, of.rights, &mut of.ahead) }
+    }
+}
+
+impl Step for ManyPairs {
+    #[inline(always)]
+    unsafe fn multiply<E: TileElement, const LINES: usize>(tiles: &mut Tiles, of: &mut Operands) {
+        // SAFETY: the same contract.
+        unsafe { tiles.step_by_two::<E, true, LINES>(&of.left, of.rights, &mut of.ahead) }
     }
 }
 
 /// What is multiplied next: a pair of tiles of rows by one block of weights or by two.
 struct Operands {
     left: Left,
-    first: Right,
-    second: Option<Right>,
-    /// There is one tile of rows.
-    is_alone: bool,
+    /// Twice the same when there is one.
+    rights: [*const u8; 2],
+    ahead: Ahead,
 }
 
 impl Operands {
-    /// Adds the products of as many steps, and goes on behind them, with what is asked for too.
+    /// Adds the products of a step, and goes on behind it.
     ///
     /// # Safety
-    /// There must be so many steps.
+    /// The step must exist.
     #[inline(always)]
-    unsafe fn multiply<E: TileElement>(
-        &mut self,
-        tiles: &mut Tiles,
-        steps: usize,
-        ahead: &mut Ahead,
-    ) {
-        let (left, first) = (self.left, self.first);
+    unsafe fn step<E: TileElement, K: Step, const LINES: usize>(&mut self, tiles: &mut Tiles) {
         // SAFETY: the same contract.
-        unsafe {
-            match self.second {
-                Some(second) if self.is_alone => {
-                    tiles.multiply_upper::<E>(left, first, second, steps, *ahead);
-                }
-                Some(second) => tiles.multiply_two::<E>(left, first, second, steps, *ahead),
-                None => tiles.multiply_one::<E>(left, first, steps, *ahead),
-            }
-        }
-        let skip = |start: &mut *const u8, bytes: usize| *start = start.wrapping_add(steps * bytes);
+        unsafe { K::multiply::<E, LINES>(tiles, self) }
+        let skip = |start: &mut *const u8, bytes: usize| *start = start.wrapping_add(bytes);
         skip(&mut self.left.upper, self.left.step);
         skip(&mut self.left.lower, self.left.step);
-        skip(&mut self.first.start, TILE_BYTES);
-        if let Some(second) = &mut self.second {
-            skip(&mut second.start, TILE_BYTES);
-        }
-        skip(&mut ahead.first, ahead.lines * LINE_BYTES);
-        skip(&mut ahead.second, ahead.lines * LINE_BYTES);
+        skip(&mut self.rights[0], TILE_BYTES);
+        skip(&mut self.rights[1], TILE_BYTES);
     }
 }
 
@@ -294,28 +364,30 @@ impl Operands {
 /// needs the time of all pairs to bring them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Spread {
-    /// Pairs beside which weights are asked for, from the first on.
+    /// Pairs beside which weights are asked for, from the first on: a power of two.
     pairs: usize,
-    /// Lines of each block that a step asks for.
+    /// Lines that a step asks for.
     lines: usize,
 }
 
 impl Spread {
     fn over(num_pairs: usize) -> Spread {
-        let pairs = (1 << num_pairs.ilog2()).min(Ahead::MOST / Ahead::LEAST);
+        let pairs = (1 << num_pairs.ilog2()).min(Ahead::MOST);
         Spread { pairs, lines: Ahead::MOST / pairs }
     }
 
     /// What is asked for beside pair `i`.
     fn of_pair(self, i: usize, steps: usize, next: Option<[*const u8; 2]>) -> Ahead {
-        match next {
-            Some(next) if i < self.pairs => {
-                let skipped = i * steps * self.lines * LINE_BYTES;
-                let [first, second] = next.map(|start| start.wrapping_add(skipped));
-                Ahead { first, second, lines: self.lines }
-            }
-            _ => Ahead::NOTHING,
+        let Some([first, second]) = next.filter(|_| i < self.pairs) else { return Ahead::NOTHING };
+        let after = |start: *const u8, lines: usize| start.wrapping_add(lines * LINE_BYTES);
+        if self.lines == 1 {
+            // First all of the one, then all of the other.
+            let half = self.pairs / 2;
+            let start = if i < half { first } else { second };
+            return Ahead { first: after(start, i % half * steps), second, lines: 1 };
         }
+        let skipped = i * steps * self.lines / 2;
+        Ahead { first: after(first, skipped), second: after(second, skipped), lines: self.lines }
     }
 }
 
@@ -328,19 +400,14 @@ struct Work<'a> {
     sums: &'a mut [Sums],
 }
 
-/// Sums of a pair of tiles of rows that are being written while the next are computed: tiles
-/// and vectors work side by side.
+/// Sums of a pair of tiles of rows that are being written while the next are computed.
 struct Finished {
     slot: usize,
     pair: usize,
-    blocks: Range<usize>,
+    /// Blocks.
+    pass: Range<usize>,
+    num_rows: usize,
     next_row: usize,
-}
-
-impl Finished {
-    fn new(slot: usize, pair: usize, blocks: Range<usize>) -> Finished {
-        Finished { slot, pair, blocks, next_row: 0 }
-    }
 }
 
 /// Words as accumulators.
@@ -350,6 +417,8 @@ pub fn sums_of(words: &mut [u32]) -> &mut [Sums] {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
+
     use super::*;
 
     #[test]
@@ -358,20 +427,25 @@ mod tests {
         let starts = [1 << 20, 2 << 20];
         for num_pairs in 1..40 {
             let spread = Spread::over(num_pairs);
-            let mut asked = [vec![0; STEPS * Ahead::MOST], vec![0; STEPS * Ahead::MOST]];
+            let mut asked = HashMap::new();
             for pair in 0..num_pairs {
                 let next = Some(starts.map(|start| start as *const u8));
                 let ahead = spread.of_pair(pair, STEPS, next);
-                for (asked, (from, start)) in
-                    asked.iter_mut().zip([ahead.first, ahead.second].iter().zip(starts))
-                {
-                    let first = (*from as usize).saturating_sub(start) / LINE_BYTES;
-                    for line in 0..STEPS * ahead.lines {
-                        asked[first + line] += 1;
+                let [of_first, of_second] = match ahead.lines {
+                    1 => [1, 0],
+                    lines => [lines / 2; 2],
+                };
+                for (from, lines) in [(ahead.first, of_first), (ahead.second, of_second)] {
+                    for line in 0..STEPS * lines {
+                        *asked.entry(from as usize + line * LINE_BYTES).or_insert(0) += 1;
                     }
                 }
             }
-            assert!(asked.iter().flatten().all(|&times| times == 1), "{num_pairs} pairs");
+            let is_wanted = |start: usize| {
+                (0..STEPS * TILE_ROWS).all(|i| asked.get(&(start + i * LINE_BYTES)) == Some(&1))
+            };
+            assert!(starts.into_iter().all(is_wanted), "{num_pairs} pairs");
+            assert_eq!(asked.len(), 2 * STEPS * TILE_ROWS, "{num_pairs} pairs");
             assert_eq!(spread.of_pair(0, STEPS, None).lines, 0);
         }
     }

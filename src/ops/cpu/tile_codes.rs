@@ -15,7 +15,7 @@ use super::amx::{Bf16, ROW_BYTES, TILE_BYTES, TILE_ROWS, TileElement, Tiles};
 use super::avx512_bf16::Avx512Bf16;
 use super::share::Scratch;
 use super::tile_blocks::{BlockTask, Half, sums_of};
-use super::tile_products::{Ahead, Right};
+use super::tile_products::Ahead;
 use super::tile_write::ScaleCols;
 use super::weight_blocks::{Blocks, SliceScales};
 use super::wide_simd::Words;
@@ -78,6 +78,7 @@ impl<W: Words<Avx512Bf16>> CodedTask<'_, W> {
             Some(up) => Some(self.codes(up, pass.start)),
             None => (pass.len() > 1).then(|| self.codes(&task.main, pass.start + 1)),
         };
+        let mut nothing = Ahead::NOTHING;
         let ahead = task.blocks_per_pass() * task.main.blocks.block_bytes;
         let (ring, is_alone) = (ring.as_mut_ptr().cast::<u8>(), task.x.num_tiles() == 1);
         for next in 0..steps + STEPS_AHEAD {
@@ -93,17 +94,13 @@ impl<W: Words<Avx512Bf16>> CodedTask<'_, W> {
             }
             let Some(step) = next.checked_sub(STEPS_AHEAD) else { continue };
             let start = ring.wrapping_add(step % RING * 2 * TILE_BYTES).cast_const();
-            let right = Right { start, row_stride: ROW_BYTES };
-            let lower = Right { start: start.wrapping_add(TILE_BYTES), ..right };
-            let left = task.left(0, step);
+            let (left, both) = (&task.left(0, step), [start, start.wrapping_add(TILE_BYTES)]);
             // SAFETY: these steps were widened; rows have room to be read as whole tiles.
             unsafe {
                 match second {
-                    Some(_) if is_alone => {
-                        tiles.multiply_upper::<Bf16>(left, right, lower, 1, Ahead::NOTHING);
-                    }
-                    Some(_) => tiles.multiply_two::<Bf16>(left, right, lower, 1, Ahead::NOTHING),
-                    None => tiles.multiply_one::<Bf16>(left, right, 1, Ahead::NOTHING),
+                    Some(_) if is_alone => tiles.step_of_upper::<Bf16, 0>(left, both, &mut nothing),
+                    Some(_) => tiles.step_by_two::<Bf16, false, 0>(left, both, &mut nothing),
+                    None => tiles.step_by_one::<Bf16, 0>(left, start, &mut nothing),
                 }
             }
         }

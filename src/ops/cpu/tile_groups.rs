@@ -15,7 +15,7 @@ use super::byte_simd::{ByteSimd, FoldedCodes, Int4Codes, Mxfp4Codes};
 use super::byte_vectors;
 use super::lines::{LINE_BYTES, TILE_ROWS};
 use super::share::Scratch;
-use super::tile_write::{Floats, write_gated, write_lines};
+use super::tile_write::{Floats, TileResults};
 use super::weight_blocks::{GroupCodes, GroupScales};
 
 /// Up to this many rows, vectors read folded weights at the memory's speed.
@@ -75,16 +75,13 @@ impl Pass<'_> {
                 self.multiply(simd, up, tile, &mut values[1]);
             }
             let rows = tile * TILE_ROWS..self.task.x.lines.num_rows.min((tile + 1) * TILE_ROWS);
-            let [main_lines, up_lines] =
-                values.each_ref().map(|values| (Floats, values.as_flattened()));
+            let results = match self.task.up {
+                Some(_) => TileResults::gated(out, rows.clone(), block, [Floats; 2]),
+                None => TileResults::of_blocks(out, rows.clone(), block, (Floats, None)),
+            };
+            let lines = values.each_ref().map(|values| values.as_flattened().as_ptr());
             // SAFETY: the instructions exist; this task alone has the block.
-            unsafe {
-                if self.task.up.is_some() {
-                    write_gated(simd, out, (rows, block), main_lines, up_lines);
-                } else {
-                    write_lines(simd, out, (rows, block), main_lines);
-                }
-            }
+            unsafe { results.write(simd, lines, 0..rows.len()) }
         }
     }
 

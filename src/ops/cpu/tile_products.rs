@@ -1,5 +1,5 @@
-//! Runs of tile products, through inline assembly: a loop over steps of the summed axis in which
-//! loads, products, and requests for what memory shall bring next alternate.
+//! Tile products, through inline assembly: single steps along the summed axis, in which loads,
+//! products, and requests for what memory shall bring next alternate, and loops over steps.
 //!
 //! Requests are spread between the loads. A core has sixteen places for lines that are on their
 //! way to its first-level cache; a burst of requests takes all of them for as long as memory
@@ -33,22 +33,21 @@ pub struct Right {
     pub row_stride: usize,
 }
 
-/// What memory shall bring to the second-level cache during a run. Any address will do.
+/// What memory shall bring to the second-level cache meanwhile. Any address will do.
 #[derive(Clone, Copy)]
 pub struct Ahead {
     /// Where the next lines of one operand lie.
     pub first: *const u8,
     /// The same of another.
     pub second: *const u8,
-    /// Lines of each that a step asks for: 0, or a power of two up to [`Ahead::MOST`].
+    /// Lines that a step asks for: 0, 1 of the first operand, or half a power of two of each, up to
+    /// [`Ahead::MOST`] in all.
     pub lines: usize,
 }
 
 impl Ahead {
-    /// Lines of a tile: what a step asks for at most.
-    pub const MOST: usize = 16;
-    /// Fewest lines that a step asks for, if any.
-    pub const LEAST: usize = 2;
+    /// Lines of two tiles: what a step asks for at most.
+    pub const MOST: usize = 32;
     /// Nothing.
     pub const NOTHING: Ahead =
         Ahead { first: std::ptr::null(), second: std::ptr::null(), lines: 0 };
@@ -73,18 +72,119 @@ macro_rules! ask {
     };
 }
 
-/// A loop over steps, with requests for lines ahead in its body.
-macro_rules! step_loop {
-    ([$($body:expr),*], $steps:expr, $ahead:expr, $lines:tt, $($operands:tt)*) => {
+/// A step of products by one block. `$a` and `$b` lines of the first operand are asked for, `$c` and
+/// `$d` of the second.
+macro_rules! step_by_one {
+    ($op:literal, $left:expr, $first:expr, $ahead:expr, [$a:tt $b:tt $c:tt $d:tt]) => {
+        asm!(
+            "tileloadd tmm4, [{upper} + {row}*1]",
+            ask!("next_first", "0", $a),
+            "tileloadd tmm6, [{first} + {row}*1]",
+            ask!("next_second", "0", $c),
+            "tileloadd tmm5, [{lower} + {row}*1]",
+            ask!("next_first", concat!($a, " * 64"), $b),
+            concat!($op, " tmm0, tmm4, tmm6"),
+            ask!("next_second", concat!($c, " * 64"), $d),
+            concat!($op, " tmm1, tmm5, tmm6"),
+            concat!("add {next_first}, (", $a, " + ", $b, ") * 64"),
+            concat!("add {next_second}, (", $c, " + ", $d, ") * 64"),
+            upper = in(reg) $left.upper,
+            lower = in(reg) $left.lower,
+            first = in(reg) $first,
+            row = in(reg) ROW_BYTES,
+            next_first = inout(reg) $ahead.first,
+            next_second = inout(reg) $ahead.second,
+            options(readonly, nostack),
+        )
+    };
+}
+
+/// The same by two blocks, with the instruction that loads rows.
+macro_rules! step_by_two {
+    ($op:literal, $load:literal, $left:expr, $first:expr, $second:expr, $ahead:expr,
+     [$a:tt $b:tt $c:tt $d:tt]) => {
+        asm!(
+            concat!($load, " tmm4, [{upper} + {row}*1]"),
+            ask!("next_first", "0", $a),
+            "tileloadd tmm6, [{first} + {row}*1]",
+            ask!("next_second", "0", $c),
+            concat!($load, " tmm5, [{lower} + {row}*1]"),
+            concat!($op, " tmm0, tmm4, tmm6"),
+            ask!("next_first", concat!($a, " * 64"), $b),
+            "tileloadd tmm7, [{second} + {row}*1]",
+            concat!($op, " tmm1, tmm5, tmm6"),
+            concat!($op, " tmm2, tmm4, tmm7"),
+            ask!("next_second", concat!($c, " * 64"), $d),
+            concat!($op, " tmm3, tmm5, tmm7"),
+            concat!("add {next_first}, (", $a, " + ", $b, ") * 64"),
+            concat!("add {next_second}, (", $c, " + ", $d, ") * 64"),
+            upper = in(reg) $left.upper,
+            lower = in(reg) $left.lower,
+            first = in(reg) $first,
+            second = in(reg) $second,
+            row = in(reg) ROW_BYTES,
+            next_first = inout(reg) $ahead.first,
+            next_second = inout(reg) $ahead.second,
+            options(readonly, nostack),
+        )
+    };
+}
+
+/// The upper rows by two blocks.
+macro_rules! step_of_upper {
+    ($op:literal, $left:expr, $first:expr, $second:expr, $ahead:expr, [$a:tt $b:tt $c:tt $d:tt]) => {
+        asm!(
+            "tileloadd tmm4, [{upper} + {row}*1]",
+            ask!("next_first", "0", $a),
+            "tileloadd tmm6, [{first} + {row}*1]",
+            ask!("next_second", "0", $c),
+            concat!($op, " tmm0, tmm4, tmm6"),
+            ask!("next_first", concat!($a, " * 64"), $b),
+            "tileloadd tmm7, [{second} + {row}*1]",
+            ask!("next_second", concat!($c, " * 64"), $d),
+            concat!($op, " tmm2, tmm4, tmm7"),
+            concat!("add {next_first}, (", $a, " + ", $b, ") * 64"),
+            concat!("add {next_second}, (", $c, " + ", $d, ") * 64"),
+            upper = in(reg) $left.upper,
+            first = in(reg) $first,
+            second = in(reg) $second,
+            row = in(reg) ROW_BYTES,
+            next_first = inout(reg) $ahead.first,
+            next_second = inout(reg) $ahead.second,
+            options(readonly, nostack),
+        )
+    };
+}
+
+/// A step with the lines that it asks for, in as many places as there are.
+macro_rules! step_asking {
+    ($op:literal, $kind:ident, $ahead:expr, $($args:tt)*) => {
+        match LINES {
+            0 => $kind!($op, $($args)*, $ahead, [0 0 0 0]),
+            1 => $kind!($op, $($args)*, $ahead, [1 0 0 0]),
+            2 => $kind!($op, $($args)*, $ahead, [1 0 1 0]),
+            4 => $kind!($op, $($args)*, $ahead, [1 1 1 1]),
+            8 => $kind!($op, $($args)*, $ahead, [2 2 2 2]),
+            16 => $kind!($op, $($args)*, $ahead, [4 4 4 4]),
+            _ => $kind!($op, $($args)*, $ahead, [8 8 8 8]),
+        }
+    };
+}
+
+/// A loop over steps: tiles of the left operand by one tile of the right one or by two.
+macro_rules! product_loop {
+    ([$($products:expr),*], $left:expr, $steps:expr, $($operands:tt)*) => {
         asm!(
             "2:",
-            $($body,)*
-            concat!("add {next_first}, ", $lines, " * 128"),
-            concat!("add {next_second}, ", $lines, " * 128"),
+            $($products,)*
+            "add {upper}, {step}",
+            "add {lower}, {step}",
             "dec {n}",
             "jnz 2b",
-            next_first = inout(reg) $ahead.first => _,
-            next_second = inout(reg) $ahead.second => _,
+            upper = inout(reg) $left.upper => _,
+            lower = inout(reg) $left.lower => _,
+            row = in(reg) $left.row_stride,
+            step = in(reg) $left.step,
             n = inout(reg) $steps => _,
             $($operands)*
             options(readonly, nostack),
@@ -92,61 +192,41 @@ macro_rules! step_loop {
     };
 }
 
-/// Tiles of the left operand by one tile of the right one or by two. Asks in four places, each
-/// time for `lines` lines.
-macro_rules! product_loop {
-    ($op:literal, one, $left:expr, $first:expr, $steps:expr, $ahead:expr, $lines:tt) => {
-        step_loop!(
+macro_rules! loop_by_one {
+    ($op:literal, $left:expr, $first:expr, $steps:expr) => {
+        product_loop!(
             [
                 "tileloadd tmm4, [{upper} + {row}*1]",
-                ask!("next_first", "0", $lines),
                 "tileloadd tmm6, [{first} + {first_row}*1]",
-                ask!("next_second", "0", $lines),
                 "tileloadd tmm5, [{lower} + {row}*1]",
-                ask!("next_first", concat!($lines, " * 64"), $lines),
                 concat!($op, " tmm0, tmm4, tmm6"),
-                ask!("next_second", concat!($lines, " * 64"), $lines),
                 concat!($op, " tmm1, tmm5, tmm6"),
-                "add {upper}, {step}",
-                "add {lower}, {step}",
                 "add {first}, {first_step}"
             ],
-            $steps, $ahead, $lines,
-            upper = inout(reg) $left.upper => _,
-            lower = inout(reg) $left.lower => _,
-            row = in(reg) $left.row_stride,
-            step = in(reg) $left.step,
+            $left, $steps,
             first = inout(reg) $first.start => _,
             first_row = in(reg) $first.row_stride,
             first_step = in(reg) TILE_ROWS * $first.row_stride,
         )
     };
-    ($op:literal, two, $left:expr, $first:expr, $second:expr, $steps:expr, $ahead:expr,
-     $lines:tt) => {
-        step_loop!(
+}
+
+macro_rules! loop_by_two {
+    ($op:literal, $left:expr, $first:expr, $second:expr, $steps:expr) => {
+        product_loop!(
             [
                 "tileloadd tmm4, [{upper} + {row}*1]",
-                ask!("next_first", "0", $lines),
                 "tileloadd tmm6, [{first} + {line}*1]",
-                ask!("next_second", "0", $lines),
                 "tileloadd tmm5, [{lower} + {row}*1]",
                 concat!($op, " tmm0, tmm4, tmm6"),
-                ask!("next_first", concat!($lines, " * 64"), $lines),
                 "tileloadd tmm7, [{second} + {second_row}*1]",
                 concat!($op, " tmm1, tmm5, tmm6"),
                 concat!($op, " tmm2, tmm4, tmm7"),
-                ask!("next_second", concat!($lines, " * 64"), $lines),
                 concat!($op, " tmm3, tmm5, tmm7"),
-                "add {upper}, {step}",
-                "add {lower}, {step}",
                 "add {first}, 1024",
                 "add {second}, {second_step}"
             ],
-            $steps, $ahead, $lines,
-            upper = inout(reg) $left.upper => _,
-            lower = inout(reg) $left.lower => _,
-            row = in(reg) $left.row_stride,
-            step = in(reg) $left.step,
+            $left, $steps,
             first = inout(reg) $first.start => _,
             line = in(reg) ROW_BYTES,
             second = inout(reg) $second.start => _,
@@ -154,53 +234,15 @@ macro_rules! product_loop {
             second_step = in(reg) TILE_ROWS * $second.row_stride,
         )
     };
-    ($op:literal, upper, $left:expr, $first:expr, $second:expr, $steps:expr, $ahead:expr,
-     $lines:tt) => {
-        step_loop!(
-            [
-                "tileloadd tmm4, [{upper} + {line}*1]",
-                ask!("next_first", "0", $lines),
-                "tileloadd tmm6, [{first} + {line}*1]",
-                ask!("next_second", "0", $lines),
-                concat!($op, " tmm0, tmm4, tmm6"),
-                ask!("next_first", concat!($lines, " * 64"), $lines),
-                "tileloadd tmm7, [{second} + {line}*1]",
-                ask!("next_second", concat!($lines, " * 64"), $lines),
-                concat!($op, " tmm2, tmm4, tmm7"),
-                "add {upper}, {step}",
-                "add {first}, 1024",
-                "add {second}, 1024"
-            ],
-            $steps, $ahead, $lines,
-            upper = inout(reg) $left.upper => _,
-            step = in(reg) $left.step,
-            first = inout(reg) $first.start => _,
-            second = inout(reg) $second.start => _,
-            line = in(reg) ROW_BYTES,
-        )
-    };
 }
 
-/// The loop for the lines that a step asks for, of which a quarter of both operands' is asked for
-/// in each place.
-macro_rules! products_of {
-    ($op:literal, $kind:ident, $ahead:expr, $($args:expr),*) => {
-        match $ahead.lines {
-            0 => product_loop!($op, $kind, $($args,)* $ahead, 0),
-            2 => product_loop!($op, $kind, $($args,)* $ahead, 1),
-            4 => product_loop!($op, $kind, $($args,)* $ahead, 2),
-            8 => product_loop!($op, $kind, $($args,)* $ahead, 4),
-            _ => product_loop!($op, $kind, $($args,)* $ahead, 8),
-        }
-    };
-}
-
+/// The element's instruction.
 macro_rules! products {
-    ($kind:ident, $ahead:expr, $($args:expr),*) => {
+    ($kind:ident, $($args:tt)*) => {
         if E::IS_INT8 {
-            products_of!("tdpbssd", $kind, $ahead, $($args),*);
+            $kind!("tdpbssd", $($args)*)
         } else {
-            products_of!("tdpbf16ps", $kind, $ahead, $($args),*);
+            $kind!("tdpbf16ps", $($args)*)
         }
     };
 }
@@ -231,22 +273,70 @@ macro_rules! product_apart {
 }
 
 impl Tiles {
+    /// Adds to the accumulators 0 and 1 the products of the first tiles of `left`, whose rows are
+    /// 64 bytes apart, with the tile at `first`, and asks for the next lines ahead.
+    ///
+    /// # Safety
+    /// All tiles must be readable.
+    #[inline(always)]
+    pub unsafe fn step_by_one<E: TileElement, const LINES: usize>(
+        &mut self,
+        left: &Left,
+        first: *const u8,
+        ahead: &mut Ahead,
+    ) {
+        // SAFETY: the caller vouches for the memory; requests for lines never fault.
+        unsafe { products!(step_asking, step_by_one, ahead, left, first) }
+    }
+
+    /// Adds to all four accumulators the products of the first tiles of `left`, whose rows are 64
+    /// bytes apart, with the tiles at `first` and `second`. With `PASSES`, rows are read around
+    /// the first-level cache, which keeps weights for other rows.
+    ///
+    /// # Safety
+    /// As of [`Tiles::step_by_one`].
+    #[inline(always)]
+    pub unsafe fn step_by_two<E: TileElement, const PASSES: bool, const LINES: usize>(
+        &mut self,
+        left: &Left,
+        [first, second]: [*const u8; 2],
+        ahead: &mut Ahead,
+    ) {
+        // SAFETY: as in `step_by_one`.
+        unsafe {
+            if PASSES {
+                products!(step_asking, step_by_two, ahead, "tileloaddt1", left, first, second);
+            } else {
+                products!(step_asking, step_by_two, ahead, "tileloadd", left, first, second);
+            }
+        }
+    }
+
+    /// Adds to the accumulators 0 and 2 the products of the first upper tile of `left`, whose rows
+    /// are 64 bytes apart, with the tiles at `first` and `second`.
+    ///
+    /// # Safety
+    /// As of [`Tiles::step_by_one`].
+    #[inline(always)]
+    pub unsafe fn step_of_upper<E: TileElement, const LINES: usize>(
+        &mut self,
+        left: &Left,
+        [first, second]: [*const u8; 2],
+        ahead: &mut Ahead,
+    ) {
+        // SAFETY: as in `step_by_one`.
+        unsafe { products!(step_asking, step_of_upper, ahead, left, first, second) }
+    }
+
     /// Adds to the accumulators 0 and 1 the products of `left` with the first `steps` tiles of
     /// `first`.
     ///
     /// # Safety
     /// All tiles must be readable; `steps` is not 0.
     #[inline]
-    pub unsafe fn multiply_one<E: TileElement>(
-        &mut self,
-        left: Left,
-        first: Right,
-        steps: usize,
-        ahead: Ahead,
-    ) {
-        // SAFETY: the caller vouches for the memory; the loop runs `steps` times; requests for
-        // lines never fault.
-        unsafe { products!(one, ahead, left, first, steps) }
+    pub unsafe fn multiply_one<E: TileElement>(&mut self, left: Left, first: Right, steps: usize) {
+        // SAFETY: the caller vouches for the memory; the loop runs `steps` times.
+        unsafe { products!(loop_by_one, left, first, steps) }
     }
 
     /// Adds to all four accumulators the products of `left` with the first `steps` tiles of
@@ -261,28 +351,9 @@ impl Tiles {
         first: Right,
         second: Right,
         steps: usize,
-        ahead: Ahead,
     ) {
         // SAFETY: as in `multiply_one`.
-        unsafe { products!(two, ahead, left, first, second, steps) }
-    }
-
-    /// Adds to the accumulators 0 and 2 the products of the upper tile of `left`, whose rows are
-    /// 64 bytes apart, with the first `steps` tiles of `first` and `second`, which must be whole.
-    ///
-    /// # Safety
-    /// As [`Tiles::multiply_one`].
-    #[inline]
-    pub unsafe fn multiply_upper<E: TileElement>(
-        &mut self,
-        left: Left,
-        first: Right,
-        second: Right,
-        steps: usize,
-        ahead: Ahead,
-    ) {
-        // SAFETY: as in `multiply_one`.
-        unsafe { products!(upper, ahead, left, first, second, steps) }
+        unsafe { products!(loop_by_two, left, first, second, steps) }
     }
 
     /// Writes to `to` the products of bytes of one tile after the other of `left` (its first tile

@@ -2,7 +2,8 @@
 //! tiles compute the next ones.
 //!
 //! A line of an accumulator is sixteen output columns of one row. What rows of a tile have in
-//! common is found once for all of them: what is left per line is a few vectors.
+//! common is found once for all of them: what is left per line is a few vectors, so that a line
+//! or two fit between the products of one step and the next.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -11,15 +12,16 @@ use super::avx512::Avx512;
 use super::lines::{CodedLines, TILE_ROWS};
 use super::rows::activate;
 use super::simd::load;
-use super::weight_blocks::{BlockOutput, RowScales, SliceScales, Target};
+use super::weight_blocks::{BlockOutput, RowScales, RowValues, SliceScales, Target};
 use crate::formats::blocks::BLOCK_ROWS;
+use crate::ops::args::Activation;
 
 /// What becomes of sums.
 pub trait Finish: Copy + Send + Sync {
     /// The same for some rows of a tile.
     type Lines: FinishLines;
 
-    /// For rows of a tile from `row` on, and the columns of a block.
+    /// For the rows of a tile from `row`, its first, on, and the columns of a block.
     fn lines(&self, row: usize, block: usize) -> Self::Lines;
 }
 
@@ -67,26 +69,28 @@ impl<'a> Finish for ScaleSums<'a> {
 
     #[inline(always)]
     fn lines(&self, row: usize, block: usize) -> ScaledLines<'a> {
-        let rows = &self.rows.tile_scales(row / TILE_ROWS, 0)[row % TILE_ROWS..];
-        ScaledLines { rows, cols: self.cols.block(block) }
+        ScaledLines {
+            rows: self.rows.tile_scales(row / TILE_ROWS, 0),
+            cols: self.cols.block(block),
+        }
     }
 }
 
-/// Scales of rows of a tile and of the columns of a block.
+/// Scales of the rows of a tile and of the columns of a block.
 #[derive(Clone, Copy)]
 pub struct ScaledLines<'a> {
-    rows: &'a [f32],
+    rows: &'a [f32; TILE_ROWS],
     cols: &'a [f32; BLOCK_ROWS],
 }
 
 impl FinishLines for ScaledLines<'_> {
     #[inline(always)]
     unsafe fn finish(&self, lines: *const u32, i: usize) -> __m512 {
-        // SAFETY: the same contract; a block has sixteen scales.
+        // SAFETY: the same contract; tiles have sixteen lines, and a block has sixteen scales.
         unsafe {
             let sums = _mm512_loadu_si512(lines.add(i * TILE_ROWS).cast());
             let cols = _mm512_loadu_ps(self.cols.as_ptr());
-            let scales = _mm512_mul_ps(_mm512_set1_ps(self.rows[i]), cols);
+            let scales = _mm512_mul_ps(_mm512_set1_ps(*self.rows.get_unchecked(i)), cols);
             _mm512_mul_ps(_mm512_cvtepi32_ps(sums), scales)
         }
     }
@@ -124,20 +128,20 @@ impl FinishLines for ScaledCols<'_> {
 }
 
 /// Lines of one block, which become results.
+#[derive(Clone, Copy)]
 struct Results<'a, L> {
     finish: L,
-    lines: &'a [u32],
     bias: Option<&'a [f32; BLOCK_ROWS]>,
 }
 
 impl<L: FinishLines> Results<'_, L> {
     /// # Safety
-    /// The machine must have AVX-512, and line `i` must exist.
+    /// The machine must have AVX-512, and line `i` must be readable.
     #[inline(always)]
-    unsafe fn line(&self, simd: Avx512, i: usize) -> __m512 {
+    unsafe fn line(&self, simd: Avx512, lines: *const u32, i: usize) -> __m512 {
         // SAFETY: the same contract.
         unsafe {
-            let value = self.finish.finish(self.lines.as_ptr(), i);
+            let value = self.finish.finish(lines, i);
             match self.bias {
                 Some(bias) => _mm512_add_ps(value, load(simd, bias, 0)),
                 None => value,
@@ -146,72 +150,116 @@ impl<L: FinishLines> Results<'_, L> {
     }
 }
 
-/// Writes the results of a block in rows that share a tile, one for each of `lines`.
-///
-/// # Safety
-/// The machine must have AVX-512; no other task may write these columns meanwhile.
-#[inline(always)]
-pub unsafe fn write_lines<L: FinishLines>(
-    simd: Avx512,
-    out: &BlockOutput<'_>,
-    (rows, block): (Range<usize>, usize),
-    (finish, lines): (L, &[u32]),
-) {
-    assert!(lines.len() >= rows.len() * TILE_ROWS);
-    let results = Results { finish, lines, bias: out.biases(block)[0] };
-    let target = out.target(rows.clone(), block);
-    for (i, row) in rows.enumerate() {
-        // SAFETY: the same contract; the line exists.
+/// What the second accumulator of a tile of rows is.
+#[derive(Clone, Copy)]
+enum Second<'a, L> {
+    /// Nothing.
+    Missing,
+    /// The next block.
+    Block(Results<'a, L>, Target),
+    /// What the activated first one is multiplied by.
+    Up(Results<'a, L>, Activation),
+}
+
+/// A tile of rows of one or two accumulators on the way to where results go.
+#[derive(Clone, Copy)]
+pub struct TileResults<'a, L> {
+    first: Results<'a, L>,
+    target: Target,
+    second: Second<'a, L>,
+}
+
+impl<'a, L: FinishLines> TileResults<'a, L> {
+    /// Rows that share a tile, of a block and perhaps the next one.
+    #[inline(always)]
+    pub fn of_blocks(
+        out: &BlockOutput<'a>,
+        rows: Range<usize>,
+        block: usize,
+        (first, second): (L, Option<L>),
+    ) -> TileResults<'a, L> {
+        let second = match second {
+            Some(finish) => {
+                let next = Results { finish, bias: out.biases(block + 1)[0] };
+                Second::Block(next, out.target(rows.clone(), block + 1))
+            }
+            None => Second::Missing,
+        };
+        let first = Results { finish: first, bias: out.biases(block)[0] };
+        TileResults { first, target: out.target(rows, block), second }
+    }
+
+    /// Rows that share a tile, of a block of the gate and the same of what it multiplies.
+    #[inline(always)]
+    pub fn gated(
+        out: &BlockOutput<'a>,
+        rows: Range<usize>,
+        block: usize,
+        [gate, up]: [L; 2],
+    ) -> TileResults<'a, L> {
+        let [bias, up_bias] = out.biases(block);
+        let up = Results { finish: up, bias: up_bias };
+        TileResults {
+            first: Results { finish: gate, bias },
+            target: out.target(rows, block),
+            second: Second::Up(up, out.activation),
+        }
+    }
+
+    /// Writes the results of some rows, of `lines` that both accumulators begin with.
+    ///
+    /// # Safety
+    /// The machine must have AVX-512, the rows must exist in `lines` and among the tile's; no other
+    /// task may write these columns meanwhile.
+    #[inline(always)]
+    pub unsafe fn write(&self, simd: Avx512, lines: [*const u32; 2], rows: Range<usize>) {
+        let first = Plain { results: self.first, lines: lines[0] };
+        // SAFETY: the same contract.
         unsafe {
-            let value = results.line(simd, i);
-            put(simd, (out, &target), (row, block, i), value);
+            match self.second {
+                Second::Missing => self.target.put_rows(simd, rows, first),
+                Second::Block(results, target) => {
+                    self.target.put_rows(simd, rows.clone(), first);
+                    target.put_rows(simd, rows, Plain { results, lines: lines[1] });
+                }
+                Second::Up(up, activation) => {
+                    let up = Plain { results: up, lines: lines[1] };
+                    self.target.put_rows(simd, rows, GatedLines { gate: first, up, activation });
+                }
+            }
         }
     }
 }
 
-/// As [`write_lines`] of a gated product: the activated lines times those of `up`.
-///
-/// # Safety
-/// As of [`write_lines`].
-#[inline(always)]
-pub unsafe fn write_gated<L: FinishLines>(
-    simd: Avx512,
-    out: &BlockOutput<'_>,
-    (rows, block): (Range<usize>, usize),
-    (finish, lines): (L, &[u32]),
-    (finish_up, lines_up): (L, &[u32]),
-) {
-    assert!(lines.len().min(lines_up.len()) >= rows.len() * TILE_ROWS);
-    let [bias, up_bias] = out.biases(block);
-    let gate = Results { finish, lines, bias };
-    let up = Results { finish: finish_up, lines: lines_up, bias: up_bias };
-    let target = out.target(rows.clone(), block);
-    for (i, row) in rows.enumerate() {
-        // SAFETY: the same contract; the lines exist.
-        unsafe {
-            let value = activate(simd, gate.line(simd, i), out.activation);
-            let value = _mm512_mul_ps(value, up.line(simd, i));
-            put(simd, (out, &target), (row, block, i), value);
-        }
+/// Lines of an accumulator, which become results.
+#[derive(Clone, Copy)]
+struct Plain<'a, L> {
+    results: Results<'a, L>,
+    lines: *const u32,
+}
+
+impl<L: FinishLines> RowValues<Avx512> for Plain<'_, L> {
+    #[inline(always)]
+    unsafe fn of_row(&self, simd: Avx512, i: usize) -> __m512 {
+        // SAFETY: the token proves that the instructions exist; the caller vouches for the line.
+        unsafe { self.results.line(simd, self.lines, i) }
     }
 }
 
-/// Puts results of row `i` of a target.
-///
-/// # Safety
-/// As of [`write_lines`].
-#[inline(always)]
-unsafe fn put(
-    simd: Avx512,
-    (out, target): (&BlockOutput<'_>, &Option<Target>),
-    (row, block, i): (usize, usize, usize),
-    value: __m512,
-) {
-    // SAFETY: the same contract.
-    unsafe {
-        match target {
-            Some(target) => target.put(simd, i, 0, value),
-            None => out.columns(block).put_last(simd, (row, 0), value),
+/// Activated lines of the gate times those of what it multiplies.
+struct GatedLines<'a, L> {
+    gate: Plain<'a, L>,
+    up: Plain<'a, L>,
+    activation: Activation,
+}
+
+impl<L: FinishLines> RowValues<Avx512> for GatedLines<'_, L> {
+    #[inline(always)]
+    unsafe fn of_row(&self, simd: Avx512, i: usize) -> __m512 {
+        // SAFETY: as above.
+        unsafe {
+            let value = activate(simd, self.gate.of_row(simd, i), self.activation);
+            _mm512_mul_ps(value, self.up.of_row(simd, i))
         }
     }
 }

@@ -33,6 +33,29 @@ pub fn worker_places(threads: usize) -> Vec<Place> {
     places(cores, available(), threads, current_cpu())
 }
 
+/// Bytes of results that the caches keep until the next operation reads them: a sixteenth of the
+/// third-level cache, because other cores, and perhaps other machines on the same host, use it too.
+pub fn kept_bytes() -> usize {
+    let cpu = allowed_cpus().first().copied().unwrap_or(0);
+    kept_of(third_level_bytes(Path::new(SYSTEM), cpu))
+}
+
+/// Of a third-level cache of so many bytes; without one, half of a usual second-level cache.
+fn kept_of(third_level: Option<usize>) -> usize {
+    const LEAST: usize = 1 << 20;
+    third_level.map_or(LEAST, |bytes| (bytes / 16).max(LEAST))
+}
+
+/// Bytes of the third-level cache beside a CPU, as Linux says it: `491520K`.
+fn third_level_bytes(system: &Path, cpu: usize) -> Option<usize> {
+    let size = std::fs::read_to_string(system.join(format!("cpu/cpu{cpu}/cache/index3/size")));
+    let size = size.ok()?;
+    let size = size.trim();
+    let kibibytes = size.strip_suffix('K').map(|number| (number, 1 << 10));
+    let (number, unit) = kibibytes.or_else(|| Some((size.strip_suffix('M')?, 1 << 20)))?;
+    Some(number.parse::<usize>().ok()? * unit)
+}
+
 /// Keeps the calling thread on these CPUs.
 #[cfg(target_os = "linux")]
 pub fn keep_to(place: &[usize]) -> io::Result<()> {
@@ -269,6 +292,25 @@ pub mod tests {
     }
 
     #[cfg(target_os = "linux")]
+    #[test]
+    fn caches_keep_a_share_of_what_the_third_level_holds() {
+        let system = tempfile::tempdir().unwrap();
+        let folder = system.path().join("cpu/cpu1/cache/index3");
+        std::fs::create_dir_all(&folder).unwrap();
+        let read = |text: &str| {
+            std::fs::write(folder.join("size"), text).unwrap();
+            third_level_bytes(system.path(), 1)
+        };
+        assert_eq!(read("107520K\n"), Some(105 << 20));
+        assert_eq!(read("32M\n"), Some(32 << 20));
+        assert_eq!(read("many\n"), None);
+        assert_eq!(third_level_bytes(system.path(), 0), None);
+        assert_eq!(
+            [None, Some(8 << 20), Some(480 << 20)].map(kept_of),
+            [1 << 20, 1 << 20, 30 << 20]
+        );
+    }
+
     #[test]
     fn a_thread_stays_where_it_is_kept() {
         let cpu = allowed_cpus()[0];

@@ -18,10 +18,6 @@ use crate::formats::{Format, PackedMatrix};
 use crate::ops::args::Activation;
 use crate::tensor::Tensor;
 
-/// Half of what second-level caches hold: results of an operation that are fewer bytes are still
-/// there when they are read.
-const CACHED_BYTES: usize = 1 << 20;
-
 /// The blocks of a matrix, or some of them.
 #[derive(Clone, Copy)]
 pub struct Blocks<'a> {
@@ -232,14 +228,13 @@ pub struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// Results of one matrix of an operation that yields so many bytes. When these are more than
-    /// stays in the caches until it is read, results are written past the caches: each is a whole
-    /// cache line in a row of its own, and a cache would first fetch the line from memory.
-    pub fn of_operation(out: &'a mut [f32], num_cols: usize, operation_bytes: usize) -> Rows<'a> {
+    /// Results that are the next operation's to read. When the caches do not keep them until then,
+    /// they are written past the caches: each is a whole cache line in a row of its own, and a
+    /// cache would first fetch the line from memory.
+    pub fn of_operation(out: &'a mut [f32], num_cols: usize, is_cached: bool) -> Rows<'a> {
         let in_lines = num_cols.is_multiple_of(LINE_BYTES / size_of::<f32>())
             && out.as_ptr().align_offset(LINE_BYTES) == 0;
-        let is_streamed = in_lines && operation_bytes > CACHED_BYTES;
-        Rows { out: Parts::new(out), is_streamed }
+        Rows { out: Parts::new(out), is_streamed: in_lines && !is_cached }
     }
 
     /// Results that are read at once.
@@ -273,34 +268,35 @@ impl BlockOutput<'_> {
 }
 
 impl<'a> BlockOutput<'a> {
-    /// Where the columns of a block go in rows that share a tile; `None` for a block that is not
-    /// whole.
+    /// Where the columns of a block go in rows that share a tile.
     #[inline(always)]
-    pub fn target(&self, rows: Range<usize>, block: usize) -> Option<Target> {
+    pub fn target(&self, rows: Range<usize>, block: usize) -> Target {
         const F32: usize = size_of::<f32>();
-        Some(match &self.place {
+        match &self.place {
             Place::Rows(Rows { out, is_streamed }) => {
                 let first = block * BLOCK_ROWS;
-                if first + BLOCK_ROWS > self.num_cols {
-                    return None;
-                }
+                let len = BLOCK_ROWS.min(self.num_cols - first);
                 let start = rows.start * self.num_cols + first;
-                let end = start + (rows.len() - 1) * self.num_cols + BLOCK_ROWS;
+                let end = start + (rows.len() - 1) * self.num_cols + len;
                 let row_bytes = self.num_cols * F32;
-                let kind = if *is_streamed { Kind::Streamed } else { Kind::Floats };
+                let kind = match len {
+                    BLOCK_ROWS if *is_streamed => Kind::Streamed,
+                    BLOCK_ROWS => Kind::Floats,
+                    _ => Kind::Cut(len),
+                };
                 Target { start: out.start_of(start..end).cast(), row_bytes, kind }
             }
             Place::Middle(middle) => Target {
                 start: middle.rows(rows, block).cast(),
                 row_bytes: BLOCK_ROWS * F32,
-                kind: if middle.is_large() { Kind::Streamed } else { Kind::Floats },
+                kind: if middle.is_streamed() { Kind::Streamed } else { Kind::Floats },
             },
             Place::Lines(lines) => Target {
                 start: lines.half_lines(rows, block).cast(),
                 row_bytes: LINE_BYTES,
                 kind: Kind::Bf16,
             },
-        })
+        }
     }
 
     /// The biases of a block: of the product, and of what it is multiplied by.
@@ -341,29 +337,7 @@ impl BlockColumns<'_> {
                 value = simd.mul(activate(simd, value, self.output.activation), up);
             }
             // SAFETY: the caller's contract.
-            unsafe {
-                match &target {
-                    Some(target) => target.put(simd, 0, at, value),
-                    None => self.put_last(simd, (row, at), value),
-                }
-            }
-        }
-    }
-
-    /// Puts a vector of the last block of row-major results, which is not whole.
-    ///
-    /// # Safety
-    /// As of [`BlockColumns::write`].
-    #[cold]
-    pub unsafe fn put_last<S: Simd>(&self, simd: S, (row, at): (usize, usize), value: S::V) {
-        let Place::Rows(Rows { out, .. }) = &self.output.place else {
-            panic!("only rows may end in a block")
-        };
-        let len = self.output.num_cols - self.first;
-        if at < len {
-            let start = row * self.output.num_cols + self.first;
-            // SAFETY: the caller's contract.
-            store(simd, unsafe { out.part(start..start + len) }, at, value);
+            unsafe { target.put(simd, 0, at, value) }
         }
     }
 }
@@ -382,10 +356,39 @@ enum Kind {
     Floats,
     /// Floats past the caches.
     Streamed,
+    /// Floats of the last block of row-major results, which has fewer columns.
+    Cut(usize),
     Bf16,
 }
 
 impl Target {
+    /// Puts the results of some rows, sixteen lanes each.
+    ///
+    /// # Safety
+    /// The rows must be some of them; no other task may write there.
+    #[inline(always)]
+    pub unsafe fn put_rows<S: Simd>(&self, simd: S, rows: Range<usize>, values: impl RowValues<S>) {
+        // The two kinds that large results are of have loops of their own.
+        if let Kind::Streamed = self.kind {
+            for i in rows {
+                let row = self.start.wrapping_add(i * self.row_bytes);
+                // SAFETY: the same contract.
+                unsafe { simd.stream_f32(row.cast(), values.of_row(simd, i)) }
+            }
+        } else if let Kind::Bf16 = self.kind {
+            for i in rows {
+                let row = self.start.wrapping_add(i * self.row_bytes);
+                // SAFETY: the same contract.
+                unsafe { simd.store_bf16(row.cast(), values.of_row(simd, i)) }
+            }
+        } else {
+            for i in rows {
+                // SAFETY: the same contract.
+                unsafe { self.put(simd, i, 0, values.of_row(simd, i)) }
+            }
+        }
+    }
+
     /// Puts a vector into row `i` of them, from column `at` on.
     ///
     /// # Safety
@@ -398,9 +401,32 @@ impl Target {
             match self.kind {
                 Kind::Floats => simd.store_f32(row.cast::<f32>().add(at), value),
                 Kind::Streamed => simd.stream_f32(row.cast::<f32>().add(at), value),
+                Kind::Cut(len) => put_cut(simd, (row.cast(), len), at, value),
                 Kind::Bf16 => simd.store_bf16(row.cast::<half::bf16>().add(at), value),
             }
         }
+    }
+}
+
+/// Results of sixteen columns in rows that share a tile.
+pub trait RowValues<S: Simd> {
+    /// Those of a row.
+    ///
+    /// # Safety
+    /// The row must be one of them.
+    unsafe fn of_row(&self, simd: S, i: usize) -> S::V;
+}
+
+/// Puts what exists of a vector into a row of `len` columns, from column `at` on.
+///
+/// # Safety
+/// The columns must be writable, and no other task may write there.
+#[cold]
+#[inline(always)]
+unsafe fn put_cut<S: Simd>(simd: S, (row, len): (*mut f32, usize), at: usize, value: S::V) {
+    if at < len {
+        // SAFETY: the caller's contract.
+        store(simd, unsafe { std::slice::from_raw_parts_mut(row, len) }, at, value);
     }
 }
 
