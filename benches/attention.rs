@@ -21,13 +21,15 @@ const BLOCK: usize = 16;
 const CACHES_BYTES: usize = 300 << 20;
 
 /// `(name, sequences, queries per sequence, context)`.
-const CASES: [(&str, usize, usize, usize); 9] = [
+const CASES: [(&str, usize, usize, usize); 11] = [
     ("decode 1 at 1024", 1, 1, 1024),
     ("decode 1 at 4096", 1, 1, 4096),
     ("decode 1 at 16384", 1, 1, 16384),
+    ("decode 16 at 512", 16, 1, 512),
     ("decode 16 at 1024", 16, 1, 1024),
     ("decode 16 at 4096", 16, 1, 4096),
     ("decode 16 at 16384", 16, 1, 16384),
+    ("decode 64 at 256", 64, 1, 256),
     ("prefill 1024", 1, 1024, 1024),
     ("prefill 4096", 1, 4096, 4096),
     ("prefill 512 after 1536", 1, 512, 2048),

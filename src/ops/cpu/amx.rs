@@ -186,19 +186,4 @@ impl Tiles {
             );
         }
     }
-
-    /// Reads the accumulators, as [`Tiles::store`] writes them.
-    pub fn load(&mut self, from: &[[u32; TILE_LEN]; 4]) {
-        let from = from.as_ptr();
-        // SAFETY: each load reads sixteen rows of 64 bytes, one accumulator of `from`.
-        unsafe {
-            asm!(
-                "tileloadd tmm0, [{from} + {line}*1]",
-                "tileloadd tmm1, [{from} + {line}*1 + 1024]",
-                "tileloadd tmm2, [{from} + {line}*1 + 2048]",
-                "tileloadd tmm3, [{from} + {line}*1 + 3072]",
-                from = in(reg) from, line = in(reg) ROW_BYTES, options(readonly, nostack),
-            );
-        }
-    }
 }

@@ -173,14 +173,14 @@ pub fn join_rows<S: Simd>(simd: S, sums: &mut [f32], later: &[f32], factors: [f3
     }
 }
 
-/// `out = sums / total`. A sum of -0 counts as 0, because joining a part that holds nothing for
+/// `out = sums · (1 / total)`. A sum of -0 counts as 0, because joining a part that holds nothing for
 /// the query would have made it one.
 #[inline(always)]
 pub fn write_means<S: Simd>(simd: S, out: &mut [f32], sums: &[f32], total: f32) {
-    let (zero, total) = (simd.splat(0.0), simd.splat(total));
+    let (zero, inverse) = (simd.splat(0.0), simd.splat(1.0 / total));
     for at in (0..out.len()).step_by(S::LANES) {
         let sum = simd.add(load(simd, sums, at), zero);
-        store(simd, out, at, simd.div(sum, total));
+        store(simd, out, at, simd.mul(sum, inverse));
     }
 }
 

@@ -12,7 +12,7 @@
 //! | `wide_simd`, `avx512_bf16` | codes widened to f32 and to bf16, and their products |
 //! | `matmul`, `wide_matmul`, `byte_matmul`, `attention`, `rows`, `sample` | the kernels on vectors |
 //! | `amx`, `tile_blocks`, `tile_codes`, `tile_groups`, `tile_write` | tiles, and the matmuls on them |
-//! | `tile_attention`, `tile_cache`, `tile_pack`, `tile_rows`, `tile_softmax` | attention on them |
+//! | `tile_attention`, `tile_cache`, `tile_pack`, `tile_pipeline`, `tile_rows`, `tile_softmax`, `tile_sums` | attention on them |
 //! | `context_parts` | how attention over parts of a context is joined |
 //! | `experts` | which experts compute a token, and which tokens an expert computes |
 //! | `launch`, `launch_attention`, `launch_experts`, `launch_latent`, `launch_matmul`, `launch_mlp`, `partition` | how operations are cut into tasks |
@@ -70,11 +70,15 @@ mod tile_groups;
 #[cfg(target_arch = "x86_64")]
 mod tile_pack;
 #[cfg(target_arch = "x86_64")]
+mod tile_pipeline;
+#[cfg(target_arch = "x86_64")]
 mod tile_products;
 #[cfg(target_arch = "x86_64")]
 mod tile_rows;
 #[cfg(target_arch = "x86_64")]
 mod tile_softmax;
+#[cfg(target_arch = "x86_64")]
+mod tile_sums;
 #[cfg(target_arch = "x86_64")]
 mod tile_write;
 mod topology;

@@ -17,20 +17,20 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::amx::{Amx, Bf16, ROW_BYTES, TILE_BYTES, TILE_LEN, TILE_ROWS, Tiles};
+use super::amx::{Amx, TILE_LEN, TILE_ROWS, Tiles};
 use super::attention::{Attend, AttendTile, Sizes};
 use super::avx512::transpose16;
 use super::context_parts::{Base, Partial, State, parts_of, within};
 use super::kv_rows::Cached;
 use super::tile_cache::{CHUNKS, Cache, KV_TILE, MAX_HEAD_DIM, left};
 use super::tile_pack::pack;
-use super::tile_products::{Left, Right};
+use super::tile_pipeline::{KvTile, Pipeline, Room, Stage, chunks, plan};
 use super::tile_rows::{self, TileRows};
-use super::tile_softmax::{CHUNK, Column, Sums, join_sums, limit, rescale, rows_in};
+use super::tile_softmax::{CHUNK, Column, Scores, Weights, join_sums};
 
 /// Query rows of a task when there are enough for all threads; values are rearranged once for
 /// so many.
-const MOST_ROWS: usize = 256;
+const MOST_ROWS: usize = 512;
 const FEWEST_ROWS: usize = 64;
 
 /// Whether tiles can be used for such heads and such a cache.
@@ -64,6 +64,7 @@ pub fn attend_on_tiles(amx: Amx, attend: Attend<'_>) {
         cache: Cache { task: &task, keys, values, dim, seen },
         buffers: Buffers::new(scratch.take_words(lengths.total()), &lengths),
         columns,
+        stages: Vec::new(),
     };
     // SAFETY: the token proves that the instructions exist.
     unsafe { pass.run(amx, partial, is_joined) }
@@ -91,13 +92,13 @@ struct Lengths {
 }
 
 impl Lengths {
-    fn new(num_tiles: usize, dim: usize, is_joined: bool) -> Lengths {
+    fn new(num_columns: usize, dim: usize, is_joined: bool) -> Lengths {
         let steps = dim / 32;
-        let sums = num_tiles.div_ceil(2) * steps * 4 * TILE_LEN;
+        let sums = num_columns * 2 * steps * TILE_LEN;
         Lengths {
-            queries: num_tiles * steps * TILE_LEN,
+            queries: num_columns * steps * TILE_LEN,
             sums,
-            scores: CHUNKS * 4 * TILE_LEN,
+            scores: 2 * 2 * TILE_LEN,
             weights: 2 * CHUNKS * TILE_LEN,
             values: 2 * steps * CHUNKS * TILE_LEN,
             keys: KV_TILE * dim / 2,
@@ -114,14 +115,14 @@ impl Lengths {
 
 /// The scratch of a task.
 struct Buffers<'a> {
-    /// `[tiles, head_dim / 32]` right operands.
+    /// `[columns, head_dim / 32]` right operands.
     queries: &'a mut [u32],
-    /// `[pairs of tiles, head_dim / 32]` accumulators of this part: a row per element of the head.
-    sums: &'a mut [Sums],
-    /// `[CHUNKS]` accumulators of a pair of tiles: a row per key.
-    scores: &'a mut [Sums],
-    /// `[2, CHUNKS]` right operands.
-    weights: &'a mut [[u32; TILE_LEN]],
+    /// `[columns, head_dim / 16]` accumulators of this part: a row per element of the head.
+    sums: &'a mut [[u32; TILE_LEN]],
+    /// Of two stages.
+    scores: &'a mut [Scores; 2],
+    /// Of two columns.
+    weights: &'a mut [[Weights; CHUNKS]; 2],
     /// `[head_dim / 16, CHUNKS]` left operands: a row per element of the head.
     values: &'a mut [[u32; TILE_LEN]],
     /// `[KV_TILE, head_dim]` bf16: keys that do not lie sixteen in a row, or were converted.
@@ -129,7 +130,7 @@ struct Buffers<'a> {
     /// `[CHUNK, head_dim]` bf16: values that were converted.
     wide: &'a mut [u32],
     /// As `sums`, of all parts before; empty when nothing is joined.
-    joined: &'a mut [Sums],
+    joined: &'a mut [[u32; TILE_LEN]],
 }
 
 impl<'a> Buffers<'a> {
@@ -142,26 +143,19 @@ impl<'a> Buffers<'a> {
         let (keys, rest) = rest.split_at_mut(lengths.keys);
         let (wide, joined) = rest.split_at_mut(lengths.wide);
         joined.fill(0);
+        let scores = scores.as_chunks_mut().0.as_chunks_mut().0.as_chunks_mut().0;
+        let weights: &mut [Weights] = weights.as_chunks_mut().0.as_chunks_mut().0;
         Buffers {
             queries,
-            sums: sums.as_chunks_mut().0.as_chunks_mut().0,
-            scores: scores.as_chunks_mut().0.as_chunks_mut().0,
-            weights: weights.as_chunks_mut().0,
+            sums: sums.as_chunks_mut().0,
+            scores: &mut scores[0],
+            weights: &mut weights.as_chunks_mut().0.as_chunks_mut().0[0],
             values: values.as_chunks_mut().0,
             keys,
             wide,
-            joined: joined.as_chunks_mut().0.as_chunks_mut().0,
+            joined: joined.as_chunks_mut().0,
         }
     }
-}
-
-/// The keys of one KV tile.
-#[derive(Clone, Copy)]
-struct Keys<'a> {
-    /// Left operands.
-    keys: &'a [Left; CHUNKS],
-    /// What their scores are multiplied by.
-    scales: Option<&'a [f32; KV_TILE]>,
 }
 
 /// A task that leads all its queries past its keys and values.
@@ -170,11 +164,12 @@ struct Pass<'a> {
     cache: Cache<'a>,
     buffers: Buffers<'a>,
     columns: Vec<Column>,
+    stages: Vec<Stage>,
 }
 
 impl Pass<'_> {
     /// Computes what the task asks for: one part, or all of them and the queries' results.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     fn run(&mut self, amx: Amx, partial: Option<Partial<'_>>, is_joined: bool) {
         self.pack_queries(amx);
         let mut tiles = Tiles::open(amx);
@@ -192,8 +187,9 @@ impl Pass<'_> {
             }
         }
         let sums = if is_joined { &*self.buffers.joined } else { &*self.buffers.sums };
-        for (tile, states) in states.iter().enumerate() {
-            write_out(self.task, (sums, tile), states);
+        let sums = sums.chunks_exact(self.cache.dim / TILE_ROWS);
+        for (tile, (states, sums)) in states.iter().zip(sums).enumerate() {
+            write_out(self.task, tile, (sums, self.buffers.wide), states);
         }
     }
 
@@ -208,8 +204,10 @@ impl Pass<'_> {
     /// Joins the part to those before.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     fn join(&mut self, states: &mut [[State; TILE_ROWS]]) {
-        let steps = self.cache.dim / 32;
-        for (tile, (states, column)) in states.iter_mut().zip(&self.columns).enumerate() {
+        let tiles = self.cache.dim / TILE_ROWS;
+        let Buffers { joined, sums, .. } = &mut self.buffers;
+        let sums = joined.chunks_exact_mut(tiles).zip(sums.chunks_exact(tiles));
+        for ((states, column), (joined, sums)) in states.iter_mut().zip(&self.columns).zip(sums) {
             let mut factors = [[0.0; TILE_ROWS]; 2];
             for (lane, (state, part)) in states.iter_mut().zip(column.states()).enumerate() {
                 let (joined, [a, b]) = state.join(part, Base::Two);
@@ -217,16 +215,14 @@ impl Pass<'_> {
                 factors[0][lane] = a;
                 factors[1][lane] = b;
             }
-            let pair = tile / 2 * steps..(tile / 2 + 1) * steps;
-            let Buffers { joined, sums, .. } = &mut self.buffers;
-            join_sums(&mut joined[pair.clone()], &mut sums[pair], tile % 2, factors);
+            let rows = sums.as_flattened().as_chunks().0;
+            join_sums(joined.as_flattened_mut().as_chunks_mut().0, rows, factors);
         }
     }
 
     /// Leads all queries past one part, from a fresh start.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
     fn attend_part(&mut self, tiles: &mut Tiles, part: usize) {
-        self.buffers.sums.as_flattened_mut().as_flattened_mut().fill(0);
         self.columns.iter_mut().for_each(Column::restart);
         let Range { start: begin, end } = within(&self.cache.seen, part);
         for start in (begin - begin % KV_TILE..end).step_by(KV_TILE) {
@@ -242,81 +238,54 @@ impl Pass<'_> {
                 self.cache.transpose_values(position, wide, &mut values[chunk..]);
                 self.cache.prefetch(position + KV_TILE);
             }
-            let keys = Keys { keys: &keys, scales: has_scales.then_some(&scales) };
-            for pair in 0..self.columns.len().div_ceil(2) {
-                self.attend_pair(tiles, pair, start, keys);
+            plan(&self.columns, start, &mut self.stages);
+            let Buffers { queries, sums, scores, weights, values, .. } = &mut self.buffers;
+            let scales = has_scales.then_some(&scales);
+            let mut pipeline = Pipeline {
+                columns: &mut self.columns,
+                room: Room { queries, sums, scores, weights },
+                kv: KvTile { start, keys: &keys, scales, values },
+                steps: self.cache.dim / 32,
+                cap: self.task.softcap,
+                biases: [[0.0; TILE_ROWS]; 2],
+            };
+            pipeline.run(tiles, &self.stages);
+        }
+        let sums = self.buffers.sums.chunks_exact_mut(self.cache.dim / TILE_ROWS);
+        for (column, sums) in self.columns.iter().zip(sums) {
+            if !column.has_sums {
+                sums.as_flattened_mut().fill(0);
             }
         }
     }
 
     /// Rounds the queries, times the scale, to bf16. Scores are powers of two, or will be once
     /// they are capped.
+    #[target_feature(enable = "avx512f")]
     fn pack_queries(&mut self, amx: Amx) {
         let dim = self.cache.dim;
         let unit = self.task.softcap.map_or(std::f32::consts::LOG2_E, |cap| 1.0 / cap);
-        let (group, scale) = (self.task.sizes.group(), self.task.scale * unit);
+        let scale = self.task.scale * unit;
         let mut rows = self.task.queries.rows().flat_map(|query| {
             let heads = &self.task.q[self.task.heads_of(query)];
-            (0..group).map(move |head| &heads[head * dim..][..dim])
+            heads.chunks_exact(dim)
         });
-        let mut scaled = [0.0; TILE_ROWS * MAX_HEAD_DIM];
-        let scaled = &mut scaled[..TILE_ROWS * dim];
+        // Rows are read from end to end, so that the processor sees what comes next.
+        let scaled = &mut self.buffers.wide[..TILE_ROWS * dim];
+        let factors = _mm512_set1_ps(scale);
+        scaled.fill(0);
         for words in self.buffers.queries.chunks_exact_mut(dim / 32 * TILE_LEN) {
             for (to, row) in scaled.chunks_exact_mut(dim).zip(rows.by_ref()) {
-                for (to, x) in to.iter_mut().zip(row) {
-                    *to = x * scale;
+                let row = row.as_chunks::<TILE_ROWS>().0;
+                for (to, x) in to.as_chunks_mut::<TILE_ROWS>().0.iter_mut().zip(row) {
+                    // SAFETY: sixteen elements are read and as many words written.
+                    unsafe {
+                        let x = _mm512_mul_ps(_mm512_loadu_ps(x.as_ptr()), factors);
+                        _mm512_storeu_ps(to.as_mut_ptr().cast(), x);
+                    }
                 }
             }
             pack(amx, scaled, dim, words);
-        }
-    }
-
-    /// Leads two tiles of queries past one KV tile.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn attend_pair(&mut self, tiles: &mut Tiles, pair: usize, start: usize, keys: Keys<'_>) {
-        let steps = self.cache.dim / 32;
-        let columns = 2 * pair..self.columns.len().min(2 * pair + 2);
-        let last = self.columns[columns.end - 1].seen().end;
-        let chunks = chunks(&(self.columns[columns.start].seen().start..last), start);
-        if chunks.is_empty() {
-            return;
-        }
-        let Buffers { queries, sums, scores, weights, values, .. } = &mut self.buffers;
-        let query = |tile: usize| right(queries[tile * steps * TILE_LEN..].as_ptr().cast());
-        for chunk in chunks.clone() {
-            tiles.clear();
-            // SAFETY: sixteen rows of keys are readable at both halves, and queries have all
-            // their steps.
-            unsafe { multiply(tiles, keys.keys[chunk], columns.clone().map(query), steps) };
-            tiles.store(&mut scores[chunk]);
-        }
-        let first_key = start + chunks.start * CHUNK;
-        let scales = keys.scales.map(|scales| &scales[chunks.start * CHUNK..]);
-        let scores = &mut scores[chunks.clone()];
-        let sums = &mut sums[pair * steps..(pair + 1) * steps];
-        for (i, column) in self.columns[columns.clone()].iter_mut().enumerate() {
-            let weights = &mut weights[i * CHUNKS..(i + 1) * CHUNKS][chunks.clone()];
-            let mut scales = scales;
-            if let Some(cap) = self.task.softcap {
-                limit((&mut *scores, scales.take()), i, cap);
-            }
-            if let Some(factors) = column.weigh(first_key, (&mut *scores, scales), i, weights) {
-                rescale(sums, i, &factors);
-            }
-        }
-        let weight = |i: usize| right(weights[i * CHUNKS + chunks.start..].as_ptr().cast());
-        let value = |row: usize| values[row * CHUNKS + chunks.start..].as_ptr().cast::<u8>();
-        for (i, sums) in sums.iter_mut().enumerate() {
-            tiles.load(sums);
-            let values = Left {
-                upper: value(2 * i),
-                lower: value(2 * i + 1),
-                row_stride: ROW_BYTES,
-                step: TILE_BYTES,
-            };
-            // SAFETY: values and weights have a tile for every chunk.
-            unsafe { multiply(tiles, values, (0..columns.len()).map(weight), chunks.len()) };
-            tiles.store(sums);
         }
     }
 
@@ -325,13 +294,14 @@ impl Pass<'_> {
     fn leave(&mut self, mut partial: Partial<'_>) {
         let dim = self.cache.dim;
         let rows = self.task.queries.len() * self.task.sizes.group();
-        for (tile, column) in self.columns.iter().enumerate() {
+        let sums = self.buffers.sums.chunks_exact(dim / TILE_ROWS);
+        for (tile, (column, sums)) in self.columns.iter().zip(sums).enumerate() {
             let rows_of_tile = tile * TILE_ROWS..rows.min((tile + 1) * TILE_ROWS);
             for (row, state) in rows_of_tile.clone().zip(column.states()) {
                 partial.put_state(row, state);
             }
             let to = partial.sums(rows);
-            for_lines((self.buffers.sums, tile), dim, |at, lines| {
+            for_lines(sums, |at, lines| {
                 for (row, line) in rows_of_tile.clone().zip(lines) {
                     store(&mut to[row * dim + at..][..TILE_ROWS], line);
                 }
@@ -340,47 +310,52 @@ impl Pass<'_> {
     }
 }
 
-/// Calls `visit` with the sums of one tile of queries: an element's index, and sixteen lines of
+/// Calls `visit` with the sums of one column of queries: an element's index, and sixteen lines of
 /// sixteen elements from it on, one line per query.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn for_lines(
-    (sums, tile): (&[Sums], usize),
-    dim: usize,
-    mut visit: impl FnMut(usize, [__m512; TILE_ROWS]),
-) {
-    let steps = dim / 32;
-    for (step, sums) in sums[tile / 2 * steps..][..steps].iter().enumerate() {
-        for (half, sums) in rows_in(sums, tile % 2).as_chunks::<TILE_ROWS>().0.iter().enumerate() {
-            let mut lines = [_mm512_setzero_ps(); TILE_ROWS];
-            // SAFETY: rows have sixteen words; the instructions exist here.
-            let lines = unsafe {
-                for (line, sums) in lines.iter_mut().zip(sums) {
-                    *line = _mm512_loadu_ps(sums.as_ptr().cast());
-                }
-                transpose16(lines)
-            };
-            visit((2 * step + half) * TILE_ROWS, lines);
-        }
+fn for_lines(sums: &[[u32; TILE_LEN]], mut visit: impl FnMut(usize, [__m512; TILE_ROWS])) {
+    for (tile, sums) in sums.iter().enumerate() {
+        let mut lines = [_mm512_setzero_ps(); TILE_ROWS];
+        // SAFETY: rows have sixteen words; the instructions exist here.
+        let lines = unsafe {
+            for (line, sums) in lines.iter_mut().zip(sums.as_chunks::<TILE_ROWS>().0) {
+                *line = _mm512_loadu_ps(sums.as_ptr().cast());
+            }
+            transpose16(lines)
+        };
+        visit(tile * TILE_ROWS, lines);
     }
 }
 
-/// Writes the results of one tile of queries. A sum of -0 counts as 0, because joining a part
-/// that holds nothing for the query would have made it one.
+/// Writes the results of one column of queries, as `write_means` does. `room` has a row per query,
+/// so that results are written from end to end.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn write_out(task: &AttendTile<'_>, sums: (&[Sums], usize), states: &[State; TILE_ROWS]) {
+fn write_out(
+    task: &AttendTile<'_>,
+    column: usize,
+    (sums, room): (&[[u32; TILE_LEN]], &mut [u32]),
+    states: &[State; TILE_ROWS],
+) {
     let (dim, group) = (task.sizes.head_dim, task.sizes.group());
-    let rows = sums.1 * TILE_ROWS..task.queries.len() * group;
-    for_lines(sums, dim, |at, lines| {
-        for ((row, line), state) in rows.clone().zip(lines).zip(states) {
-            let heads = task.heads_of(task.queries.row(row / group));
-            let at = heads.start + row % group * dim + at;
-            let sum = _mm512_add_ps(line, _mm512_setzero_ps());
-            // SAFETY: this task alone writes these heads of these rows.
-            let out = unsafe { task.out.part(at..at + TILE_ROWS) };
-            store(out, _mm512_div_ps(sum, _mm512_set1_ps(state.total)));
+    let rows = column * TILE_ROWS..task.queries.len() * group;
+    for_lines(sums, |at, lines| {
+        for (row, line) in room.chunks_exact_mut(dim).zip(lines) {
+            // SAFETY: sixteen words are written.
+            unsafe { _mm512_storeu_ps(row[at..][..TILE_ROWS].as_mut_ptr().cast(), line) }
         }
     });
+    for ((row, sums), state) in rows.zip(room.chunks_exact(dim)).zip(states) {
+        let at = task.heads_of(task.queries.row(row / group)).start + row % group * dim;
+        // SAFETY: this task alone writes these heads of these rows.
+        let out = unsafe { task.out.part(at..at + dim) };
+        let inverse = _mm512_set1_ps(1.0 / state.total);
+        for (out, sum) in out.chunks_exact_mut(TILE_ROWS).zip(sums.as_chunks::<TILE_ROWS>().0) {
+            // SAFETY: sixteen words are read.
+            let sum = unsafe { _mm512_loadu_ps(sum.as_ptr().cast()) };
+            store(out, _mm512_mul_ps(_mm512_add_ps(sum, _mm512_setzero_ps()), inverse));
+        }
+    }
 }
 
 #[inline]
@@ -389,39 +364,4 @@ fn store(to: &mut [f32], line: __m512) {
     assert!(to.len() == TILE_ROWS);
     // SAFETY: sixteen elements are writable.
     unsafe { _mm512_storeu_ps(to.as_mut_ptr(), line) }
-}
-
-/// Multiplies by one or two right operands.
-///
-/// # Safety
-/// As [`Tiles::multiply_two`].
-unsafe fn multiply(
-    tiles: &mut Tiles,
-    left: Left,
-    mut right: impl Iterator<Item = Right>,
-    steps: usize,
-) {
-    // SAFETY: the same contract.
-    unsafe {
-        match (right.next(), right.next()) {
-            (Some(first), Some(second)) => {
-                tiles.multiply_two::<Bf16>(left, first, second, steps);
-            }
-            (Some(first), None) => {
-                tiles.multiply_one::<Bf16>(left, first, steps);
-            }
-            (None, _) => {}
-        }
-    }
-}
-
-fn right(start: *const u8) -> Right {
-    Right { start, row_stride: ROW_BYTES }
-}
-
-/// Chunks of the KV tile at `start` with positions that are seen.
-fn chunks(seen: &Range<usize>, start: usize) -> Range<usize> {
-    let first = seen.start.saturating_sub(start) / CHUNK;
-    let end = seen.end.saturating_sub(start).div_ceil(CHUNK).min(CHUNKS);
-    first.min(end)..end
 }
