@@ -308,12 +308,13 @@ fn hidden_positions_have_no_influence(
     }
 }
 
-/// Scores between -40 and 40 in an order that raises a running maximum often, and by much.
+/// Scores between -40 and 40 in an order that raises a running maximum often, and by much, in
+/// many queries and in one.
 fn scores_may_rise_and_fall(backends: &[CpuOps], block_size: usize, dtype: DType) {
-    let seqs = vec![(150, 400)];
-    let case = Case { heads: (14, 2), head_dim: 64, block_size, dtype, seqs, window: None };
-    let what = format!("attention, rising scores, {dtype}");
-    for step in [1, 37, 399] {
+    for (queries, step) in [(150, 1), (150, 37), (150, 399), (1, 1), (1, 37), (1, 399)] {
+        let seqs = vec![(queries, 400)];
+        let case = Case { heads: (14, 2), head_dim: 64, block_size, dtype, seqs, window: None };
+        let what = format!("attention, rising scores, {queries} queries, {dtype}");
         let mut problem = Problem::new(&case, 8);
         problem.edit(|position, keys, _| {
             let size = (position * step % 400) as f32 / 200.0 - 1.0;

@@ -128,6 +128,8 @@ pub struct Attend<'a> {
     pub task: AttendTile<'a>,
     /// Computes one part of the context and leaves it here, instead of finishing the queries.
     pub partial: Option<Partial<'a>>,
+    /// A task that this thread will probably run next, and the positions of it.
+    pub next: Option<(AttendTile<'a>, Range<usize>)>,
     /// This thread's scratch.
     pub scratch: &'a mut Scratch,
 }
@@ -205,7 +207,7 @@ impl Kernel for Attend<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Attend { task, partial, scratch } = self;
+        let Attend { task, partial, scratch, .. } = self;
         let group = task.sizes.group();
         let mut tile = Tile::new(scratch, task.queries.len() * group, task.sizes);
         task.load_queries(simd, &mut tile);

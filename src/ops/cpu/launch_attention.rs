@@ -8,7 +8,7 @@ use std::sync::PoisonError;
 
 use super::CpuOps;
 use super::attention::{Attend, AttendTile, Sizes, queries_per_tile};
-use super::context_parts::{Base, JoinParts, PART, Partial, Piece};
+use super::context_parts::{Base, JoinParts, PART, Partial, Piece, within};
 #[cfg(target_arch = "x86_64")]
 use super::isa::Isa;
 use super::kv_rows::Cached;
@@ -244,7 +244,13 @@ impl CpuOps {
                 numbers: unsafe { rooms.part(start..start + len) },
             });
             let scratch = &mut self.scratch.lock(thread)[0];
-            self.attend_tile(Attend { task: task(lead, kv_head), partial, scratch });
+            let next = tasks.get(i + 1).map(|next| {
+                let task = task(next.lead, next.kv_head);
+                let seen = task.seen();
+                let seen = next.part.map_or(seen.clone(), |(part, _)| within(&seen, part));
+                (task, seen)
+            });
+            self.attend_tile(Attend { task: task(lead, kv_head), partial, next, scratch });
         });
         let base = if self.has_tiles_for(sizes, k_cache) { Base::Two } else { Base::E };
         self.pool.run(joins.len(), |thread, i| {

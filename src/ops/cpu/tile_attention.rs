@@ -5,8 +5,11 @@
 //! accumulator has a row per key and a lane per query, which is what `tile_softmax` turns into
 //! pairs of weights, and those are right operands again: sums are `Vᵀ·P`, a row per element of
 //! the head and a lane per query. Only values are rearranged, once per task and KV tile; bytes
-//! and FP8 are converted to bf16 then, keys too. The scale of a key of bytes multiplies its row
-//! of scores, that of a value the value.
+//! and FP8 are converted to bf16 then, keys too. Where a task has sixteen query rows at most,
+//! that would be most of its work: then weights are turned, sums are `P·V` with a row per query,
+//! which has the same bits, and they are turned at the end of a part. The scale of a key of
+//! bytes multiplies its row of scores, that of a value the value. `tile_pipeline` says in which
+//! order all of it is done.
 //!
 //! Queries (times the scale), keys, values and weights are bf16; scores, totals and sums are
 //! f32. KV tiles start at multiples of [`KV_TILE`] positions, and a query's lane never meets
@@ -22,11 +25,13 @@ use super::attention::{Attend, AttendTile, Sizes};
 use super::avx512::transpose16;
 use super::context_parts::{Base, Partial, State, parts_of, within};
 use super::kv_rows::Cached;
-use super::tile_cache::{CHUNKS, Cache, KV_TILE, MAX_HEAD_DIM, left};
+use super::tile_cache::{CHUNKS, Cache, KV_TILE, MAX_HEAD_DIM, element_of, left};
 use super::tile_pack::pack;
 use super::tile_pipeline::{KvTile, Pipeline, Room, Stage, chunks, plan};
-use super::tile_rows::{self, TileRows};
-use super::tile_softmax::{CHUNK, Column, Scores, Weights, join_sums};
+use super::tile_products::Left;
+use super::tile_rows;
+use super::tile_softmax::{CHUNK, Column, Scores, Weights, join_sums, turn};
+use super::tile_sums::Sides;
 
 /// Query rows of a task when there are enough for all threads; values are rearranged once for
 /// so many.
@@ -48,21 +53,25 @@ pub fn queries_per_tile(group: usize, num_queries: usize, num_tasks: usize) -> u
 
 /// Runs a task whose heads and cache are as [`fits`] demands.
 pub fn attend_on_tiles(amx: Amx, attend: Attend<'_>) {
-    let Attend { task, partial, scratch } = attend;
+    let Attend { task, partial, next, scratch } = attend;
     let (columns, dim) = (columns(&task), task.sizes.head_dim);
-    let keys = TileRows::new(task.k_cache, dim).without_scales();
-    let v_cache = task.v_cache.expect("tiles read values from a cache of their own");
-    let values = TileRows::new(v_cache, dim);
     let seen = match &partial {
         Some(partial) => within(&task.seen(), partial.part),
         None => task.seen(),
     };
     let is_joined = partial.is_none() && (parts_of(&seen).len() > 1 || task.sinks.is_some());
     let lengths = Lengths::new(columns.len(), dim, is_joined);
+    // Turning the weights of one column costs less than turning values.
+    let sides = match columns.len() {
+        1 => Sides::WeightsByValues,
+        _ => Sides::ValuesByWeights,
+    };
     let mut pass = Pass {
         task: &task,
-        cache: Cache { task: &task, keys, values, dim, seen },
+        cache: Cache::new(&task, seen),
+        next: next.as_ref().map(|(next, seen)| Cache::new(next, seen.clone())),
         buffers: Buffers::new(scratch.take_words(lengths.total()), &lengths),
+        sides,
         columns,
         stages: Vec::new(),
     };
@@ -117,13 +126,14 @@ impl Lengths {
 struct Buffers<'a> {
     /// `[columns, head_dim / 32]` right operands.
     queries: &'a mut [u32],
-    /// `[columns, head_dim / 16]` accumulators of this part: a row per element of the head.
+    /// `[columns, head_dim / 16]` accumulators of this part, with rows as `sides` says; at its end,
+    /// a row per element of the head.
     sums: &'a mut [[u32; TILE_LEN]],
     /// Of two stages.
     scores: &'a mut [Scores; 2],
     /// Of two columns.
     weights: &'a mut [[Weights; CHUNKS]; 2],
-    /// `[head_dim / 16, CHUNKS]` left operands: a row per element of the head.
+    /// `[head_dim / 16, CHUNKS]` operands, as `sides` says.
     values: &'a mut [[u32; TILE_LEN]],
     /// `[KV_TILE, head_dim]` bf16: keys that do not lie sixteen in a row, or were converted.
     keys: &'a mut [u32],
@@ -162,7 +172,11 @@ impl<'a> Buffers<'a> {
 struct Pass<'a> {
     task: &'a AttendTile<'a>,
     cache: Cache<'a>,
+    /// What the next task will read.
+    next: Option<Cache<'a>>,
     buffers: Buffers<'a>,
+    /// How weights and values are multiplied.
+    sides: Sides,
     columns: Vec<Column>,
     stages: Vec<Stage>,
 }
@@ -226,35 +240,70 @@ impl Pass<'_> {
         self.columns.iter_mut().for_each(Column::restart);
         let Range { start: begin, end } = within(&self.cache.seen, part);
         for start in (begin - begin % KV_TILE..end).step_by(KV_TILE) {
-            let mut keys = [left(self.buffers.keys.as_ptr().cast(), 0); CHUNKS];
-            let (mut scales, mut has_scales) = ([1.0; KV_TILE], false);
-            for chunk in chunks(&self.cache.seen, start) {
-                let position = start + chunk * CHUNK;
-                let Buffers { keys: room, values, wide, .. } = &mut self.buffers;
-                let room = &mut room[chunk * CHUNK * self.cache.dim / 2..];
-                keys[chunk] = self.cache.keys(position, room);
-                let scales = &mut scales[chunk * CHUNK..][..CHUNK];
-                has_scales |= self.cache.key_scales(position, scales);
-                self.cache.transpose_values(position, wide, &mut values[chunk..]);
-                self.cache.prefetch(position + KV_TILE);
+            let (keys, scales) = self.gather(start);
+            if start + KV_TILE >= self.cache.seen.end {
+                self.prefetch_next();
             }
             plan(&self.columns, start, &mut self.stages);
             let Buffers { queries, sums, scores, weights, values, .. } = &mut self.buffers;
-            let scales = has_scales.then_some(&scales);
+            let (scales, sides) = (scales.as_ref(), self.sides);
             let mut pipeline = Pipeline {
                 columns: &mut self.columns,
                 room: Room { queries, sums, scores, weights },
-                kv: KvTile { start, keys: &keys, scales, values },
+                kv: KvTile { start, keys: &keys, scales, values, sides },
                 steps: self.cache.dim / 32,
                 cap: self.task.softcap,
                 biases: [[0.0; TILE_ROWS]; 2],
             };
             pipeline.run(tiles, &self.stages);
         }
+        self.finish_sums();
+    }
+
+    /// Brings keys and values of the KV tile at `start` to where tiles read them, and asks for
+    /// those of the next one. Returns the keys, and what their scores must be multiplied by.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn gather(&mut self, start: usize) -> ([Left; CHUNKS], Option<[f32; KV_TILE]>) {
+        let mut keys = [left(self.buffers.keys.as_ptr().cast(), 0); CHUNKS];
+        let (mut scales, mut has_scales) = ([1.0; KV_TILE], false);
+        for chunk in chunks(&self.cache.seen, start) {
+            let position = start + chunk * CHUNK;
+            let Buffers { keys: room, values, wide, .. } = &mut self.buffers;
+            let room = &mut room[chunk * CHUNK * self.cache.dim / 2..];
+            keys[chunk] = self.cache.keys(position, room);
+            let scales = &mut scales[chunk * CHUNK..][..CHUNK];
+            has_scales |= self.cache.key_scales(position, scales);
+            let values = &mut values[chunk..];
+            match self.sides {
+                Sides::ValuesByWeights => self.cache.transpose_values(position, wide, values),
+                Sides::WeightsByValues => self.cache.interleave_values(position, wide, values),
+            }
+            self.cache.prefetch(position + KV_TILE);
+        }
+        (keys, has_scales.then_some(scales))
+    }
+
+    /// Asks for what the next task reads first; nothing else would know where that lies.
+    fn prefetch_next(&self) {
+        let Some(next) = &self.next else { return };
+        let start = next.seen.start - next.seen.start % CHUNK;
+        for chunk in 0..CHUNKS {
+            next.prefetch(start + chunk * CHUNK);
+        }
+    }
+
+    /// Gives the sums of a part a row per element, and zeros where there are none.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    fn finish_sums(&mut self) {
         let sums = self.buffers.sums.chunks_exact_mut(self.cache.dim / TILE_ROWS);
         for (column, sums) in self.columns.iter().zip(sums) {
             if !column.has_sums {
                 sums.as_flattened_mut().fill(0);
+            } else if self.sides == Sides::WeightsByValues {
+                for sums in sums.as_chunks_mut().0 {
+                    turn_sums(sums);
+                }
             }
         }
     }
@@ -308,6 +357,20 @@ impl Pass<'_> {
             });
         }
     }
+}
+
+/// Sums of 32 interleaved elements with a row per query, as two tiles with a row per element.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn turn_sums(sums: &mut [[u32; TILE_LEN]; 2]) {
+    let mut rows = [[0; TILE_ROWS]; 2 * TILE_ROWS];
+    for (tile, is_high) in sums.iter().zip([false, true]) {
+        let mut tile = *tile.as_chunks().0.first_chunk().expect("a tile has sixteen rows");
+        turn(&mut tile);
+        for (i, row) in tile.into_iter().enumerate() {
+            rows[element_of(i, is_high)] = row;
+        }
+    }
+    sums.as_flattened_mut().copy_from_slice(rows.as_flattened());
 }
 
 /// Calls `visit` with the sums of one column of queries: an element's index, and sixteen lines of

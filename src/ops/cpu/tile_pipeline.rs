@@ -12,8 +12,10 @@ use std::ops::Range;
 use super::amx::{TILE_LEN, TILE_ROWS, Tiles};
 use super::tile_cache::{CHUNKS, KV_TILE};
 use super::tile_products::Left;
-use super::tile_softmax::{CHUNK, Column, Raw, Scores, Weights, rescale, rescale_weights, weigh};
-use super::tile_sums::{Queries, SUM_TILES, SixteenKeys};
+use super::tile_softmax::{
+    CHUNK, Column, Raw, Scores, Weights, rescale, rescale_turned, rescale_weights, turn, weigh,
+};
+use super::tile_sums::{Queries, SUM_TILES, Sides, SixteenKeys};
 
 /// What sums of products begin from that get their bias later.
 static ZEROS: [f32; TILE_ROWS] = [0.0; TILE_ROWS];
@@ -26,15 +28,17 @@ pub struct KvTile<'a> {
     pub keys: &'a [Left; CHUNKS],
     /// What the scores of keys are multiplied by.
     pub scales: Option<&'a [f32; KV_TILE]>,
-    /// `[head_dim / 16, CHUNKS]` left operands: a row per element of the head.
+    /// `[head_dim / 16, CHUNKS]` operands, as `sides` says.
     pub values: &'a [[u32; TILE_LEN]],
+    /// How they are multiplied.
+    pub sides: Sides,
 }
 
 /// What columns read and write, beside their state.
 pub struct Room<'a> {
     /// `[columns, head_dim / 32]` right operands.
     pub queries: &'a [u32],
-    /// `[columns, head_dim / 16]` accumulators: a row per element of the head.
+    /// `[columns, head_dim / 16]` accumulators, with rows as the KV tile's `sides` say.
     pub sums: &'a mut [[u32; TILE_LEN]],
     /// Of the stage in work, and of the next one.
     pub scores: &'a mut [Scores; 2],
@@ -134,6 +138,12 @@ impl Pipeline<'_> {
         for (i, stage) in stages.iter().enumerate() {
             self.work(tiles, i % 2, (stage, stages.get(i + 1)), &mut waiting);
             if stage.remaining() == 1 {
+                if self.kv.sides == Sides::WeightsByValues {
+                    let weights = &mut self.room.weights[stage.turn % 2];
+                    for weights in &mut weights[stage.chunks.0..stage.chunks.1] {
+                        turn(weights);
+                    }
+                }
                 waiting = Some(Waiting::new(*stage, 2 * self.steps));
             }
         }
@@ -213,7 +223,12 @@ impl Pipeline<'_> {
         if column.has_sums {
             let sum_tiles = 2 * self.steps;
             let sums = &mut self.room.sums[stage.column * sum_tiles..][..sum_tiles];
-            rescale(sums.as_flattened_mut().as_chunks_mut().0, &factors);
+            match self.kv.sides {
+                Sides::ValuesByWeights => {
+                    rescale(sums.as_flattened_mut().as_chunks_mut().0, &factors);
+                }
+                Sides::WeightsByValues => rescale_turned(sums, &factors),
+            }
         }
         let sums = self.weigh(slot, stage, 0..TILE_ROWS, _mm512_setzero_ps());
         self.columns[stage.column].add(sums);
@@ -281,7 +296,7 @@ impl Pipeline<'_> {
                 (true, false) => tiles.clear(),
                 (false, _) => {}
             }
-            tiles.add_weighted(values, CHUNKS, weights);
+            tiles.add_weighted(self.kv.sides, values, CHUNKS, weights);
         }
     }
 
@@ -296,7 +311,7 @@ impl Pipeline<'_> {
         unsafe {
             if all {
                 let values = self.kv.values[(tile + 2) * CHUNKS + chunk..].as_ptr();
-                tiles.add_weighted_lower(values, CHUNKS);
+                tiles.add_weighted_lower(self.kv.sides, values, CHUNKS);
             }
             if chunk + 1 == chunks.1 {
                 tiles.store_sums(sums, all);

@@ -12,8 +12,8 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::amx::TILE_ROWS;
-use super::avx512::Avx512;
+use super::amx::{TILE_LEN, TILE_ROWS};
+use super::avx512::{Avx512, transpose16};
 use super::context_parts::State;
 use super::simd::tanh;
 use super::tile_sums::Row;
@@ -245,6 +245,30 @@ pub fn rescale_weights(weights: &mut Weights, factors: &[f32; TILE_ROWS]) {
         let odd = _mm512_castsi512_ps(_mm512_and_si512(pair, upper_halves()));
         let pair = truncate(_mm512_mul_ps(even, factors), _mm512_mul_ps(odd, factors));
         store(row, _mm512_castsi512_ps(pair));
+    }
+}
+
+/// Weights with a row per query instead of a lane: a left operand.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub fn turn(weights: &mut Weights) {
+    let mut lines = [_mm512_setzero_ps(); TILE_ROWS];
+    for (line, row) in lines.iter_mut().zip(&*weights) {
+        *line = load(row);
+    }
+    // SAFETY: the instructions exist here.
+    let lines = unsafe { transpose16(lines) };
+    for (row, line) in weights.iter_mut().zip(lines) {
+        store(row, line);
+    }
+}
+
+/// As [`rescale`], where sums have a row per query.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub fn rescale_turned(sums: &mut [[u32; TILE_LEN]], factors: &[f32; TILE_ROWS]) {
+    for tile in sums {
+        for (row, factor) in tile.as_chunks_mut::<TILE_ROWS>().0.iter_mut().zip(factors) {
+            store(row, _mm512_mul_ps(load(row), _mm512_set1_ps(*factor)));
+        }
     }
 }
 

@@ -34,6 +34,32 @@ pub struct SixteenKeys {
     pub stride: usize,
 }
 
+/// Which operand is which in products of weights and values. Both sum the same products in the same
+/// order.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Sides {
+    /// Values have a row per element of the head, weights a row per pair of keys, and sums a row per
+    /// element.
+    ValuesByWeights,
+    /// Weights have a row per query, values a row per pair of keys, and sums a row per query.
+    WeightsByValues,
+}
+
+/// Products of two tiles of values, which pass through tile 7.
+macro_rules! two_products {
+    ($first:literal, $second:literal, $values:expr, $stride:expr) => {
+        asm!(
+            "tileloadd tmm7, [{values} + {line}*1]",
+            concat!("tdpbf16ps ", $first),
+            "tileloadd tmm7, [{next} + {line}*1]",
+            concat!("tdpbf16ps ", $second),
+            values = in(reg) $values,
+            next = in(reg) $values.wrapping_byte_add($stride * TILE_BYTES),
+            line = in(reg) ROW_BYTES, options(readonly, nostack),
+        )
+    };
+}
+
 impl Tiles {
     /// Loads the queries that [`Tiles::score`] multiplies by, past the first-level cache's reuse.
     ///
@@ -143,30 +169,31 @@ impl Tiles {
         }
     }
 
-    /// Adds weighted values to the first two tiles of sums. `values` is a left operand, a row per
-    /// element of the head; the next sixteen elements follow `stride` tiles later.
+    /// Adds weighted values to the first two tiles of sums, in the order that `sides` says. The
+    /// next sixteen elements of `values` follow `stride` tiles later.
     ///
     /// # Safety
     /// Both tiles of values, and that of the weights, must be readable.
     #[inline(always)]
     pub unsafe fn add_weighted(
         &mut self,
+        sides: Sides,
         values: *const [u32; TILE_LEN],
         stride: usize,
         weights: *const Row,
     ) {
         // SAFETY: the caller vouches for the memory.
         unsafe {
-            asm!(
-                "tileloadd tmm6, [{weights} + {line}*1]",
-                "tileloadd tmm7, [{values} + {line}*1]",
-                "tdpbf16ps tmm0, tmm7, tmm6",
-                "tileloadd tmm7, [{second} + {line}*1]",
-                "tdpbf16ps tmm1, tmm7, tmm6",
-                weights = in(reg) weights, values = in(reg) values,
-                second = in(reg) values.wrapping_byte_add(stride * TILE_BYTES),
-                line = in(reg) ROW_BYTES, options(readonly, nostack),
-            );
+            asm!("tileloadd tmm6, [{weights} + {line}*1]",
+                 weights = in(reg) weights, line = in(reg) ROW_BYTES, options(readonly, nostack));
+            match sides {
+                Sides::ValuesByWeights => {
+                    two_products!("tmm0, tmm7, tmm6", "tmm1, tmm7, tmm6", values, stride);
+                }
+                Sides::WeightsByValues => {
+                    two_products!("tmm0, tmm6, tmm7", "tmm1, tmm6, tmm7", values, stride);
+                }
+            }
         }
     }
 
@@ -175,18 +202,22 @@ impl Tiles {
     /// # Safety
     /// Both tiles of values must be readable.
     #[inline(always)]
-    pub unsafe fn add_weighted_lower(&mut self, values: *const [u32; TILE_LEN], stride: usize) {
+    pub unsafe fn add_weighted_lower(
+        &mut self,
+        sides: Sides,
+        values: *const [u32; TILE_LEN],
+        stride: usize,
+    ) {
         // SAFETY: the caller vouches for the memory.
         unsafe {
-            asm!(
-                "tileloadd tmm7, [{values} + {line}*1]",
-                "tdpbf16ps tmm2, tmm7, tmm6",
-                "tileloadd tmm7, [{second} + {line}*1]",
-                "tdpbf16ps tmm3, tmm7, tmm6",
-                values = in(reg) values,
-                second = in(reg) values.wrapping_byte_add(stride * TILE_BYTES),
-                line = in(reg) ROW_BYTES, options(readonly, nostack),
-            );
+            match sides {
+                Sides::ValuesByWeights => {
+                    two_products!("tmm2, tmm7, tmm6", "tmm3, tmm7, tmm6", values, stride);
+                }
+                Sides::WeightsByValues => {
+                    two_products!("tmm2, tmm6, tmm7", "tmm3, tmm6, tmm7", values, stride);
+                }
+            }
         }
     }
 }
