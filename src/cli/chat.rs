@@ -53,7 +53,12 @@ pub fn run(args: ChatArgs) -> anyhow::Result<()> {
     let (system, max_tokens, temperature) = (args.system, args.max_tokens, args.temperature);
     let config = EngineConfig::resolve(serve_args(args.model, args.cache))?;
     let name = config.server.served_model_names[0].clone();
-    let opened = open::open(&config)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .context("the runtime cannot start its threads")?;
+    let opened = open::open(&config, runtime.handle())?;
     println!(
         "{name}, loaded in {:.2} s on {}; /help lists commands",
         opened.load_time.as_secs_f64(),
@@ -64,11 +69,6 @@ pub fn run(args: ChatArgs) -> anyhow::Result<()> {
     let mut conversation =
         Conversation { engine, messages: Vec::new(), system, sampling, max_tokens, turn: 0 };
     conversation.clear();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .context("the runtime cannot start its threads")?;
     let mut editor = rustyline::DefaultEditor::new().context("the terminal cannot be read")?;
     loop {
         match editor.readline("\n> ") {

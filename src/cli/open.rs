@@ -5,6 +5,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use serde_json::Value;
+use tokio::runtime::Handle;
 use tracing::info;
 
 use crate::checkpoint::files::{self, ModelFiles};
@@ -51,14 +52,14 @@ pub struct Loaded {
     pub backend: String,
 }
 
-/// Opens the model and starts its engine.
-pub fn open(config: &EngineConfig) -> anyhow::Result<Opened> {
+/// Opens the model and starts its engine, whose generations will be polled in `runtime`.
+pub fn open(config: &EngineConfig, runtime: &Handle) -> anyhow::Result<Opened> {
     let started = Instant::now();
     let files = ModelFiles::open(&config.model.source, Progress::Bars)?;
     let Loaded { runner, spec, plan, backend } = load(config, &files)?;
     let text = Arc::new(text_pipeline(&files, config, spec.vocab_size)?);
     let options = engine_options(config, &files, &spec, &plan)?;
-    let engine = Engine::start(Box::new(runner), text, options);
+    let engine = Engine::start(Box::new(runner), text, options, runtime);
     give_back_freed();
     Ok(Opened { engine, spec, plan, backend, load_time: started.elapsed() })
 }

@@ -20,7 +20,7 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
     // Take the port first: a second server should fail before it loads a model.
     let listener = runtime.block_on(bind(&config))?;
     let address = listener.local_addr().context("the listener has an address")?;
-    let opened = open::open(&config)?;
+    let opened = open::open(&config, runtime.handle())?;
     announce(&config, &opened, address);
     let stop = server::termination_signal();
     let outcome = runtime.block_on(server::serve(opened.engine, &config.server, listener, stop));

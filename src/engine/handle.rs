@@ -5,8 +5,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crossbeam_channel::Sender;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 
+use super::delivery::Courier;
 use super::step::{Command, StepLoop};
 use super::{EngineError, Generation, intake};
 use crate::request::{GenerateRequest, RequestId, SamplingDefaults};
@@ -118,11 +120,13 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Starts the engine thread.
+    /// Starts the engine thread. `runtime` is where generations are polled: tokens are delivered
+    /// by a task there.
     pub fn start(
         runner: Box<dyn StepRunner>,
         text: Arc<TextPipeline>,
         options: EngineOptions,
+        runtime: &Handle,
     ) -> Engine {
         let EngineOptions { model, scheduler, max_num_queued_requests, metrics } = options;
         metrics.record_cache_config(&CacheConfigReport {
@@ -139,8 +143,13 @@ impl Engine {
             status: Mutex::new(EngineStatus::Ready),
         });
         let (sender, receiver) = crossbeam_channel::unbounded();
-        let step_loop =
-            StepLoop::new(Scheduler::new(scheduler), runner, receiver, Arc::clone(&shared));
+        let step_loop = StepLoop::new(
+            Scheduler::new(scheduler),
+            runner,
+            receiver,
+            Arc::clone(&shared),
+            Courier::start(runtime),
+        );
         std::thread::Builder::new()
             .name("engine".to_owned())
             .spawn(move || step_loop.run())

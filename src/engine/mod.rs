@@ -2,8 +2,10 @@
 //!
 //! [`Engine`] is the handle that servers and terminals hold. Behind it one thread owns the
 //! scheduler and the runner by value and steps them (`step`); tokio ends here. Each request
-//! is an `intake` on the way in and a `stream` on the way out. Knows nothing of HTTP.
+//! is an `intake` on the way in; on the way out, what a step yielded is brought by the courier of
+//! `delivery` to each request's `stream`. Knows nothing of HTTP.
 
+mod delivery;
 mod handle;
 mod intake;
 mod step;

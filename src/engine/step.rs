@@ -16,6 +16,7 @@ use crossbeam_channel::{Receiver, TryRecvError};
 use tokio::sync::mpsc;
 use tracing::{debug, error};
 
+use super::delivery::{Courier, Handover};
 use super::handle::{EngineStatus, Shared};
 use crate::output::{FinishReason, TokenEvent};
 use crate::request::{RequestId, TokenizedRequest};
@@ -71,6 +72,7 @@ pub(super) struct StepLoop {
 /// Those whose requests are being served.
 struct Clients {
     shared: Arc<Shared>,
+    courier: Courier,
     active: HashMap<RequestId, Active>,
 }
 
@@ -80,8 +82,9 @@ impl StepLoop {
         runner: Box<dyn StepRunner>,
         commands: Receiver<Command>,
         shared: Arc<Shared>,
+        courier: Courier,
     ) -> StepLoop {
-        let clients = Clients { shared, active: HashMap::new() };
+        let clients = Clients { shared, courier, active: HashMap::new() };
         StepLoop { scheduler, runner, commands, clients, unsent: Vec::new() }
     }
 
@@ -243,16 +246,20 @@ impl StepLoop {
 impl Clients {
     fn emit(&mut self, events: Vec<TokenEvent>) {
         let now = Instant::now();
+        let mut handover = Handover::with_capacity(events.len());
+        let mut ended = Vec::new();
         for event in events {
             let Some(active) = self.active.get_mut(&event.request_id) else { continue };
             active.note(&event, now, &self.shared);
-            let (id, ends) = (event.request_id.clone(), event.finish.is_some());
-            // The channel holds everything the request may yield; a failed send means that the
-            // client is gone, and its Abort is on the way.
-            let _ = active.events.try_send(event);
-            if ends && active.num_open == 0 {
-                self.close(&id, now);
+            if event.finish.is_some() && active.num_open == 0 {
+                ended.push(event.request_id.clone());
             }
+            handover.push((active.events.clone(), event));
+        }
+        // Nobody is waited for: books are closed while clients are being told.
+        self.courier.send(handover);
+        for id in ended {
+            self.close(&id, now);
         }
     }
 

@@ -8,6 +8,7 @@ use tokenmill::output::{FinishReason, TextDelta};
 use tokenmill::request::{GenerateRequest, Prompt, RequestId};
 use tokenmill::runner::{RunnerError, ScriptedRunner, StepRunner};
 use tokenmill::scheduler::batch::{ScheduledBatch, StepTokens};
+use tokio::runtime::Handle;
 
 use crate::support;
 
@@ -23,7 +24,7 @@ fn request(id: &str, prompt: &str, max_tokens: u32) -> GenerateRequest {
 
 fn start(runner: impl StepRunner + 'static) -> Engine {
     let options = support::engine_options(support::scheduler_params());
-    Engine::start(Box::new(runner), support::text_pipeline(), options)
+    Engine::start(Box::new(runner), support::text_pipeline(), options, &Handle::current())
 }
 
 /// Repeats `text`, whose bytes must differ from each other.
@@ -199,7 +200,8 @@ async fn a_full_queue_refuses_and_recovers() {
     let (runner, gate) = Gated::new(spelling("x"));
     let mut options = support::engine_options(support::scheduler_params());
     options.max_num_queued_requests = 2;
-    let engine = Engine::start(Box::new(runner), support::text_pipeline(), options);
+    let engine =
+        Engine::start(Box::new(runner), support::text_pipeline(), options, &Handle::current());
     // The first request is taken into a step that waits at the gate; two more fill the queue.
     let first = engine.submit(request("first", "x", 1)).await.expect("accepted");
     let leaves_queue = async {

@@ -38,7 +38,7 @@ impl InProcess {
             .enable_all()
             .build()
             .context("the runtime cannot start its threads")?;
-        let opened = open::open(config)?;
+        let opened = open::open(config, runtime.handle())?;
         let max_model_len = opened.plan.max_model_len;
         anyhow::ensure!(
             request_len <= max_model_len,

@@ -162,13 +162,14 @@ impl Setup {
     /// Starts the server with a model of another kind.
     pub fn start_with(&self, runner: Box<dyn StepRunner>) -> TestServer {
         let metrics = Arc::new(Metrics::new("scripted", MAX_MODEL_LEN));
-        let engine = Engine::start(runner, text_pipeline(), self.options(metrics));
         let config = self.server_config();
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
             .build()
             .expect("a runtime");
+        let options = self.options(metrics);
+        let engine = Engine::start(runner, text_pipeline(), options, runtime.handle());
         let listener =
             runtime.block_on(tokio::net::TcpListener::bind(("127.0.0.1", 0))).expect("a free port");
         let address = listener.local_addr().expect("a bound socket");
