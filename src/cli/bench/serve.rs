@@ -3,11 +3,13 @@
 //! Sends `/v1/completions` with token ids, streamed and greedy, and counts tokens by the
 //! server's own `usage`, so that every engine is asked for the same work and measured alike.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use clap::Args;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::client::{BaseUrl, ClientError, EventStream};
@@ -159,10 +161,41 @@ fn words(ids: &[u32]) -> String {
     letters.join(" ")
 }
 
+/// The part of an event that is looked at; the rest is skipped, because reading it would take time
+/// from the server that is measured.
+#[derive(Deserialize)]
+struct Event<'a> {
+    #[serde(borrow)]
+    choices: Option<Vec<EventChoice<'a>>>,
+    usage: Option<Usage>,
+    error: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct EventChoice<'a> {
+    #[serde(borrow)]
+    text: Option<Cow<'a, str>>,
+    token_ids: Option<Vec<u32>>,
+    #[serde(borrow)]
+    finish_reason: Option<Cow<'a, str>>,
+}
+
+#[derive(Clone, Copy, Default, Deserialize)]
+struct Usage {
+    prompt_tokens: Option<usize>,
+    completion_tokens: Option<usize>,
+    prompt_tokens_details: Option<PromptDetails>,
+}
+
+#[derive(Clone, Copy, Default, Deserialize)]
+struct PromptDetails {
+    cached_tokens: Option<usize>,
+}
+
 /// What the events of one answer have told so far.
 struct Answer {
     trace: RequestTrace,
-    usage: Option<Value>,
+    usage: Option<Usage>,
     done: bool,
 }
 
@@ -185,40 +218,38 @@ impl Answer {
             self.done = true;
             return Ok(());
         }
-        let mut event: Value =
+        let event: Event<'_> =
             serde_json::from_str(data).with_context(|| format!("an event is no JSON: {data}"))?;
-        if let Some(error) = event.get("error").filter(|error| !error.is_null()) {
+        if let Some(error) = event.error {
             anyhow::bail!("the server failed: {error}");
         }
-        let choice = &event["choices"][0];
-        let has_text = choice["text"].as_str().is_some_and(|text| !text.is_empty());
-        let has_ids = choice["token_ids"].as_array().is_some_and(|ids| !ids.is_empty());
-        // A single token may be part of a character, which is shown with the end or never.
-        let ends_silent = choice["finish_reason"].is_string() && self.trace.arrivals.is_empty();
-        if has_text || has_ids || ends_silent {
-            self.trace.arrivals.push(now);
+        if let Some([choice, ..]) = event.choices.as_deref() {
+            let has_text = choice.text.as_ref().is_some_and(|text| !text.is_empty());
+            let has_ids = choice.token_ids.as_ref().is_some_and(|ids| !ids.is_empty());
+            // A single token may be part of a character, which is shown with the end or never.
+            let ends_silent = choice.finish_reason.is_some() && self.trace.arrivals.is_empty();
+            if has_text || has_ids || ends_silent {
+                self.trace.arrivals.push(now);
+            }
         }
-        if event["usage"].is_object() {
-            self.usage = Some(event["usage"].take());
-        }
+        self.usage = event.usage.or(self.usage);
         Ok(())
     }
 
     fn finish(mut self) -> anyhow::Result<RequestTrace> {
         let usage = self.usage.unwrap_or_default();
-        let count = |value: &Value| value.as_u64().and_then(|count| usize::try_from(count).ok());
-        let needed = |key: &str| {
-            count(&usage[key]).with_context(|| {
+        let needed = |key: &str, count: Option<usize>| {
+            count.with_context(|| {
                 format!(
                     "the server sent no usage.{key} at the end of its stream, so tokens cannot \
                      be counted; it must honour stream_options.include_usage"
                 )
             })
         };
-        self.trace.num_input_tokens = needed("prompt_tokens")?;
-        self.trace.num_output_tokens = needed("completion_tokens")?;
-        let cached = &usage["prompt_tokens_details"]["cached_tokens"];
-        self.trace.num_cached_tokens = count(cached).unwrap_or(0);
+        self.trace.num_input_tokens = needed("prompt_tokens", usage.prompt_tokens)?;
+        self.trace.num_output_tokens = needed("completion_tokens", usage.completion_tokens)?;
+        let details = usage.prompt_tokens_details.unwrap_or_default();
+        self.trace.num_cached_tokens = details.cached_tokens.unwrap_or(0);
         Ok(self.trace)
     }
 }

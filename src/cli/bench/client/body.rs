@@ -73,7 +73,7 @@ impl Body {
 impl ChunkedBody {
     fn push(&mut self, bytes: &[u8]) -> Result<Vec<u8>, ClientError> {
         self.unparsed.extend_from_slice(bytes);
-        let mut payload = Vec::new();
+        let mut payload = Vec::with_capacity(self.unparsed.len());
         loop {
             match self.place {
                 Place::Size => {

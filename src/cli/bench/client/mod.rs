@@ -8,9 +8,12 @@ mod sse;
 mod url;
 
 use std::io;
+use std::pin::Pin;
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use serde_json::Value;
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::TcpStream;
 
 use body::Body;
@@ -19,6 +22,8 @@ pub(super) use url::BaseUrl;
 
 /// Longest head of an answer.
 const MAX_HEAD_BYTES: usize = 64 << 10;
+/// Most bytes that are read at once.
+const READ_BYTES: usize = 16 << 10;
 /// Bytes of a refusal that are worth showing.
 const SHOWN_BYTES: usize = 400;
 
@@ -84,8 +89,8 @@ impl EventStream {
     /// The data of the events that came next, at least one; empty when the answer has ended.
     pub async fn next(&mut self) -> Result<Vec<String>, ClientError> {
         loop {
-            let bytes = std::mem::take(&mut self.connection.unread);
-            let payload = self.body.push(&bytes)?;
+            let payload = self.body.push(&self.connection.unread)?;
+            self.connection.unread.clear();
             let events = self.events.push(&payload);
             if !events.is_empty() || self.body.has_ended() {
                 return Ok(events);
@@ -104,8 +109,8 @@ impl EventStream {
     async fn read_text(&mut self) -> Result<String, ClientError> {
         let mut text = Vec::new();
         while text.len() < SHOWN_BYTES {
-            let bytes = std::mem::take(&mut self.connection.unread);
-            text.extend(self.body.push(&bytes)?);
+            text.extend(self.body.push(&self.connection.unread)?);
+            self.connection.unread.clear();
             if self.body.has_ended() || self.connection.read().await? == 0 {
                 break;
             }
@@ -170,6 +175,7 @@ impl Head {
 struct Connection {
     stream: TcpStream,
     authority: String,
+    buffer: Box<[u8; READ_BYTES]>,
     unread: Vec<u8>,
 }
 
@@ -179,7 +185,10 @@ impl Connection {
         let opened = TcpStream::connect((url.host.as_str(), url.port)).await;
         let stream = opened.and_then(|stream| stream.set_nodelay(true).map(|()| stream));
         match stream {
-            Ok(stream) => Ok(Connection { stream, authority, unread: Vec::new() }),
+            Ok(stream) => {
+                let buffer = Box::new([0; READ_BYTES]);
+                Ok(Connection { stream, authority, buffer, unread: Vec::new() })
+            }
             Err(source) => Err(ClientError::Io { action: "cannot connect to", authority, source }),
         }
     }
@@ -202,18 +211,15 @@ impl Connection {
 
     /// Waits for more bytes; 0 when there will be none.
     async fn read(&mut self) -> Result<usize, ClientError> {
-        loop {
-            let ready = self.stream.readable().await;
-            let mut bytes = [0; 16 << 10];
-            match ready.and_then(|()| self.stream.try_read(&mut bytes)) {
-                Ok(len) => {
-                    self.unread.extend_from_slice(&bytes[..len]);
-                    return Ok(len);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(self.failed("cannot read from", error)),
-            }
-        }
+        let Connection { stream, buffer, unread, .. } = self;
+        // After a short read the socket is known to be empty, which spares asking it again.
+        let outcome = std::future::poll_fn(|cx| {
+            let mut bytes = ReadBuf::new(&mut buffer[..]);
+            ready!(Pin::new(&mut *stream).poll_read(cx, &mut bytes))?;
+            unread.extend_from_slice(bytes.filled());
+            Poll::Ready(Ok(bytes.filled().len()))
+        });
+        outcome.await.map_err(|error| self.failed("cannot read from", error))
     }
 
     async fn read_head(&mut self) -> Result<Head, ClientError> {

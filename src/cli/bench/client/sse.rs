@@ -3,6 +3,7 @@
 /// Joins bytes into events. Fields other than `data` carry nothing that a benchmark needs.
 #[derive(Debug, Default)]
 pub(super) struct EventParser {
+    /// The beginning of a line whose end has not come.
     line: Vec<u8>,
     data: Option<String>,
 }
@@ -11,21 +12,27 @@ impl EventParser {
     /// Takes bytes of the body, gives the data of the events that they complete.
     pub fn push(&mut self, bytes: &[u8]) -> Vec<String> {
         let mut events = Vec::new();
-        for &byte in bytes {
-            if byte != b'\n' {
-                self.line.push(byte);
-                continue;
-            }
-            if self.line.last() == Some(&b'\r') {
-                self.line.pop();
-            }
-            let line = std::mem::take(&mut self.line);
-            match line.as_slice() {
-                [] => events.extend(self.data.take()),
-                line => self.field(&String::from_utf8_lossy(line)),
+        let mut rest = bytes;
+        while let Some(end) = rest.iter().position(|&byte| byte == b'\n') {
+            let (line, after) = (&rest[..end], &rest[end + 1..]);
+            rest = after;
+            if self.line.is_empty() {
+                self.end_line(line, &mut events);
+            } else {
+                let mut begun = std::mem::take(&mut self.line);
+                begun.extend_from_slice(line);
+                self.end_line(&begun, &mut events);
             }
         }
+        self.line.extend_from_slice(rest);
         events
+    }
+
+    fn end_line(&mut self, line: &[u8], events: &mut Vec<String>) {
+        match line.strip_suffix(b"\r").unwrap_or(line) {
+            [] => events.extend(self.data.take()),
+            line => self.field(&String::from_utf8_lossy(line)),
+        }
     }
 
     fn field(&mut self, line: &str) {
