@@ -3,7 +3,9 @@
 //! The calling thread works too, so a pool of one thread runs everything inline. Workers that
 //! find nothing to do spin for [`SPIN`] and then park: inside a step the next operation finds
 //! them awake, between steps they leave the cores to others. A worker that wakes too late
-//! finds the job closed and is not waited for.
+//! finds the job closed and is not waited for. A worker that was put on the caller's core, because
+//! others are busy, does not spin there: it would keep the caller from the job that it waits for.
+//! Asleep, it is put on an idle core by the next job, if there is one.
 //!
 //! Every thread begins with its own stretch of the tasks, the same whenever the same job comes
 //! again: what lies in its caches is what it reads next, and weights are read in their order.
@@ -13,7 +15,7 @@ use std::any::Any;
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
@@ -23,6 +25,9 @@ use super::topology::{self, Place};
 /// How long a thread waits awake. Longer than the gap between two operations of a step,
 /// shorter than anything a neighbour on the same core would notice.
 const SPIN: Duration = Duration::from_micros(30);
+
+/// Where the system does not tell.
+const UNKNOWN_CORE: i32 = -1;
 
 /// Job states: bit 0 says open, the next 15 bits count the workers inside, the rest numbers
 /// the job.
@@ -56,6 +61,8 @@ struct Shared {
     stretches: Vec<Stretch>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
     asleep: Vec<AtomicBool>,
+    /// The core on which the last job began.
+    caller_core: AtomicI32,
     stop: AtomicBool,
 }
 
@@ -77,6 +84,7 @@ impl Pool {
             stretches: (0..=num_workers).map(|_| Stretch::default()).collect(),
             panic: Mutex::new(None),
             asleep: (0..num_workers).map(|_| AtomicBool::new(false)).collect(),
+            caller_core: AtomicI32::new(UNKNOWN_CORE),
             stop: AtomicBool::new(false),
         });
         let mut pool = Pool { shared, workers: Vec::new(), turn: Mutex::new(()) };
@@ -115,6 +123,7 @@ impl Pool {
         // SAFETY: this thread has the turn, the state is closed and no worker is inside.
         unsafe { *shared.job.get() = Some(job) };
         shared.deal(num_tasks);
+        shared.caller_core.store(own_core(), Ordering::Relaxed);
         let number = (shared.state.load(Ordering::Relaxed) / NUMBER).wrapping_add(1);
         shared.state.store(number.wrapping_mul(NUMBER) | OPEN, Ordering::SeqCst);
         for (asleep, worker) in shared.asleep.iter().zip(&self.workers) {
@@ -203,6 +212,11 @@ impl Shared {
         }
     }
 
+    /// False on the core of the caller, who cannot bring a job while it is taken.
+    fn is_worth_spinning(&self, own_core: i32) -> bool {
+        own_core == UNKNOWN_CORE || own_core != self.caller_core.load(Ordering::Relaxed)
+    }
+
     /// Enters job `state` unless it was closed or changed meanwhile.
     fn enter(&self, state: usize) -> bool {
         let entered = |state| (state & OPEN != 0).then_some(state + WORKER);
@@ -211,6 +225,18 @@ impl Shared {
             |current: usize| if current / NUMBER == number { entered(current) } else { None };
         self.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, same).is_ok()
     }
+}
+
+/// The core that the calling thread is on now.
+#[cfg(target_os = "linux")]
+fn own_core() -> i32 {
+    // SAFETY: takes nothing; its error is -1, which is UNKNOWN_CORE.
+    unsafe { libc::sched_getcpu() }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn own_core() -> i32 {
+    UNKNOWN_CORE
 }
 
 /// Keeps the calling thread in its place, where it is only faster: a refusal changes nothing.
@@ -231,7 +257,7 @@ fn work(shared: &Shared, index: usize) {
             if shared.stop.load(Ordering::SeqCst) {
                 return;
             }
-            if idle_since.elapsed() < SPIN {
+            if shared.is_worth_spinning(own_core()) && idle_since.elapsed() < SPIN {
                 std::hint::spin_loop();
             } else {
                 shared.asleep[index].store(true, Ordering::SeqCst);
@@ -330,6 +356,15 @@ mod tests {
         assert_eq!(stretch.take(false), Some(5));
         assert_eq!(stretch.take(false), Some(4));
         assert_eq!((stretch.take(true), stretch.take(false)), (None, None));
+    }
+
+    #[test]
+    fn a_worker_spins_anywhere_but_on_the_core_of_its_caller() {
+        let pool = Pool::new(2, Vec::new()).unwrap();
+        let worth = |own_core| pool.shared.is_worth_spinning(own_core);
+        assert!(worth(3) && worth(UNKNOWN_CORE), "nobody has called yet");
+        pool.shared.caller_core.store(3, Ordering::Relaxed);
+        assert!(worth(2) && worth(UNKNOWN_CORE) && !worth(3));
     }
 
     #[test]
