@@ -25,13 +25,12 @@ use super::attention::{Attend, AttendTile, Sizes};
 use super::avx512::transpose16;
 use super::context_parts::{Base, Partial, State, parts_of, within};
 use super::kv_rows::Cached;
-use super::tile_cache::{CHUNKS, Cache, KV_TILE, MAX_HEAD_DIM, element_of, left};
+use super::tile_cache::{CHUNKS, Cache, KV_TILE, MAX_HEAD_DIM, element_of};
 use super::tile_pack::pack;
 use super::tile_pipeline::{KvTile, Pipeline, Room, Stage, chunks, plan};
-use super::tile_products::Left;
 use super::tile_rows;
 use super::tile_softmax::{CHUNK, Column, Scores, Weights, join_sums, turn};
-use super::tile_sums::Sides;
+use super::tile_sums::{Sides, SixteenKeys};
 
 /// Query rows of a task when there are enough for all threads; values are rearranged once for
 /// so many.
@@ -264,8 +263,9 @@ impl Pass<'_> {
     /// those of the next one. Returns the keys, and what their scores must be multiplied by.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    fn gather(&mut self, start: usize) -> ([Left; CHUNKS], Option<[f32; KV_TILE]>) {
-        let mut keys = [left(self.buffers.keys.as_ptr().cast(), 0); CHUNKS];
+    fn gather(&mut self, start: usize) -> ([[SixteenKeys; 2]; CHUNKS], Option<[f32; KV_TILE]>) {
+        let none = SixteenKeys { start: self.buffers.keys.as_ptr().cast(), stride: 0 };
+        let mut keys = [[none; 2]; CHUNKS];
         let (mut scales, mut has_scales) = ([1.0; KV_TILE], false);
         for chunk in chunks(&self.cache.seen, start) {
             let position = start + chunk * CHUNK;

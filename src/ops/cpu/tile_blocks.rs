@@ -129,7 +129,7 @@ impl<'a, E: TileElement, F: Finish> BlockTask<'a, E, F> {
             self.x.line(row, step).cast::<u8>()
         };
         let (upper, lower) = (tile(2 * pair), tile(2 * pair + 1));
-        Left { upper, lower, row_stride: ROW_BYTES, step: self.x.rows_per_tile() * ROW_BYTES }
+        Left { upper, lower, step: self.x.rows_per_tile() * ROW_BYTES }
     }
 
     /// Where the weights of some blocks begin: of the first two, or twice of the only one.

@@ -9,12 +9,12 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::amx::{ROW_BYTES, TILE_LEN, TILE_ROWS};
+use super::amx::{TILE_LEN, TILE_ROWS};
 use super::attention::AttendTile;
 use super::avx512::transpose16;
-use super::tile_products::Left;
 use super::tile_rows::TileRows;
 use super::tile_softmax::CHUNK;
+use super::tile_sums::SixteenKeys;
 
 /// Positions that all queries of a task are led past at a time: enough for a sum to stay in
 /// its accumulator for a while, few enough for scores to stay in the first-level cache.
@@ -23,12 +23,6 @@ pub const KV_TILE: usize = 128;
 pub const CHUNKS: usize = KV_TILE / CHUNK;
 /// Longest heads.
 pub const MAX_HEAD_DIM: usize = 256;
-
-/// Two tiles of keys of `dim` elements that follow each other.
-pub fn left(keys: *const u8, dim: usize) -> Left {
-    let lower = keys.wrapping_add(TILE_ROWS * 2 * dim);
-    Left { upper: keys, lower, row_stride: 2 * dim, step: ROW_BYTES }
-}
 
 /// The cached vectors of one KV head of one sequence.
 pub struct Cache<'a> {
@@ -56,15 +50,14 @@ impl<'a> Cache<'a> {
         Cache { task, keys, values: TileRows::new(v_cache, dim), dim, seen }
     }
 
-    /// Keys of the chunk at `position` as a left operand; rows that nobody sees are any numbers.
+    /// Keys of the chunk at `position`, upper and lower; rows that nobody sees are any numbers.
     /// `room` is for keys that do not lie as a tile needs them.
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-    pub fn keys(&self, position: usize, room: &mut [u32]) -> Left {
+    pub fn keys(&self, position: usize, room: &mut [u32]) -> [SixteenKeys; 2] {
         let middle = position + TILE_ROWS;
         let (first, second) = room.split_at_mut(TILE_ROWS * self.dim / 2);
-        let upper = self.sixteen_keys(position, first);
-        let lower = self.sixteen_keys(middle, second);
-        Left { lower, ..left(upper, self.dim) }
+        let starts = [self.sixteen_keys(position, first), self.sixteen_keys(middle, second)];
+        starts.map(|start| SixteenKeys { start, stride: 2 * self.dim })
     }
 
     /// The first of sixteen rows of keys: in place where a block has them all as bf16.

@@ -11,7 +11,6 @@ use std::ops::Range;
 
 use super::amx::{TILE_LEN, TILE_ROWS, Tiles};
 use super::tile_cache::{CHUNKS, KV_TILE};
-use super::tile_products::Left;
 use super::tile_softmax::{
     CHUNK, Column, Raw, Scores, Weights, rescale, rescale_turned, rescale_weights, turn, weigh,
 };
@@ -24,8 +23,8 @@ static ZEROS: [f32; TILE_ROWS] = [0.0; TILE_ROWS];
 pub struct KvTile<'a> {
     /// Position of the first of them, a multiple of [`KV_TILE`].
     pub start: usize,
-    /// Left operands.
-    pub keys: &'a [Left; CHUNKS],
+    /// Left operands: upper and lower keys of a chunk.
+    pub keys: &'a [[SixteenKeys; 2]; CHUNKS],
     /// What the scores of keys are multiplied by.
     pub scales: Option<&'a [f32; KV_TILE]>,
     /// `[head_dim / 16, CHUNKS]` operands, as `sides` says.
@@ -257,8 +256,7 @@ impl Pipeline<'_> {
     /// Multiplies half of a stage's keys with its queries.
     #[inline(always)]
     fn score(&mut self, tiles: &mut Tiles, slot: usize, stage: &Stage, half: usize) {
-        let Left { upper, lower, row_stride, .. } = self.kv.keys[stage.chunk];
-        let keys = SixteenKeys { start: [upper, lower][half], stride: row_stride };
+        let keys = self.kv.keys[stage.chunk][half];
         let queries = self.queries(stage);
         let to = self.room.scores[slot].as_chunks_mut::<TILE_ROWS>().0[half].as_mut_ptr();
         // SAFETY: sixteen keys of the head's elements are readable, and the queries are held.

@@ -1,5 +1,5 @@
-//! Tile products, through inline assembly: single steps along the summed axis, in which loads,
-//! products, and requests for what memory shall bring next alternate, and loops over steps.
+//! Tile products, through inline assembly: steps along the summed axis, in which loads, products,
+//! and requests for what memory shall bring next alternate.
 //!
 //! Requests are spread between the loads. A core has sixteen places for lines that are on their
 //! way to its first-level cache; a burst of requests takes all of them for as long as memory
@@ -7,30 +7,17 @@
 
 use std::arch::asm;
 
-use super::amx::{ROW_BYTES, TILE_ROWS, TileElement, Tiles};
+use super::amx::{ROW_BYTES, TileElement, Tiles};
 
-/// The left operand of a run of products: two tiles of rows, sixteen rows each, and how the
-/// run goes through them.
+/// The left operand: two tiles of rows, sixteen rows each, 64 bytes apart.
 #[derive(Clone, Copy)]
 pub struct Left {
     /// The first tile of the upper sixteen rows.
     pub upper: *const u8,
     /// The first tile of the lower sixteen rows.
     pub lower: *const u8,
-    /// Bytes from a row to the next.
-    pub row_stride: usize,
     /// Bytes from a tile to the next along the summed axis.
     pub step: usize,
-}
-
-/// The right operand of a run of products: tiles of sixteen rows that follow each other. A row
-/// shorter than a tile's runs into the next one; the columns beyond it mean nothing then.
-#[derive(Clone, Copy)]
-pub struct Right {
-    /// The first tile.
-    pub start: *const u8,
-    /// Bytes from a row to the next; a tile has sixteen.
-    pub row_stride: usize,
 }
 
 /// What memory shall bring to the second-level cache meanwhile. Any address will do.
@@ -171,71 +158,6 @@ macro_rules! step_asking {
     };
 }
 
-/// A loop over steps: tiles of the left operand by one tile of the right one or by two.
-macro_rules! product_loop {
-    ([$($products:expr),*], $left:expr, $steps:expr, $($operands:tt)*) => {
-        asm!(
-            "2:",
-            $($products,)*
-            "add {upper}, {step}",
-            "add {lower}, {step}",
-            "dec {n}",
-            "jnz 2b",
-            upper = inout(reg) $left.upper => _,
-            lower = inout(reg) $left.lower => _,
-            row = in(reg) $left.row_stride,
-            step = in(reg) $left.step,
-            n = inout(reg) $steps => _,
-            $($operands)*
-            options(readonly, nostack),
-        )
-    };
-}
-
-macro_rules! loop_by_one {
-    ($op:literal, $left:expr, $first:expr, $steps:expr) => {
-        product_loop!(
-            [
-                "tileloadd tmm4, [{upper} + {row}*1]",
-                "tileloadd tmm6, [{first} + {first_row}*1]",
-                "tileloadd tmm5, [{lower} + {row}*1]",
-                concat!($op, " tmm0, tmm4, tmm6"),
-                concat!($op, " tmm1, tmm5, tmm6"),
-                "add {first}, {first_step}"
-            ],
-            $left, $steps,
-            first = inout(reg) $first.start => _,
-            first_row = in(reg) $first.row_stride,
-            first_step = in(reg) TILE_ROWS * $first.row_stride,
-        )
-    };
-}
-
-macro_rules! loop_by_two {
-    ($op:literal, $left:expr, $first:expr, $second:expr, $steps:expr) => {
-        product_loop!(
-            [
-                "tileloadd tmm4, [{upper} + {row}*1]",
-                "tileloadd tmm6, [{first} + {line}*1]",
-                "tileloadd tmm5, [{lower} + {row}*1]",
-                concat!($op, " tmm0, tmm4, tmm6"),
-                "tileloadd tmm7, [{second} + {second_row}*1]",
-                concat!($op, " tmm1, tmm5, tmm6"),
-                concat!($op, " tmm2, tmm4, tmm7"),
-                concat!($op, " tmm3, tmm5, tmm7"),
-                "add {first}, 1024",
-                "add {second}, {second_step}"
-            ],
-            $left, $steps,
-            first = inout(reg) $first.start => _,
-            line = in(reg) ROW_BYTES,
-            second = inout(reg) $second.start => _,
-            second_row = in(reg) $second.row_stride,
-            second_step = in(reg) TILE_ROWS * $second.row_stride,
-        )
-    };
-}
-
 /// The element's instruction.
 macro_rules! products {
     ($kind:ident, $($args:tt)*) => {
@@ -273,8 +195,7 @@ macro_rules! product_apart {
 }
 
 impl Tiles {
-    /// Adds to the accumulators 0 and 1 the products of the first tiles of `left`, whose rows are
-    /// 64 bytes apart, with the tile at `first`, and asks for the next lines ahead.
+    /// Adds to the accumulators 0 and 1 the products of the first tiles of `left` with the tile at `first`, and asks for the next lines ahead.
     ///
     /// # Safety
     /// All tiles must be readable.
@@ -326,34 +247,6 @@ impl Tiles {
     ) {
         // SAFETY: as in `step_by_one`.
         unsafe { products!(step_asking, step_of_upper, ahead, left, first, second) }
-    }
-
-    /// Adds to the accumulators 0 and 1 the products of `left` with the first `steps` tiles of
-    /// `first`.
-    ///
-    /// # Safety
-    /// All tiles must be readable; `steps` is not 0.
-    #[inline]
-    pub unsafe fn multiply_one<E: TileElement>(&mut self, left: Left, first: Right, steps: usize) {
-        // SAFETY: the caller vouches for the memory; the loop runs `steps` times.
-        unsafe { products!(loop_by_one, left, first, steps) }
-    }
-
-    /// Adds to all four accumulators the products of `left` with the first `steps` tiles of
-    /// `first`, which must be whole, and of `second`.
-    ///
-    /// # Safety
-    /// As [`Tiles::multiply_one`].
-    #[inline]
-    pub unsafe fn multiply_two<E: TileElement>(
-        &mut self,
-        left: Left,
-        first: Right,
-        second: Right,
-        steps: usize,
-    ) {
-        // SAFETY: as in `multiply_one`.
-        unsafe { products!(loop_by_two, left, first, second, steps) }
     }
 
     /// Writes to `to` the products of bytes of one tile after the other of `left` (its first tile
