@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::ops::cpu::{Arithmetic, peak_arithmetic};
+use crate::tensor::{DType, Tensor};
 
 /// Most bytes that one thread reads per pass: more than any cache holds.
 const READ_BYTES: usize = 256 << 20;
@@ -46,14 +47,16 @@ pub struct Limit {
 pub fn memory_read(threads: usize) -> Limit {
     let bytes = (TOTAL_BYTES / threads).clamp(LEAST_BYTES, READ_BYTES);
     // Filled by their readers, so that every node of the machine holds its own; and not with
-    // zero, because untouched zero pages would all be one page, in the cache.
-    let buffers: Vec<Vec<u64>> = std::thread::scope(|scope| {
-        let fill = |i: usize| scope.spawn(move || vec![i as u64 + 1; bytes / 8]);
+    // zero, because untouched zero pages would all be one page, in the cache. On large pages, as
+    // weights are: where addresses are translated twice, in a virtual machine, small pages halve
+    // what is read.
+    let buffers: Vec<Tensor> = std::thread::scope(|scope| {
+        let fill = |i: usize| scope.spawn(move || filled(bytes / size_of::<u32>(), i as u32 + 1));
         let handles: Vec<_> = (0..threads).map(fill).collect();
         handles.into_iter().map(|handle| handle.join().expect("filling does not panic")).collect()
     });
     let seconds = best_time(threads, |thread| {
-        black_box(sum(&buffers[thread]));
+        black_box(sum(buffers[thread].as_slice()));
     });
     Limit {
         threads,
@@ -97,15 +100,22 @@ pub fn best_time(threads: usize, work: impl Fn(usize) + Sync) -> f64 {
     (0..PASSES).map(slowest).fold(f64::INFINITY, f64::min)
 }
 
+/// `len` words, all the same.
+fn filled(len: usize, word: u32) -> Tensor {
+    let mut buffer = Tensor::zeros_on_large_pages(DType::U32, [len]);
+    buffer.as_mut_slice().fill(word);
+    buffer
+}
+
 /// Many chains of additions: far faster than memory.
-fn sum(words: &[u64]) -> u64 {
-    let mut sums = [0u64; 32];
-    for words in words.chunks_exact(32) {
+fn sum(words: &[u32]) -> u32 {
+    let mut sums = [0u32; 64];
+    for words in words.chunks_exact(64) {
         for (sum, &word) in sums.iter_mut().zip(words) {
             *sum = sum.wrapping_add(word);
         }
     }
-    sums.into_iter().fold(0, u64::wrapping_add)
+    sums.into_iter().fold(0, u32::wrapping_add)
 }
 
 /// The limits in a file: a record, or what `cargo bench --bench limits` printed.
