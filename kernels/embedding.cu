@@ -3,7 +3,7 @@
 //   out [num_ids, width], T;  ids [num_ids];  table [num_rows, width] in any format
 //
 // A block per id; a thread takes a chunk of sixteen bytes of T (dense tables) or four columns
-// (packed ones: a word of a block, see formats/blocks.rs). A code times its scale is rounded once.
+// (packed ones: a word of a block, see formats/blocks.rs, or of a row of FP8). A code times its scale is rounded once.
 //
 // Bound: latency for a decode, else memory: width · (bytes of an element or code + sizeof(T)).
 //
@@ -34,11 +34,11 @@ constexpr int MIDDLE = 8;
 // Columns of a thread: the codes of a word.
 constexpr int WORD = 4;
 
-enum class Layout { BF16_BLOCKS, BYTE_BLOCKS, NIBBLE_BLOCKS, MXFP4_BLOCKS, FP8_BLOCKS };
+enum class Layout { BF16_BLOCKS, BYTE_BLOCKS, NIBBLE_BLOCKS, MXFP4_BLOCKS, FP8_BLOCKS, FP8_ROWS };
 
 // A table in blocks. Scales: [blocks, groups, BLOCK_ROWS]; a group is group_cols elements of a row.
 struct Packed {
-  const uint8_t* data;   // [blocks, BLOCK_ROWS · row_bytes]
+  const uint8_t* data;   // [blocks, BLOCK_ROWS · row_bytes], of FP8_ROWS [rows, row_bytes]
   const void* scales;    // f16 or f32, exponents of MXFP4_BLOCKS; null for BF16_BLOCKS
   const uint8_t* zeros;  // as the scales, or null
   int row_bytes, groups, group_cols;
@@ -73,11 +73,12 @@ __device__ __forceinline__ void load_codes(float (&x)[WORD], const Packed& table
       x[i] = LAYOUT == Layout::MXFP4_BLOCKS ? e2m1(code) : static_cast<float>(code - zero);
     }
   } else {
-    const uint32_t word = *reinterpret_cast<const uint32_t*>(block + at / 4 * LINE_BYTES + in_block * 4);
+    const int place = LAYOUT == Layout::FP8_ROWS ? in_block * table.row_bytes + at : at / 4 * LINE_BYTES + in_block * 4;
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(block + place);
 #pragma unroll
     for (int i = 0; i < WORD; i++) {
       const uint8_t code = word >> (8 * i) & 255;
-      x[i] = LAYOUT == Layout::FP8_BLOCKS ? to_float(fp8{code}) : static_cast<float>(static_cast<int8_t>(code));
+      x[i] = LAYOUT == Layout::FP8_BLOCKS || LAYOUT == Layout::FP8_ROWS ? to_float(fp8{code}) : static_cast<float>(static_cast<int8_t>(code));
     }
   }
 }
@@ -126,7 +127,8 @@ __device__ __forceinline__ void gather_packed(T* __restrict__ out, const Packed&
   GATHER_PACKED(byte_blocks_##suffix, T, BYTE_BLOCKS)     \
   GATHER_PACKED(nibble_blocks_##suffix, T, NIBBLE_BLOCKS) \
   GATHER_PACKED(mxfp4_blocks_##suffix, T, MXFP4_BLOCKS)   \
-  GATHER_PACKED(fp8_blocks_##suffix, T, FP8_BLOCKS)
+  GATHER_PACKED(fp8_blocks_##suffix, T, FP8_BLOCKS)       \
+  GATHER_PACKED(fp8_rows_##suffix, T, FP8_ROWS)
 
 GATHERS(bf16, bf16)
 GATHERS(f16, f16)

@@ -11,6 +11,8 @@
 // Report: matmul_many_w8a16 dynamic=98304
 // Report: matmul_few_fp8 dynamic=65536
 // Report: matmul_many_fp8 dynamic=98304
+// Report: matmul_few_fp8_rows dynamic=65536
+// Report: matmul_many_fp8_rows dynamic=98304
 // Report: matmul_few_q8 dynamic=67584
 // Report: matmul_many_q8 dynamic=75264
 // Report: matmul_few_fp8_groups dynamic=67584
@@ -37,6 +39,7 @@ MATMUL_TILES(few, int4, Int4By64, 2, 8, 1, 4, 1, 5)
 MATMUL_TILES(few, int4_g32, Int4By32, 2, 8, 1, 4, 1, 5)
 MATMUL_TILES(few, mxfp4, Mxfp4, 2, 8, 1, 4, 1, 5)
 MATMUL_TILES(few, fp8, Fp8, 2, 8, 1, 4, 1, 4)
+MATMUL_TILES(few, fp8_rows, Fp8Rows, 2, 8, 1, 4, 1, 4)
 MATMUL_TILES(few, fp8_groups, Fp8Groups, 2, 8, 1, 4, 1, 4)
 
 MATMUL_TILES(many, int8, Int8, 2, 8, 2, 2, 2, 3)
@@ -46,4 +49,5 @@ MATMUL_TILES(many, int4, Int4By64, 1, 8, 2, 4, 1, 4)
 MATMUL_TILES(many, int4_g32, Int4By32, 1, 8, 2, 4, 1, 4)
 MATMUL_TILES(many, mxfp4, Mxfp4, 1, 8, 2, 4, 1, 4)
 MATMUL_TILES(many, fp8, Fp8, 2, 8, 2, 2, 2, 4)
+MATMUL_TILES(many, fp8_rows, Fp8Rows, 2, 8, 2, 2, 2, 4)
 MATMUL_TILES(many, fp8_groups, Fp8Groups, 1, 8, 2, 4, 1, 3)

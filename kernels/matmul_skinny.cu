@@ -9,6 +9,7 @@
 // Report: matmul_skinny_int8 sass=IMMA,LDS.128,LDGSTS.128
 // Report: matmul_skinny_w8a16 dynamic=70656
 // Report: matmul_skinny_fp8 dynamic=70656
+// Report: matmul_skinny_fp8_rows dynamic=70656
 // Report: matmul_skinny_q8 dynamic=74752
 // Report: matmul_skinny_fp8_groups dynamic=74752
 // Report: matmul_skinny_int4 dynamic=80896
@@ -32,4 +33,5 @@ MATMUL_SKINNY(int4, Int4By64)
 MATMUL_SKINNY(int4_g32, Int4By32)
 MATMUL_SKINNY(mxfp4, Mxfp4)
 MATMUL_SKINNY(fp8, Fp8)
+MATMUL_SKINNY(fp8_rows, Fp8Rows)
 MATMUL_SKINNY(fp8_groups, Fp8Groups)

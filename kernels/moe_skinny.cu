@@ -9,6 +9,7 @@
 // Report: experts_skinny_int8 sass=IMMA,LDS.128,LDGSTS.128
 // Report: experts_skinny_w8a16 dynamic=70656
 // Report: experts_skinny_fp8 dynamic=70656
+// Report: experts_skinny_fp8_rows dynamic=70656
 // Report: experts_skinny_q8 dynamic=74752
 // Report: experts_skinny_fp8_groups dynamic=74752
 // Report: experts_skinny_int4 dynamic=80896
@@ -35,4 +36,5 @@ EXPERTS_SKINNY(int4, Int4By64, 2)
 EXPERTS_SKINNY(int4_g32, Int4By32, 2)
 EXPERTS_SKINNY(mxfp4, Mxfp4, 2)
 EXPERTS_SKINNY(fp8, Fp8, 3)
+EXPERTS_SKINNY(fp8_rows, Fp8Rows, 2)
 EXPERTS_SKINNY(fp8_groups, Fp8Groups, 2)

@@ -13,6 +13,8 @@
 // Report: experts_many_w8a16 dynamic=98304
 // Report: experts_few_fp8 dynamic=65536
 // Report: experts_many_fp8 dynamic=98304
+// Report: experts_few_fp8_rows dynamic=65536
+// Report: experts_many_fp8_rows dynamic=98304
 // Report: experts_few_q8 dynamic=67584
 // Report: experts_many_q8 dynamic=75264
 // Report: experts_few_fp8_groups dynamic=67584
@@ -42,6 +44,7 @@ EXPERTS_TILES(few, int4, Int4By64, 2, 8, 1, 4, 1, 5)
 EXPERTS_TILES(few, int4_g32, Int4By32, 2, 8, 1, 4, 1, 5)
 EXPERTS_TILES(few, mxfp4, Mxfp4, 2, 8, 1, 4, 1, 5)
 EXPERTS_TILES(few, fp8, Fp8, 2, 8, 1, 4, 1, 4)
+EXPERTS_TILES(few, fp8_rows, Fp8Rows, 2, 8, 1, 4, 1, 4)
 EXPERTS_TILES(few, fp8_groups, Fp8Groups, 2, 8, 1, 4, 1, 4)
 
 EXPERTS_TILES(many, bf16, DenseBf16, 2, 8, 2, 2, 2, 3)
@@ -52,4 +55,5 @@ EXPERTS_TILES(many, int4, Int4By64, 1, 8, 2, 4, 1, 4)
 EXPERTS_TILES(many, int4_g32, Int4By32, 1, 8, 2, 4, 1, 4)
 EXPERTS_TILES(many, mxfp4, Mxfp4, 1, 8, 2, 4, 1, 4)
 EXPERTS_TILES(many, fp8, Fp8, 2, 8, 2, 2, 2, 4)
+EXPERTS_TILES(many, fp8_rows, Fp8Rows, 2, 8, 2, 2, 2, 4)
 EXPERTS_TILES(many, fp8_groups, Fp8Groups, 1, 8, 2, 4, 1, 3)

@@ -9,7 +9,7 @@
 #   sanitize         the same under compute-sanitizer, where that is installed
 #   golden           the bundled model's answers, in every weight format and with an FP8 cache
 #   kernels          memory and arithmetic ceilings, and single operations beside them
-#   torch            the same ceilings and attention by PyTorch, where python3 has torch
+#   torch            the same ceilings, that of FP8 too, and attention by PyTorch, where python3 has torch
 #   steps-FORMAT     decode steps at batch 1 to 256 over 1k context, recorded and launched one by one
 #   prefill-FORMAT   prompts of 1k and 8k tokens
 #   moe-FORMAT       decode steps and prompts as above, of a mixture of experts: Qwen3-30B-A3B's shapes
@@ -17,8 +17,8 @@
 #   start            from the command to the first token
 #
 # FORMAT is bf16, fp8, int8, int4 or mxfp4: random weights in the shapes of Llama 3.1 8B, or as said. Without PART
-# all parts run, one after the other. Needs the binary, a driver, and for `bf16` fast CUDA's
-# cuBLASLt (that of PyTorch's wheels is found); `golden` and `torch` need python3.
+# all parts run, one after the other. Needs the binary, a driver, and for fast `bf16`, and prompts
+# in FP8 by FP8, CUDA's cuBLASLt (that of PyTorch's wheels is found); `golden` and `torch` need python3.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -163,6 +163,13 @@ for n in (1, 8, 64, 2048):
     time = microseconds(lambda: x @ weight.T)
     rows.append({"operation": f"matmul bf16, {n} rows", "microseconds": time,
                  "tflops": 2 * n * weight.numel() / time / 1e6})
+if torch.cuda.get_device_capability() >= (8, 9):
+    codes, one = weight.to(torch.float8_e4m3fn), torch.ones((), device="cuda")
+    for n in (64, 2048):
+        x = torch.randn(n, 4096, **bf16).to(torch.float8_e4m3fn)
+        time = microseconds(lambda: torch._scaled_mm(x, codes.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16))
+        rows.append({"operation": f"matmul fp8 by fp8, {n} rows", "microseconds": time,
+                     "tflops": 2 * n * weight.numel() / time / 1e6})
 for batch, queries in ((64, 1), (1, 1024)):
     q = torch.randn(batch, 32, queries, 128, **bf16)
     k, v = (torch.randn(batch, 8, 1024, 128, **bf16) for _ in range(2))

@@ -17,9 +17,6 @@ constexpr int SKINNY_WARPS = 8;  // 64 KiB in flight per block with eight stages
 constexpr int SKINNY_MAX_STAGES = 8;
 constexpr int SKINNY_MAX_ROWS = 16;  // two tiles of eight tokens
 
-// Two rows of activations that are loaded together swap the halves of one.
-__device__ __forceinline__ int skinny_place(int row, int unit) { return unit ^ (row & 1) << 2; }
-
 template <class W>
 struct SkinnyStage {
   static constexpr int W_BYTES = 2 * STEP_BYTES<W>;
@@ -94,7 +91,7 @@ __device__ __forceinline__ void skinny_fill(const Product& p, const SkinnySource
     const int row = (i + lane) / X_STEP_UNITS, unit = lane % X_STEP_UNITS, at = step * X_STEP_BYTES + 16 * unit;
     if (row >= source.item.num_rows) break;
     const unsigned char* from = p.x + size_t(W::x_row(p, source.item.first_row + row)) * p.x_pitch + at;
-    cp_async_16(stage + row * X_STEP_BYTES + 16 * skinny_place(row, unit), from, at < p.x_pitch);
+    cp_async_16(stage + row * X_STEP_BYTES + 16 * W::lane_place(row, unit), from, at < p.x_pitch);
   }
 }
 
@@ -132,7 +129,7 @@ __device__ __forceinline__ void skinny_group(const Product& p, const unsigned ch
     Words b[PARTS];
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
-      b[part] = *reinterpret_cast<const Words*>(x + row * X_STEP_BYTES + 16 * skinny_place(row, 4 * (first + part) + t));
+      b[part] = *reinterpret_cast<const Words*>(x + row * X_STEP_BYTES + 16 * W::lane_place(row, W::x_unit(first + part, t)));
     }
     multiply_tokens<W>(w, b, scales, sums.of[tokens]);
   }

@@ -6,9 +6,9 @@
 //             eight lanes that load together meet all banks.
 // Threads     WARPS_M × WARPS_N warps; a warp owns 8 · TOKENS rows × 32 · PANELS columns. `cp.async`
 //             fills STAGES - 1 steps ahead; one barrier per step.
-// Arithmetic  mma.sync with f32 or i32 sums, weights on the left (weights.cuh). Row-major weights
+// Arithmetic  mma.sync with f32 or i32 sums, weights on the left (weights.cuh). Weights of two bytes
 //             and their activations come by ldmatrix, which deals out registers in the order that
-//             the tensor core takes; what is in blocks by plain loads of sixteen bytes.
+//             the tensor core takes; codes by plain loads of sixteen bytes.
 // Order       A sum runs over k in ascending steps, whatever rows stand beside it. With `splits`
 //             k is cut into parts that blocks sum alone; the block that comes last adds them in
 //             ascending order. So a row's bits depend on k, the columns and `splits` alone.
@@ -87,7 +87,7 @@ __device__ __forceinline__ void fill(const Product& p, const Tile& tile, unsigne
 template <class W>
 __device__ __forceinline__ void load_weights(const unsigned char* panel, const uint32_t (&minus)[4], int part, Fragments& fragments) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  if constexpr (W::IS_ROW_MAJOR) {
+  if constexpr (W::BY_LDMATRIX) {
     // Matrices: rows 4 i + 2 m and the next ones, of two neighbouring units.
 #pragma unroll
     for (int q = 0; q < 2; q++)
@@ -113,11 +113,11 @@ template <class W>
 __device__ __forceinline__ Words load_tokens(const unsigned char* x, int part) {
   const int lane = threadIdx.x % 32;
   Words words;
-  if constexpr (W::IS_ROW_MAJOR) {
+  if constexpr (W::BY_LDMATRIX) {
     ldmatrix_x4(words.w, x + lane % 8 * X_STEP_BYTES + 16 * W::x_place(lane % 8, 4 * part + lane / 8));
   } else {
     const int g = lane / 4, t = lane % 4;
-    words = *reinterpret_cast<const Words*>(x + g * X_STEP_BYTES + 16 * W::x_place(g, 4 * part + t));
+    words = *reinterpret_cast<const Words*>(x + g * X_STEP_BYTES + 16 * W::x_place(g, W::x_unit(part, t)));
   }
   return words;
 }

@@ -102,9 +102,14 @@ __device__ __forceinline__ void set_rows(uint32_t (&fragment)[4], const uint32_t
   fragment[0] = even[0], fragment[1] = odd[0], fragment[2] = even[1], fragment[3] = odd[1];
 }
 
-// Row `row` of a product is that of its activations. Experts have others (experts.cuh).
+// What formats share. Row `row` of a product is that of its activations; experts have others
+// (experts.cuh).
 struct InOrder {
   static __device__ __forceinline__ int x_row(const Product&, int row) { return row; }
+  // Which sixteen bytes of an activation row's step lane t multiplies in a part.
+  static __device__ __forceinline__ int x_unit(int part, int t) { return 4 * part + t; }
+  // Where they lie: of two rows that are loaded together, one has its halves swapped.
+  static __device__ __forceinline__ int lane_place(int row, int unit) { return unit ^ (row & 1) << 2; }
 };
 
 // Codes in blocks of sixteen rows: a step of a block is one run of memory. Behind the last block
@@ -125,7 +130,7 @@ struct InBlocks : InOrder {
 template <bool IS_F16>
 struct Dense : InOrder {
   typedef float Sum;
-  static constexpr bool X_IS_CODES = false, HAS_ZEROS = false, IS_ROW_MAJOR = true;
+  static constexpr bool X_IS_CODES = false, HAS_ZEROS = false, IS_ROW_MAJOR = true, BY_LDMATRIX = true;
   static constexpr int SLOTS = 8, SLOTS_PER_PART = 4, STEP_STRIDE = X_STEP_BYTES, GROUP_SCALE_BYTES = 0;
   static constexpr Scaling SCALING = Scaling::None;
   static __device__ __forceinline__ const unsigned char* source(const Product& p, const Half& half, int unit) {
@@ -158,9 +163,8 @@ struct Dense : InOrder {
 // What formats in blocks share.
 template <int SLOTS>
 struct Coded : InBlocks<SLOTS> {
-  static constexpr bool X_IS_CODES = false, HAS_ZEROS = false, IS_ROW_MAJOR = false;
-  // Two rows of activations that are loaded together swap the halves of one.
-  static __device__ __forceinline__ int x_place(int row, int unit) { return unit ^ (row & 1) << 2; }
+  static constexpr bool X_IS_CODES = false, HAS_ZEROS = false, IS_ROW_MAJOR = false, BY_LDMATRIX = false;
+  static __device__ __forceinline__ int x_place(int row, int unit) { return InOrder::lane_place(row, unit); }
 };
 
 // W8A8: codes times codes.
@@ -248,6 +252,41 @@ struct Mxfp4 : Coded<2> {
         uint32_t even[2], odd[2];
         mxfp4_pairs(raw[q].w[2 * m], part, even);
         mxfp4_pairs(raw[q].w[2 * m + 1], part, odd);
+        set_rows(out[q][m], even, odd);
+      }
+  }
+  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma_bf16(c, a, b0, b1); }
+};
+
+// Row-major e4m3, rows of a multiple of 16 codes: as FP8 tensor cores want them, which multiply more
+// rows than the skinny kernels take (src/ops/cuda/fp8.rs). Sixteen bytes are sixteen k of one row, a
+// lane's share of both parts of a step, of which part p takes the eight codes from 8 p on; so a lane's
+// activations are two neighbouring units, one for each part.
+struct Fp8Rows : InOrder {
+  typedef float Sum;
+  static constexpr bool X_IS_CODES = false, HAS_ZEROS = false, IS_ROW_MAJOR = true, BY_LDMATRIX = false;
+  static constexpr int SLOTS = 4, SLOTS_PER_PART = 4, STEP_STRIDE = X_STEP_BYTES / 2, GROUP_SCALE_BYTES = 0;
+  static constexpr int ROW_UNITS = STEP_STRIDE / 16;  // of a step of a row
+  static constexpr Scaling SCALING = Scaling::Row;
+  static __device__ __forceinline__ const unsigned char* source(const Product& p, const Half& half, int unit) {
+    const int row = min(half.block * BLOCK_ROWS + unit / ROW_UNITS, half.weight.columns - 1);
+    return half.weight.data + size_t(row) * p.k + unit % ROW_UNITS * 16;
+  }
+  static __device__ __forceinline__ bool valid(const Product& p, int step, int unit) { return step * STEP_STRIDE + unit % ROW_UNITS * 16 < p.k; }
+  static __device__ __forceinline__ int unit(int, int slot, int quad, int t) { return (4 * quad + slot) * ROW_UNITS + t; }
+  // Lanes of two neighbouring quads load together.
+  static __device__ __forceinline__ int place(int, int unit) { return unit ^ (unit >> 4 & 1) << 2; }
+  static __device__ __forceinline__ int x_unit(int part, int t) { return 2 * t + part; }
+  static __device__ __forceinline__ int lane_place(int row, int unit) { return unit ^ (row & 1); }
+  static __device__ __forceinline__ int x_place(int row, int unit) { return lane_place(row, unit); }
+  static __device__ __forceinline__ void fragments(const Words (&raw)[4], int part, const uint32_t (&)[4], Fragments& out) {
+#pragma unroll
+    for (int q = 0; q < 2; q++)
+#pragma unroll
+      for (int m = 0; m < 2; m++) {
+        uint32_t even[2], odd[2];
+        fp8_pairs(raw[2 * m].w[2 * part + q], even);
+        fp8_pairs(raw[2 * m + 1].w[2 * part + q], odd);
         set_rows(out[q][m], even, odd);
       }
   }

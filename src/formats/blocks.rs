@@ -31,6 +31,19 @@ pub fn interleave(rows: &[u8], block: &mut [u8]) {
     }
 }
 
+/// Takes a block apart into its sixteen rows.
+pub fn deinterleave(block: &[u8], rows: &mut [u8]) {
+    assert_eq!(rows.len(), block.len());
+    let rows = rows.as_chunks_mut::<WORD_BYTES>().0;
+    let words_per_row = rows.len() / BLOCK_ROWS;
+    let lines = block.as_chunks::<WORD_BYTES>().0.as_chunks::<BLOCK_ROWS>().0;
+    for (word, line) in lines.iter().enumerate() {
+        for (row, from) in line.iter().enumerate() {
+            rows[row * words_per_row + word] = *from;
+        }
+    }
+}
+
 /// Where byte `at` of a row lies in a block.
 pub fn position(row: usize, at: usize) -> usize {
     at / WORD_BYTES * LINE_BYTES + row * WORD_BYTES + at % WORD_BYTES
@@ -70,6 +83,9 @@ mod tests {
         for (row, at) in (0..16).flat_map(|row| (0..row_bytes).map(move |at| (row, at))) {
             assert_eq!(block[position(row, at)], byte(row, at), "byte {at} of row {row}");
         }
+        let mut apart = vec![0; rows.len()];
+        deinterleave(&block, &mut apart);
+        assert_eq!(apart, rows);
         // Word 1 of row 2.
         assert_eq!(block[64 + 8..64 + 12], [byte(2, 4), byte(2, 5), byte(2, 6), byte(2, 7)]);
     }

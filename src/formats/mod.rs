@@ -43,12 +43,15 @@ pub enum Format {
     /// FP8 E4M3 in blocks with a scale per row or per group of one; activations keep their
     /// precision.
     Fp8,
+    /// FP8 E4M3 row-major with a scale per row, both sizes multiples of [`fp8::ROWS_UNIT`]: what
+    /// FP8 tensor cores multiply by FP8 activations. Only GPUs have it.
+    Fp8Rows,
 }
 
 impl Format {
     /// Whether sixteen rows lie together.
     pub fn is_in_blocks(self) -> bool {
-        self != Format::Dense
+        !matches!(self, Format::Dense | Format::Fp8Rows)
     }
 
     /// Whether groups of activations have scales of their own.
@@ -132,6 +135,7 @@ impl PackedMatrix {
             Format::DenseBlocks => 2 * width,
             Format::Int4 | Format::Mxfp4 => width / 2,
             Format::Int8 | Format::Q8 | Format::W8A16 | Format::Fp8 => width,
+            Format::Fp8Rows => self.num_cols,
         }
     }
 
@@ -158,6 +162,10 @@ impl PackedMatrix {
                 self.scaled(row, to, |col| self.code(row, col) as f32);
             }
             Format::Fp8 => self.scaled(row, to, of_bytes(self.block(row), row, fp8::decode)),
+            Format::Fp8Rows => {
+                let codes = &self.data.bytes()[row * self.num_cols..][..self.num_cols];
+                self.scaled(row, to, |col| fp8::decode(codes[col]));
+            }
             Format::Int8 | Format::Q8 | Format::W8A16 => {
                 let value = |byte: u8| f32::from(byte as i8);
                 self.scaled(row, to, of_bytes(self.block(row), row, value));

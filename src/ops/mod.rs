@@ -237,6 +237,13 @@ pub trait Ops: Send + Sync {
         gated_in_steps(self, args);
     }
 
+    /// `out = x · weightᵀ` of E4M3 codes as they are: what products of FP8 are measured against.
+    /// False, and nothing done, where a device does not multiply FP8 by FP8.
+    fn multiply_fp8(&self, out: ViewMut<'_>, x: View<'_>, weight: View<'_>) -> bool {
+        let _ = (out, x, weight);
+        false
+    }
+
     /// `out = (activation(x · gateᵀ) * (x · upᵀ)) · downᵀ`.
     fn gated_mlp(&self, args: GatedMlpArgs<'_>) {
         mlp_in_steps(self, args);

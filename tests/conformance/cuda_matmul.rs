@@ -46,12 +46,12 @@ fn shapes() -> impl Iterator<Item = (usize, (usize, usize, usize))> {
 }
 
 /// Kernels on the SIMT machine, which runs them on tensors that this places in its memory.
-struct Device {
-    ops: CudaOps<Shim>,
+pub struct Device {
+    pub ops: CudaOps<Shim>,
 }
 
 impl Device {
-    fn new() -> Device {
+    pub fn new() -> Device {
         Device { ops: CudaOps::new(Shim::new()) }
     }
 
@@ -62,12 +62,12 @@ impl Device {
         Device { ops: CudaOps::new(Shim::with_facts(facts)) }
     }
 
-    fn place(&self, tensor: &Tensor) -> Tensor {
+    pub fn place(&self, tensor: &Tensor) -> Tensor {
         self.ops.place(tensor.to_owned_memory()).unwrap()
     }
 
     /// The matrix as it is, on the device.
-    fn matrix(&self, matrix: &PackedMatrix) -> PackedMatrix {
+    pub fn matrix(&self, matrix: &PackedMatrix) -> PackedMatrix {
         let quantized = matrix.quantized.as_ref().map(|quantized| Quantized {
             grid: quantized.grid,
             scales: self.place(&quantized.scales),
@@ -76,12 +76,12 @@ impl Device {
         PackedMatrix { data: self.place(&matrix.data), quantized, ..*matrix }
     }
 
-    fn empty(&self, dtype: DType, shape: [usize; 2]) -> Tensor {
+    pub fn empty(&self, dtype: DType, shape: [usize; 2]) -> Tensor {
         self.ops.launcher().allocate(dtype, shape.into()).unwrap()
     }
 
     /// The elements of an output, widened; panics when one was not written.
-    fn widened(&self, tensor: &Tensor, what: &str) -> Vec<f32> {
+    pub fn widened(&self, tensor: &Tensor, what: &str) -> Vec<f32> {
         let failure = self.ops.launcher().synchronize();
         failure.unwrap_or_else(|error| panic!("{}: {what}: {error}", self.ops.name()));
         let mut bytes = vec![0; tensor.size_bytes()];
@@ -97,7 +97,7 @@ impl Device {
     }
 
     /// Products of the same activations with all weights, in one operation.
-    fn products(
+    pub fn products(
         &self,
         x: &Tensor,
         weights: &[(&PackedMatrix, Option<&Tensor>)],
@@ -117,7 +117,7 @@ impl Device {
         outs.iter().map(|out| self.widened(out, what)).collect()
     }
 
-    fn product(&self, x: &Tensor, weight: &PackedMatrix, out: DType, what: &str) -> Vec<f32> {
+    pub fn product(&self, x: &Tensor, weight: &PackedMatrix, out: DType, what: &str) -> Vec<f32> {
         self.products(x, &[(weight, None)], out, what).remove(0)
     }
 }
@@ -131,7 +131,7 @@ fn weights(rng: &mut Rng, cols: usize, k: usize) -> Vec<(&'static str, PackedMat
 }
 
 /// f32 results of the referee for activations that the device holds exactly.
-fn expected(x: &Tensor, weight: &PackedMatrix, bias: Option<&Tensor>) -> Vec<f32> {
+pub fn expected(x: &Tensor, weight: &PackedMatrix, bias: Option<&Tensor>) -> Vec<f32> {
     let rows = x.shape().sizes()[0];
     let x = cast(&widened(x), DType::F32, x.shape());
     let values: Vec<f32> = (0..weight.num_rows).flat_map(|row| weight.row(row)).collect();
@@ -146,7 +146,13 @@ fn expected(x: &Tensor, weight: &PackedMatrix, bias: Option<&Tensor>) -> Vec<f32
 
 /// Panics unless results are the referee's: INT8's are in every bit, once rounded to the output's
 /// dtype. Elsewhere codes and products are exact, and f32 adds up k products below 2.
-fn assert_product(what: &str, got: &[f32], want: &[f32], format: Format, (k, out): (usize, DType)) {
+pub fn assert_product(
+    what: &str,
+    got: &[f32],
+    want: &[f32],
+    format: Format,
+    (k, out): (usize, DType),
+) {
     if format == Format::Int8 {
         return assert_same(what, got, &widened(&cast(want, out, [want.len()])));
     }

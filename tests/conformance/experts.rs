@@ -466,18 +466,30 @@ fn relative_error(got: &[f32], expected: &[f32]) -> f64 {
 pub fn check_on_device(ops: &dyn Ops) {
     let shapes = if wants_few_cases() { &FEW_DEVICE_SHAPES[..] } else { &DEVICE_SHAPES };
     for (what, problem) in device_problems(shapes) {
-        let what = format!("{} {what}", ops.name());
-        let expected = problem.expected_on_device();
-        let got = problem.run(ops, 0..problem.num_tokens(), &what);
-        // Eight bits after each of five roundings; INT8 also rounds the middle to codes.
-        let most = if what.contains(" int8") { 2e-2 } else { 8e-3 };
-        let error = relative_error(&got, &expected);
-        assert!(error <= most, "{what}: off by {error}");
-        let choices = problem.expert_ids.shape().len();
-        if choices <= 4 * problem.experts.len() {
-            let in_steps = as_activations(ops, &problem.in_steps(ops, &what));
-            assert_same(&what, &got, &in_steps);
-        }
+        check_problem(ops, &problem, &format!("{} {what}", ops.name()));
+    }
+}
+
+fn check_problem(ops: &dyn Ops, problem: &Problem, what: &str) {
+    let expected = problem.expected_on_device();
+    let got = problem.run(ops, 0..problem.num_tokens(), what);
+    // Eight bits after each of five roundings; INT8 also rounds the middle to codes.
+    let most = if what.contains(" int8") { 2e-2 } else { 8e-3 };
+    let error = relative_error(&got, &expected);
+    assert!(error <= most, "{what}: off by {error}");
+    let choices = problem.expert_ids.shape().len();
+    if choices <= 4 * problem.experts.len() {
+        let in_steps = as_activations(ops, &problem.in_steps(ops, what));
+        assert_same(what, &got, &in_steps);
+    }
+}
+
+/// Kernels of FP8 in rows, as a device has it that multiplies FP8: one token, and a shape for each
+/// kind of kernel, all sizes multiples of sixteen.
+pub fn check_fp8_rows(ops: &dyn Ops) {
+    let shapes = [(1, 4, 2, 48, 32), (9, 12, 3, 144, 32), (61, 5, 2, 64, 144), (90, 3, 2, 144, 32)];
+    for (what, problem) in device_problems(&shapes).filter(|(what, _)| what.ends_with(" fp8")) {
+        check_problem(ops, &problem, &format!("{} {what}", ops.name()));
     }
 }
 

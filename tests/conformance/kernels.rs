@@ -10,7 +10,7 @@ use tokenmill::tensor::DType;
 
 use crate::on_device::OnDevice;
 use crate::shim::{self, Shim};
-use crate::{all_reduce, attention_kernels, cuda_matmul, experts, latent, rows, sample};
+use crate::{all_reduce, attention_kernels, cuda_fp8, cuda_matmul, experts, latent, rows, sample};
 
 /// A device with activations of bf16 or f16.
 fn simt(activations: DType) -> OnDevice<Shim> {
@@ -48,6 +48,14 @@ static MATMUL: Table = Table::new(|| {
     cuda_matmul::check_gated();
 });
 static DENSE_MATMUL: Table = Table::new(cuda_matmul::check_dense);
+static FP8: Table = Table::new(|| {
+    cuda_fp8::check_codes();
+    cuda_fp8::check_products();
+    cuda_fp8::check_refused();
+    cuda_fp8::check_gated();
+    cuda_fp8::check_tables();
+    experts::check_fp8_rows(&cuda_fp8::simt_with_library());
+});
 
 static ALL_REDUCE: Table = Table::new(all_reduce::check);
 static EXPERTS: Table = Table::new(|| {
@@ -63,8 +71,8 @@ static LATENT: Table = Table::new(|| {
 });
 
 /// All of them.
-static TABLES: [&Table; 8] =
-    [&ROWS, &SAMPLE, &ATTENTION, &MATMUL, &DENSE_MATMUL, &ALL_REDUCE, &EXPERTS, &LATENT];
+static TABLES: [&Table; 9] =
+    [&ROWS, &SAMPLE, &ATTENTION, &MATMUL, &DENSE_MATMUL, &FP8, &ALL_REDUCE, &EXPERTS, &LATENT];
 
 #[test]
 fn row_kernels_agree_with_the_referee() {
@@ -99,6 +107,21 @@ fn matmul_kernels_agree_with_the_referee_and_fused_ones_with_their_steps() {
 #[test]
 fn dense_matmul_kernels_agree_with_the_referee() {
     DENSE_MATMUL.pass();
+}
+
+#[test]
+fn fp8_kernels_agree_with_the_referee_whose_activations_are_rounded_per_token() {
+    FP8.pass();
+}
+
+#[test]
+fn fp8_lies_in_rows_where_a_device_and_its_library_multiply_it() {
+    cuda_fp8::check_choice();
+}
+
+#[test]
+fn dense_products_of_many_rows_are_a_librarys_where_there_is_one() {
+    cuda_fp8::check_dense();
 }
 
 #[test]
@@ -142,9 +165,6 @@ fn experts_that_no_kernel_multiplies_together_are_refused() {
     experts::check_refusals();
 }
 
-/// Kernels that no launch code can reach yet: INT8 models compute with activations of bf16.
-const WAITING: [&str; 1] = ["quantize_rows_f16"];
-
 #[test]
 fn every_kernel_has_a_case() {
     for table in TABLES {
@@ -153,13 +173,9 @@ fn every_kernel_has_a_case() {
     let launched = shim::launched_kernels();
     let exported = shim::exported_kernels();
     assert!(!exported.is_empty());
-    let is_launched = |name: &str| launched.contains_key(name);
-    let is_waiting = |name: &str| WAITING.contains(&name);
     let missing: Vec<_> =
-        exported.iter().filter(|name| !is_launched(name) && !is_waiting(name)).collect();
+        exported.iter().filter(|name| !launched.contains_key(name.as_str())).collect();
     assert!(missing.is_empty(), "no case launches {missing:?}");
-    let late: Vec<_> = WAITING.into_iter().filter(|name| is_launched(name)).collect();
-    assert!(late.is_empty(), "{late:?} have cases now");
 }
 
 /// What a kernel file says of launches, for `scripts/kernels-report.py`: pattern, key, value.

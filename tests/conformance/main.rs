@@ -10,6 +10,7 @@ mod all_reduce;
 mod attention;
 mod attention_kernels;
 mod candle;
+mod cuda_fp8;
 mod cuda_matmul;
 mod experts;
 mod invariance;

@@ -26,7 +26,12 @@ pub struct OnDevice<L> {
 impl<L: Launcher> OnDevice<L> {
     /// Operations on activations of this dtype.
     pub fn new(launcher: L, activations: DType) -> OnDevice<L> {
-        OnDevice { ops: CudaOps::new(launcher), activations }
+        OnDevice::of(CudaOps::new(launcher), activations)
+    }
+
+    /// These operations, on activations of this dtype.
+    pub fn of(ops: CudaOps<L>, activations: DType) -> OnDevice<L> {
+        OnDevice { ops, activations }
     }
 
     /// A tensor without values.

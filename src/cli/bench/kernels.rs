@@ -1,5 +1,6 @@
 //! `tokenmill bench kernels`: single operations of a device, each beside the ceiling that was read
-//! in the same run: how fast it copies memory, and how fast it multiplies dense matrices.
+//! in the same run: how fast it copies memory, and how fast it multiplies dense matrices, or codes of
+//! FP8 where it multiplies those.
 //!
 //! An operation is asked for again and again and waited for once, so that launching overlaps
 //! with computing as it does in a step.
@@ -14,12 +15,12 @@ use super::parse_count;
 use super::record::{Kind, RecordArgs, Recorder};
 use crate::config::{DeviceArgs, Quantization};
 use crate::device::RankContext;
-use crate::formats::{PackedMatrix, dense};
+use crate::formats::{PackedMatrix, dense, fp8};
 use crate::ops::args::{AttentionArgs, CopyBlocksArgs, MatmulArgs, Projection};
 use crate::ops::cpu::physical_cores;
 use crate::ops::kv_tensor::KvTensor;
 use crate::ops::{Ops, OpsError, StepLimits};
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Fp8, Tensor};
 use crate::weights;
 
 /// Flags of `bench kernels`. The sizes are those of an 8 B Llama.
@@ -71,6 +72,8 @@ const FORMATS: [(&str, Option<Quantization>); 6] = [
     ("mxfp4", Some(Quantization::Mxfp4)),
     ("fp8", Some(Quantization::Fp8)),
 ];
+/// Products of FP8 codes alone, which no scale is applied to.
+const CODES: &str = "codes";
 /// Dtypes of a cache.
 const CACHES: [DType; 3] = [DType::BF16, DType::Fp8, DType::I8];
 /// Tokens of a KV block.
@@ -160,18 +163,31 @@ fn measure(ops: &dyn Ops, args: &KernelsArgs) -> Result<Vec<KernelRow>, OpsError
     for (name, format) in FORMATS {
         rows.extend(bench.matmuls(name, format, [args.intermediate_size, args.hidden_size])?);
     }
+    rows.extend(bench.codes([args.intermediate_size, args.hidden_size])?);
     for dtype in CACHES {
         rows.push(bench.attention("decode", args, dtype, args.batch_size, 1)?);
         rows.push(bench.attention("prefill", args, dtype, 1, args.context_len)?);
     }
+    set_fractions(&mut rows);
+    Ok(rows)
+}
+
+/// Holds every row to the ceilings among them: the first row's bandwidth, and the best arithmetic of
+/// dense products, for FP8 that of codes where there is any.
+fn set_fractions(rows: &mut [KernelRow]) {
     let bandwidth = rows[0].gb_per_s();
-    let dense = rows.iter().filter(|row| row.operation == "matmul" && row.case.starts_with("bf16"));
-    let peak = dense.map(KernelRow::tflops).fold(0.0, f64::max);
+    let best = |is_of: &dyn Fn(&KernelRow) -> bool| {
+        let tflops = rows.iter().filter(|row| is_of(row)).map(KernelRow::tflops);
+        tflops.fold(0.0, f64::max)
+    };
+    let dense = best(&|row| row.operation == "matmul" && row.case.starts_with("bf16"));
+    let codes = best(&|row| row.operation == CODES).max(dense);
     for row in &mut rows[1..] {
+        let is_fp8 = row.operation == "matmul" && row.case.starts_with("fp8");
+        let peak = if is_fp8 || row.operation == CODES { codes } else { dense };
         let allowed = (row.bytes / bandwidth / 1e3).max(row.flops / peak / 1e6);
         row.fraction = Some(allowed / row.microseconds);
     }
-    Ok(rows)
 }
 
 /// What measures.
@@ -245,13 +261,47 @@ impl Bench<'_> {
         ROWS.into_iter().map(row).collect()
     }
 
+    /// FP8 codes times FP8 codes, with many rows; nothing where the device has no such products.
+    fn codes(&self, [out_features, in_features]: [usize; 2]) -> Result<Vec<KernelRow>, OpsError> {
+        let mut measured = Vec::new();
+        if [out_features, in_features].iter().any(|size| !size.is_multiple_of(fp8::ROWS_UNIT)) {
+            return Ok(measured);
+        }
+        let codes = |shape: [usize; 2]| {
+            let code = |i| Fp8(fp8::encode(number(i)));
+            let codes: Vec<Fp8> = (0..shape[0] * shape[1]).map(code).collect();
+            self.ops.place(Tensor::from_slice(&codes, shape))
+        };
+        let weight = codes([out_features, in_features])?;
+        for rows in [ROWS[2], ROWS[3]] {
+            let x = codes([rows, in_features])?;
+            let mut out = self.ops.zeros(DType::BF16, [rows, out_features].into())?;
+            let mut multiply = || self.ops.multiply_fp8(out.view_mut(), x.view(), weight.view());
+            if !multiply() {
+                return Ok(measured);
+            }
+            let microseconds = self.time(|| {
+                multiply();
+            })?;
+            measured.push(KernelRow {
+                operation: CODES,
+                case: format!("fp8, {rows} rows"),
+                microseconds,
+                bytes: (weight.size_bytes() + x.size_bytes() + out.size_bytes()) as f64,
+                flops: 2.0 * (rows * in_features * out_features) as f64,
+                fraction: None,
+            });
+        }
+        Ok(measured)
+    }
+
     /// Weights that are not all alike: some machines multiply zeros faster.
     fn weight(
         &self,
         format: Option<Quantization>,
         shape: [usize; 2],
     ) -> Result<PackedMatrix, OpsError> {
-        let value = |i: usize| half::bf16::from_f32(((i * 37 % 251) as f32 - 125.0) / 125.0);
+        let value = |i| half::bf16::from_f32(number(i));
         let values: Vec<half::bf16> = (0..shape[0] * shape[1]).map(value).collect();
         let plain = dense::pack(Tensor::from_slice(&values, shape));
         self.ops.arrange(weights::quantized(plain, format, physical_cores()))
@@ -309,6 +359,11 @@ impl Bench<'_> {
     }
 }
 
+/// The element of this index of an operand, between -1 and 1.
+fn number(i: usize) -> f32 {
+    ((i * 37 % 251) as f32 - 125.0) / 125.0
+}
+
 #[cfg(test)]
 mod tests {
     use clap::FromArgMatches;
@@ -331,5 +386,26 @@ mod tests {
         assert!(rows.iter().all(|row| row.microseconds > 0.0 && row.bytes > 0.0));
         assert!(rows[1..].iter().all(|row| row.fraction.is_some_and(|f| f > 0.0)));
         assert_eq!(rows[1].flops, 2.0 * 64.0 * 96.0);
+    }
+
+    #[test]
+    fn fp8_is_held_to_the_speed_of_its_codes_where_they_are_multiplied() {
+        let row = |operation: &'static str, case: &str, microseconds: f64, flops: f64| {
+            let (case, bytes) = (case.to_owned(), 1.0);
+            KernelRow { operation, case, microseconds, bytes, flops, fraction: None }
+        };
+        let mut rows = vec![
+            row("copy", "", 1e-6, 0.0),
+            row("matmul", "bf16, 2048 rows", 1.0, 1e6),
+            row("matmul", "int8, 2048 rows", 0.5, 1e6),
+            row("matmul", "fp8, 2048 rows", 0.8, 1e6),
+        ];
+        let fractions = |rows: &mut Vec<KernelRow>| -> Vec<f64> {
+            set_fractions(rows);
+            rows[1..].iter().map(|row| row.fraction.unwrap_or_default()).collect()
+        };
+        assert_eq!(fractions(&mut rows), [1.0, 2.0, 1.25]);
+        rows.push(row(CODES, "fp8, 2048 rows", 0.5, 1e6));
+        assert_eq!(fractions(&mut rows), [1.0, 2.0, 0.625, 1.0]);
     }
 }

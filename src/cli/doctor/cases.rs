@@ -10,7 +10,7 @@ use crate::tensor::{DType, Tensor};
 use crate::weights;
 
 use super::latent::latent_attention;
-use super::verify::{COMPUTED, MOVED, Side};
+use super::verify::{COMPUTED, MOVED, OF_FP8, Side};
 
 type Run = fn(&mut Side<'_>) -> Result<(), OpsError>;
 
@@ -20,7 +20,9 @@ pub(super) const ALL: &[(&str, f64, Run)] = &[
     ("norm", COMPUTED, norm),
     ("rope", COMPUTED, rope),
     ("matmul", COMPUTED, matmul),
+    ("matmul", OF_FP8, matmul_fp8),
     ("gated_matmul", COMPUTED, gated_matmul),
+    ("gated_matmul", OF_FP8, gated_matmul_fp8),
     ("experts", COMPUTED, experts),
     ("attention", COMPUTED, attention),
     ("latent_attention", COMPUTED, latent_attention),
@@ -32,8 +34,12 @@ pub(super) const ALL: &[(&str, f64, Run)] = &[
 /// Rows of activations: decode, a few sequences, a prompt.
 const ROWS: [usize; 3] = [1, 7, 70];
 
-/// Weights as they are, and in every format that weights can be quantized to.
-const FORMATS: [(&str, Option<Quantization>); 8] = [
+/// A format's name, and how weights become it.
+type Named = (&'static str, Option<Quantization>);
+/// Weights in FP8.
+const FP8: Named = ("fp8", Some(Quantization::Fp8));
+/// Weights as they are, and in every other format that weights can be quantized to.
+const OTHERS: [Named; 7] = [
     ("bf16", None),
     ("int8", Some(Quantization::Int8)),
     ("w8a16", Some(Quantization::W8A16)),
@@ -41,8 +47,12 @@ const FORMATS: [(&str, Option<Quantization>); 8] = [
     ("int4", Some(Quantization::Int4)),
     ("int4-g32", Some(Quantization::Int4G32)),
     ("mxfp4", Some(Quantization::Mxfp4)),
-    ("fp8", Some(Quantization::Fp8)),
 ];
+
+/// All of them.
+fn formats() -> impl Iterator<Item = Named> {
+    OTHERS.into_iter().chain([FP8])
+}
 
 /// Random weights, placed.
 fn matrix(
@@ -74,7 +84,7 @@ fn reserve(side: &Side<'_>) -> Result<(), OpsError> {
 }
 
 fn embed(side: &mut Side<'_>) -> Result<(), OpsError> {
-    for (name, format) in FORMATS {
+    for (name, format) in formats() {
         let table = matrix(side, format, [101, 192])?;
         let token_ids = side.integers(&[3, 100, 0, 3], [4])?;
         let mut out = side.room([4, 192])?;
@@ -130,8 +140,16 @@ fn rope(side: &mut Side<'_>) -> Result<(), OpsError> {
 }
 
 fn matmul(side: &mut Side<'_>) -> Result<(), OpsError> {
+    matmul_of(side, &OTHERS)
+}
+
+fn matmul_fp8(side: &mut Side<'_>) -> Result<(), OpsError> {
+    matmul_of(side, &[FP8])
+}
+
+fn matmul_of(side: &mut Side<'_>, formats: &[Named]) -> Result<(), OpsError> {
     reserve(side)?;
-    for (name, format) in FORMATS {
+    for &(name, format) in formats {
         let (first, second) = (matrix(side, format, [96, 320])?, matrix(side, format, [40, 320])?);
         let bias = side.floats([40])?;
         for rows in ROWS {
@@ -151,28 +169,39 @@ fn matmul(side: &mut Side<'_>) -> Result<(), OpsError> {
 
 fn gated_matmul(side: &mut Side<'_>) -> Result<(), OpsError> {
     reserve(side)?;
-    for (name, format) in FORMATS {
-        let (gate, up) = (matrix(side, format, [80, 192])?, matrix(side, format, [80, 192])?);
-        let x = side.activations([7, 192])?;
-        let (mut out, mut a, mut b) =
-            (side.room([7, 80])?, side.room([7, 80])?, side.room([7, 80])?);
-        side.ops.gated_matmul(GatedMatmulArgs {
-            out: out.view_mut(),
-            x: x.view(),
-            gate: (&gate, None),
-            up: (&up, None),
-            activation: Activation::Silu,
-            scratch: [a.view_mut(), b.view_mut()],
-        });
-        side.note(name, &out);
-    }
+    OTHERS.into_iter().try_for_each(|format| gated_matmul_of(side, format, 7))
+}
+
+fn gated_matmul_fp8(side: &mut Side<'_>) -> Result<(), OpsError> {
+    reserve(side)?;
+    [7, 70].into_iter().try_for_each(|rows| gated_matmul_of(side, FP8, rows))
+}
+
+fn gated_matmul_of(
+    side: &mut Side<'_>,
+    (name, format): Named,
+    rows: usize,
+) -> Result<(), OpsError> {
+    let (gate, up) = (matrix(side, format, [80, 192])?, matrix(side, format, [80, 192])?);
+    let x = side.activations([rows, 192])?;
+    let room = || side.room([rows, 80]);
+    let (mut out, mut a, mut b) = (room()?, room()?, room()?);
+    side.ops.gated_matmul(GatedMatmulArgs {
+        out: out.view_mut(),
+        x: x.view(),
+        gate: (&gate, None),
+        up: (&up, None),
+        activation: Activation::Silu,
+        scratch: [a.view_mut(), b.view_mut()],
+    });
+    side.note(format!("{name}, {rows} rows"), &out);
     Ok(())
 }
 
 /// Tokens choose three of eight experts by themselves.
 fn experts(side: &mut Side<'_>) -> Result<(), OpsError> {
     reserve(side)?;
-    for (name, format) in FORMATS {
+    for (name, format) in formats() {
         let mut expert = || {
             let (gate, up) = (matrix(side, format, [80, 192])?, matrix(side, format, [80, 192])?);
             Ok(Expert { gate, up, down: matrix(side, format, [192, 80])? })

@@ -4,7 +4,7 @@
 //! Inputs are rounded to what the device computes with, so that both sides read the same
 //! numbers. An error is the root mean square of the differences over that of the referee's
 //! results: rounding to bf16 costs about 0.002 per operation, activations in codes of eight
-//! bits about 0.01; a wrong index, mask or scale costs ten times the limit or more.
+//! bits about 0.01, in FP8 0.03; a wrong index, mask or scale costs ten times the limit or more.
 
 use std::fmt;
 
@@ -18,6 +18,8 @@ use crate::tensor::{DType, Shape, Tensor, View};
 
 /// The largest error of an operation that computes.
 pub(super) const COMPUTED: f64 = 0.03;
+/// The largest error of a product for which a device may round activations to FP8.
+pub(super) const OF_FP8: f64 = 0.06;
 /// The largest error of an operation that only moves numbers, and rounds them once.
 pub(super) const MOVED: f64 = 0.003;
 

@@ -63,6 +63,7 @@ impl Form {
             Format::DenseBlocks => Form::Bf16,
             Format::W8A16 | Format::Fp8 if isa.multiplies_bf16() => Form::Bf16,
             Format::W8A16 | Format::Fp8 => Form::Floats,
+            Format::Fp8Rows => panic!("FP8 lies row-major on GPUs only"),
             Format::Int8 => Form::Codes(usize::MAX),
             Format::Q8 | Format::Int4 | Format::Mxfp4 => {
                 let quantized = weight.quantized.as_ref();

@@ -9,8 +9,9 @@
 //! the same shape, not for a row whatever stands beside it: that is why the skinny kernels, which
 //! decode few sequences, are ours.
 //!
-//! FP8 weights do not go here: cuBLASLt multiplies them by FP8 activations only, and ours keep
-//! their precision.
+//! Of FP8 it multiplies codes by codes, both row-major, with a factor of 1: `fp8` brings
+//! activations there and scales the sums. These are f32 sums, not the faster ones that keep fewer
+//! bits (`FAST_ACCUM`). Whether this version does it on this GPU is asked once, when it is opened.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -26,6 +27,15 @@ use crate::tensor::{DType, Tensor, View, ViewMut};
 const TRANSPOSED: i32 = 1;
 /// Alignment of operands that algorithms may count on: rows of sixteen bytes or a multiple.
 const MIN_ALIGNMENT: u32 = 16;
+/// A product of FP8 that stands for all others when the library is asked whether it has any.
+const PROBE: Shape = Shape {
+    rows: 1024,
+    columns: 1024,
+    k: 1024,
+    operands: DType::Fp8,
+    out: DType::BF16,
+    bias: None,
+};
 /// Memory for an algorithm's own sums, as NVIDIA recommends for its largest GPUs.
 pub const WORKSPACE_BYTES: usize = 32 << 20;
 
@@ -41,6 +51,18 @@ struct Shape {
 }
 
 impl Shape {
+    fn of(out: &ViewMut<'_>, x: View<'_>, weight: View<'_>, bias: Option<View<'_>>) -> Shape {
+        assert_eq!(x.dtype(), weight.dtype(), "operands of one dtype");
+        Shape {
+            rows: x.size(0),
+            columns: weight.size(0),
+            k: x.size(1),
+            operands: x.dtype(),
+            out: out.dtype(),
+            bias: bias.map(|bias| bias.dtype()),
+        }
+    }
+
     /// The shape that stands for this one where algorithms are chosen.
     fn bucket(self) -> Shape {
         Shape { rows: self.rows.next_power_of_two(), ..self }
@@ -52,6 +74,9 @@ pub struct CublasLt {
     handle: sys::cublasLtHandle_t,
     stream: sys::cudaStream_t,
     workspace: Mutex<Tensor>,
+    /// A factor of 1 on the GPU, for codes.
+    one: Tensor,
+    multiplies_codes: bool,
     /// `None` where cuBLASLt has none.
     algorithms: Mutex<HashMap<Shape, Option<sys::cublasLtMatmulAlgo_t>>>,
 }
@@ -73,8 +98,9 @@ impl CublasLt {
     ///
     /// # Safety
     /// `stream` is one of the driver's that outlives this, its context is current on the calling
-    /// thread, and `workspace` ([`WORKSPACE_BYTES`]) lies in memory of the same GPU.
-    pub unsafe fn open(stream: *mut c_void, workspace: Tensor) -> Option<CublasLt> {
+    /// thread, and `workspace` ([`WORKSPACE_BYTES`]) and `one` (an f32 of 1) lie in memory of the
+    /// same GPU.
+    pub unsafe fn open(stream: *mut c_void, workspace: Tensor, one: Tensor) -> Option<CublasLt> {
         // SAFETY: opening NVIDIA's library runs nothing but its own initialisation.
         if !unsafe { sys::is_culib_present() } {
             tracing::info!("cuBLASLt is not installed: dense products run on our own kernels");
@@ -82,12 +108,23 @@ impl CublasLt {
         }
         let handle = result::create_handle();
         let handle = handle.inspect_err(|error| tracing::warn!(%error, "cuBLASLt cannot start"));
-        Some(CublasLt {
+        let mut library = CublasLt {
             handle: handle.ok()?,
             stream: stream.cast(),
             workspace: Mutex::new(workspace),
+            one,
+            multiplies_codes: false,
             algorithms: Mutex::default(),
-        })
+        };
+        let probe = library.call(PROBE, None).and_then(|call| call.fastest(library.handle));
+        library.multiplies_codes = probe.is_ok();
+        let fp8 = probe.map_or_else(|error| format!("none: {error}"), |_| "yes".to_owned());
+        tracing::info!(fp8, "dense products of many rows are cuBLASLt's");
+        Some(library)
+    }
+
+    fn call(&self, shape: Shape, bias: Option<*const c_void>) -> Result<Call, CublasError> {
+        Call::new(shape, bias, self.one.view().address().cast())
     }
 
     /// The fastest algorithm, asked for once.
@@ -96,10 +133,10 @@ impl CublasLt {
         let bucket = shape.bucket();
         *algorithms.entry(bucket).or_insert_with(|| {
             // The bias is only looked at by a product, so that any address will do here.
-            let bucketed = Call::new(bucket, call.bias);
+            let bucketed = self.call(bucket, call.bias);
             let found = bucketed.and_then(|call| call.fastest(self.handle));
             let found = found.inspect_err(|error| {
-                tracing::debug!(?bucket, %error, "cuBLASLt has no algorithm");
+                tracing::warn!(?bucket, %error, "cuBLASLt has no algorithm: ours multiply");
             });
             found.ok()
         })
@@ -113,7 +150,7 @@ impl CublasLt {
         weight: View<'_>,
         bias: Option<View<'_>>,
     ) -> Result<bool, CublasError> {
-        let call = Call::new(shape, bias.map(|bias| bias.address().cast()))?;
+        let call = self.call(shape, bias.map(|bias| bias.address().cast()))?;
         let Some(algorithm) = self.algorithm(shape, &call) else { return Ok(false) };
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = workspace.size_bytes();
@@ -145,6 +182,10 @@ impl CublasLt {
 }
 
 impl DenseProducts for CublasLt {
+    fn multiplies_codes(&self) -> bool {
+        self.multiplies_codes
+    }
+
     fn multiply(
         &self,
         out: ViewMut<'_>,
@@ -152,14 +193,7 @@ impl DenseProducts for CublasLt {
         weight: View<'_>,
         bias: Option<View<'_>>,
     ) -> bool {
-        let shape = Shape {
-            rows: x.size(0),
-            columns: weight.size(0),
-            k: x.size(1),
-            operands: x.dtype(),
-            out: out.dtype(),
-            bias: bias.map(|bias| bias.dtype()),
-        };
+        let shape = Shape::of(&out, x, weight, bias);
         self.run(shape, out, x, weight, bias).unwrap_or_else(|error| {
             // Faults of the device show again in whatever runs next; the rest our kernels can do.
             tracing::warn!(?shape, %error, "cuBLASLt refused a product");
@@ -245,12 +279,21 @@ struct Call {
 }
 
 impl Call {
-    fn new(shape: Shape, bias: Option<*const c_void>) -> Result<Call, CublasError> {
+    /// `one` is the factor of either operand's codes.
+    fn new(
+        shape: Shape,
+        bias: Option<*const c_void>,
+        one: *const c_void,
+    ) -> Result<Call, CublasError> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let Shape { rows, columns, k, operands, out, .. } = shape;
         let sums = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let product = Product(result::create_matmul_desc(sums, cuda_type(DType::F32))?);
         product.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
+        if operands == DType::Fp8 {
+            product.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &one)?;
+            product.set(Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &one)?;
+        }
         if let (Some(address), Some(dtype)) = (bias, shape.bias) {
             let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
             product.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
@@ -296,6 +339,7 @@ fn cuda_type(dtype: DType) -> sys::cudaDataType {
         DType::F32 => sys::cudaDataType::CUDA_R_32F,
         DType::BF16 => sys::cudaDataType::CUDA_R_16BF,
         DType::F16 => sys::cudaDataType::CUDA_R_16F,
+        DType::Fp8 => sys::cudaDataType::CUDA_R_8F_E4M3,
         other => panic!("a dense product of {other}"),
     }
 }
@@ -303,6 +347,30 @@ fn cuda_type(dtype: DType) -> sys::cudaDataType {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_algorithm_is_kept_for_what_it_was_chosen_for() {
+        let (bf16, codes) = (
+            |shape| Tensor::zeros(DType::BF16, shape),
+            |shape: [usize; 2]| Tensor::zeros(DType::Fp8, shape),
+        );
+        let bias = Tensor::zeros(DType::F32, [32]);
+        let shape = |x: &Tensor, weight: &Tensor, out: DType, bias: Option<&Tensor>| {
+            let mut out = Tensor::zeros(out, [x.shape().sizes()[0], weight.shape().sizes()[0]]);
+            Shape::of(&out.view_mut(), x.view(), weight.view(), bias.map(Tensor::view)).bucket()
+        };
+        let dense = shape(&bf16([40, 64]), &bf16([32, 64]), DType::BF16, None);
+        let of_codes = shape(&codes([40, 64]), &codes([32, 64]), DType::BF16, None);
+        let (rows, columns, k) = (64, 32, 64);
+        let expected =
+            Shape { rows, columns, k, operands: DType::Fp8, out: DType::BF16, bias: None };
+        assert_eq!(of_codes, expected);
+        assert_eq!(dense, Shape { operands: DType::BF16, ..expected });
+        let logits = shape(&codes([40, 64]), &codes([32, 64]), DType::F32, None);
+        assert_eq!(logits, Shape { out: DType::F32, ..expected });
+        let with_bias = shape(&bf16([40, 64]), &bf16([32, 64]), DType::BF16, Some(&bias));
+        assert_eq!(with_bias, Shape { bias: Some(DType::F32), ..dense });
+    }
 
     #[test]
     fn algorithms_are_chosen_for_few_numbers_of_rows() {

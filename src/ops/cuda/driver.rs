@@ -123,8 +123,11 @@ impl Driver {
     fn dense_products(&self) -> Option<CublasLt> {
         self.context.enter().ok()?;
         let workspace = self.allocate(DType::U8, Shape::from([WORKSPACE_BYTES])).ok()?;
-        // SAFETY: the stream's context is current, and `CudaOps` drops the library before the driver.
-        unsafe { CublasLt::open(self.stream.cast(), workspace) }
+        let mut one = self.allocate(DType::F32, Shape::from([1])).ok()?;
+        self.upload(one.view_mut(), &1f32.to_le_bytes());
+        // SAFETY: the stream's context is current, what was allocated lies on its GPU, and `CudaOps`
+        // drops the library before the driver.
+        unsafe { CublasLt::open(self.stream.cast(), workspace, one) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -2,9 +2,10 @@
 //!
 //! Projections of one format that read the same activations are one launch, and so are gate, up
 //! and activation. INT8 quantizes the activations first, once for all of them; rows whose length
-//! is not a multiple of eight elements are copied to one that is. Dense products of more rows
-//! than the skinny kernels take go to a library of the device's vendor where there is one
-//! ([`DenseProducts`]). `product` chooses kernels; where results depend on its choice is said there.
+//! is not a multiple of eight elements are copied to one that is. Products of more rows than the
+//! skinny kernels take go to a library of the device's vendor where there is one
+//! ([`DenseProducts`]): dense ones as they are, FP8 as `fp8` says. `product` chooses kernels; where
+//! results depend on its choice is said there.
 
 use std::sync::{MutexGuard, PoisonError};
 
@@ -29,8 +30,13 @@ const PREPARE_THREADS: usize = 256;
 /// Outputs of a block of the plain kernel.
 const PLAIN_COLUMNS: usize = 4;
 
-/// A library's dense products: `out = x · weightᵀ (+ bias)` with 16-bit operands of one dtype.
+/// A library's dense products: `out = x · weightᵀ (+ bias)` of row-major operands of one dtype,
+/// bf16 or f16, and with f32 sums.
 pub trait DenseProducts: Send + Sync {
+    /// Whether operands may be FP8 E4M3, which stand for themselves, without a bias; rows of
+    /// weights and of `x` are multiples of sixteen then, and so is the number of columns.
+    fn multiplies_codes(&self) -> bool;
+
     /// Whether it was done; if not, our own kernels do it.
     fn multiply(
         &self,
@@ -44,10 +50,10 @@ pub trait DenseProducts: Send + Sync {
 /// Device memory for what is between activations and sums.
 #[derive(Default)]
 pub(super) struct Scratch {
-    /// Codes, or rows of another pitch.
-    x: Option<Tensor>,
+    /// Codes, or rows of another pitch: bytes, of the dtype that the library reads.
+    pub(super) x: Option<Tensor>,
     /// A scale per row of codes.
-    x_scales: Option<Tensor>,
+    pub(super) x_scales: Option<Tensor>,
     /// Sums of parts of k.
     partial: Option<Tensor>,
     /// How many parts of a tile are done; zero between launches.
@@ -155,10 +161,20 @@ impl<L: Launcher> CudaOps<L> {
     fn scratch(&self, bytes: &ScratchBytes) -> Result<MutexGuard<'_, Scratch>, CudaError> {
         let mut scratch = self.product_scratch.lock().unwrap_or_else(PoisonError::into_inner);
         let Scratch { x, x_scales, partial, arrived } = &mut *scratch;
-        for (tensor, bytes) in [x, x_scales, partial, arrived].into_iter().zip(bytes.0) {
+        let [of_x, others @ ..] = bytes.0;
+        self.make_room(x, DType::Fp8, of_x)?;
+        for (tensor, bytes) in [x_scales, partial, arrived].into_iter().zip(others) {
             self.make_room(tensor, DType::U8, bytes)?;
         }
         Ok(scratch)
+    }
+
+    /// The scratch memory with room for products of these activations.
+    pub(super) fn product_room(&self, x: View<'_>) -> MutexGuard<'_, Scratch> {
+        let bytes = ScratchBytes::new(x.size(0), x.size(1), self.facts().multiprocessors);
+        self.scratch(&bytes).unwrap_or_else(|error| {
+            panic!("a step is larger than what was reserved, and there is no room: {error}")
+        })
     }
 
     /// See [`crate::ops::Ops::matmul`].
@@ -184,24 +200,26 @@ impl<L: Launcher> CudaOps<L> {
 
     /// Projections of one kind.
     fn multiply_run(&self, kind: Kind, x: View<'_>, run: &mut [Projection<'_>]) {
-        if let Some(library) = self.library_for(kind, x) {
-            for p in run {
-                if !library.multiply(p.out.reborrow(), x, p.weight.data.view(), p.bias) {
-                    self.launch_run(kind, x, std::slice::from_mut(p));
+        match self.library_for(kind, x) {
+            None => self.launch_run(kind, x, run),
+            Some(library) if kind == Kind::Fp8Rows => self.multiply_codes(library, x, run),
+            Some(library) => {
+                for p in run {
+                    if !library.multiply(p.out.reborrow(), x, p.weight.data.view(), p.bias) {
+                        self.launch_run(kind, x, std::slice::from_mut(p));
+                    }
                 }
             }
-        } else {
-            self.launch_run(kind, x, run);
         }
     }
 
     /// The library that takes products of this kind with these rows.
     fn library_for(&self, kind: Kind, x: View<'_>) -> Option<&dyn DenseProducts> {
-        let is_dense = matches!(kind, Kind::Bf16 | Kind::F16);
-        self.dense_products().filter(|_| is_dense && x.size(0) > MAX_SKINNY_ROWS)
+        let is_taken = matches!(kind, Kind::Bf16 | Kind::F16 | Kind::Fp8Rows);
+        self.dense_products().filter(|_| is_taken && x.size(0) > MAX_SKINNY_ROWS)
     }
 
-    fn launch_run(&self, kind: Kind, x: View<'_>, run: &mut [Projection<'_>]) {
+    pub(super) fn launch_run(&self, kind: Kind, x: View<'_>, run: &mut [Projection<'_>]) {
         let Some(out) = run.first().map(|p| p.out.dtype()) else { return };
         let mut weights = [const { None }; MAX_WEIGHTS];
         for (factor, p) in weights.iter_mut().zip(run) {
@@ -213,16 +231,21 @@ impl<L: Launcher> CudaOps<L> {
 
     /// See [`crate::ops::Ops::gated_matmul`].
     pub(super) fn multiply_gated(&self, args: GatedMatmulArgs<'_>) {
-        let ((gate, gate_bias), (up, up_bias)): (WeightAndBias<'_>, WeightAndBias<'_>) =
-            (args.gate, args.up);
+        let (gate, up) = (args.gate.0, args.up.0);
         let kind = Kind::of(gate, args.x.dtype()).filter(|_| are_alike(gate, up));
-        let Some(kind) = kind.filter(|kind| self.library_for(*kind, args.x).is_none()) else {
-            return gated_in_steps(self, args);
-        };
-        let GatedMatmulArgs { mut out, x, activation, .. } = args;
-        if x.shape().is_empty() {
-            return;
+        let library = kind.and_then(|kind| self.library_for(kind, args.x));
+        match (kind, library) {
+            _ if args.x.shape().is_empty() => (),
+            (Some(kind), None) => self.launch_gated(kind, args),
+            (Some(Kind::Fp8Rows), Some(library)) => self.multiply_codes_gated(library, args),
+            _ => gated_in_steps(self, args),
         }
+    }
+
+    /// A gated product in one launch.
+    fn launch_gated(&self, kind: Kind, args: GatedMatmulArgs<'_>) {
+        let GatedMatmulArgs { mut out, x, gate, up, activation, .. } = args;
+        let ((gate, gate_bias), (up, up_bias)): (WeightAndBias<'_>, WeightAndBias<'_>) = (gate, up);
         let dtype = out.dtype();
         let out = KernelArg::from(&mut out);
         let gate = Factor { weight: gate, bias: gate_bias, out };
@@ -249,10 +272,7 @@ impl<L: Launcher> CudaOps<L> {
     ) {
         let Some(Factor { weight, .. }) = factors.weights[0].as_ref() else { return };
         let (x, k) = (factors.x, factors.x.size(1));
-        let bytes = ScratchBytes::new(x.size(0), k, self.facts().multiprocessors);
-        let mut scratch = self.scratch(&bytes).unwrap_or_else(|error| {
-            panic!("a step is larger than what was reserved, and there is no room: {error}")
-        });
+        let mut scratch = self.product_room(x);
         let Scratch { x: prepared, x_scales, partial, arrived } = &mut *scratch;
         let operand = self.operand(factors.kind, x, prepared, x_scales);
         let mut parameters = Parameters { args: [KernelArg::null(); MAX_PARAMETERS], len: 0 };
@@ -288,19 +308,31 @@ impl<L: Launcher> CudaOps<L> {
         scales: &'a mut Option<Tensor>,
     ) -> Operand<'a> {
         let (rows, k) = (x.size(0), x.size(1));
-        let launch = Launch::new(rows, PREPARE_THREADS);
         let pitch = k.next_multiple_of(PITCH_ELEMENTS);
         if kind == Kind::Int8 {
-            let kernel = by_activation!(x.dtype(), "quantize_rows");
-            let arguments = [pointer(prepared), pointer(scales), x.into(), k.into(), pitch.into()];
-            self.launch(kernel, launch, &arguments);
+            assert_eq!(x.dtype(), DType::BF16, "activations that become INT8");
+            let to = [pointer(prepared), pointer(scales)];
+            self.quantize_rows("quantize_rows_int8", to, x, pitch);
             return Operand { x: pointer(prepared), scales: pointer(scales), pitch };
         }
         if k.is_multiple_of(8) {
             return Operand { x: x.into(), scales: KernelArg::null(), pitch: 2 * k };
         }
+        let launch = Launch::new(rows, PREPARE_THREADS);
         self.launch("pad_rows", launch, &[pointer(prepared), x.into(), k.into(), pitch.into()]);
         Operand { x: pointer(prepared), scales: KernelArg::null(), pitch: 2 * pitch }
+    }
+
+    /// Rows of bf16 as `[codes, scales]`, rows of codes `pitch` bytes apart.
+    pub(super) fn quantize_rows(
+        &self,
+        kernel: &'static str,
+        [codes, scales]: [KernelArg<'_>; 2],
+        x: View<'_>,
+        pitch: usize,
+    ) {
+        let launch = Launch::new(x.size(0), PREPARE_THREADS);
+        self.launch(kernel, launch, &[codes, scales, x.into(), x.size(1).into(), pitch.into()]);
     }
 
     /// Dense weights that no other kernel takes.
@@ -321,7 +353,7 @@ impl<L: Launcher> CudaOps<L> {
 }
 
 /// Where a scratch tensor lies.
-fn pointer(tensor: &mut Option<Tensor>) -> KernelArg<'_> {
+pub(super) fn pointer(tensor: &mut Option<Tensor>) -> KernelArg<'_> {
     tensor.as_mut().map_or(KernelArg::null(), KernelArg::from)
 }
 
@@ -336,7 +368,7 @@ pub(super) fn are_alike(a: &PackedMatrix, b: &PackedMatrix) -> bool {
 }
 
 /// `ElementType` of `product.cuh`.
-fn element_type(dtype: DType) -> usize {
+pub(super) fn element_type(dtype: DType) -> usize {
     match dtype {
         DType::F32 => 0,
         DType::BF16 => 1,
@@ -346,7 +378,7 @@ fn element_type(dtype: DType) -> usize {
 }
 
 /// `ActivationKind` of `activation.cuh`.
-fn activation_kind(activation: Activation) -> i32 {
+pub(super) fn activation_kind(activation: Activation) -> i32 {
     match activation {
         Activation::Silu => 0,
         Activation::GeluTanh => 1,

@@ -7,6 +7,7 @@
 //! | `memory` | tensors on the device |
 //! | `rows` | embedding, norms, rotary embedding, activations, gathers, cache writes |
 //! | `attention`, `matmul`, `experts`, `sample` | the others, one file per group of kernels |
+//! | `fp8` | products of FP8 by FP8, with a library |
 //! | `all_reduce` | sums over several GPUs; not an operation, since it knows of other ranks |
 //!
 //! Activations are bf16 (f16 where a kernel says so), logits f32, sums f32. A launch depends on
@@ -19,6 +20,7 @@ mod attention;
 pub mod cublas;
 pub mod driver;
 mod experts;
+mod fp8;
 mod image;
 mod latent;
 pub mod launcher;
@@ -193,6 +195,7 @@ impl<L: Launcher> Ops for CudaOps<L> {
 
     fn arrange(&self, matrix: PackedMatrix) -> Result<PackedMatrix, OpsError> {
         support::check_matrix(&matrix).map_err(|refusal| refusal.of_device(self.name()))?;
+        let matrix = self.with_codes_arranged(matrix);
         self.placed_matrix(dense::into_dtype(matrix, self.activation_dtype()))
     }
 
@@ -245,6 +248,12 @@ impl<L: Launcher> Ops for CudaOps<L> {
     fn gated_matmul(&self, args: GatedMatmulArgs<'_>) {
         args.check();
         self.multiply_gated(args);
+    }
+
+    fn multiply_fp8(&self, out: ViewMut<'_>, x: View<'_>, weight: View<'_>) -> bool {
+        let library = self.dense_products();
+        fp8::is_multiplied(self.facts(), library)
+            && library.is_some_and(|library| library.multiply(out, x, weight, None))
     }
 
     fn route_experts(&self, args: RouteExpertsArgs<'_>) {

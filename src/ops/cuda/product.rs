@@ -8,7 +8,8 @@
 //! | more | `many` | one block | nothing |
 //!
 //! So a row has the same bits whatever stands beside it, as long as the number of rows stays in
-//! one line of the table; between lines f32 sums are added in another order. INT8's sums are
+//! one line of the table; between lines f32 sums are added in another order. Beyond the first line
+//! dense products and those of FP8 by FP8 are a library's where there is one (`cublas`). INT8's sums are
 //! integers, so that its rows have the same bits everywhere. The numbers here are those of
 //! `kernels/include/{product,weights,matmul_tiles,matmul_skinny}.cuh`.
 //!
@@ -64,6 +65,8 @@ pub(super) enum Kind {
     Mxfp4,
     Fp8,
     Fp8Groups,
+    /// Row-major.
+    Fp8Rows,
 }
 
 impl Kind {
@@ -81,6 +84,7 @@ impl Kind {
                 (DType::F16, DType::F16) => Some(Kind::F16),
                 _ => None,
             },
+            Format::Fp8Rows => Some(Kind::Fp8Rows),
             format if !format.is_in_blocks() => panic!("{format:?} does not lie in blocks"),
             Format::Int8 => Some(Kind::Int8),
             Format::W8A16 => Some(Kind::W8A16),
@@ -103,7 +107,7 @@ impl Kind {
     fn step_bytes(self) -> usize {
         match self {
             Kind::Bf16 | Kind::F16 | Kind::Int8 => 2048,
-            Kind::W8A16 | Kind::Q8 | Kind::Fp8 | Kind::Fp8Groups => 1024,
+            Kind::W8A16 | Kind::Q8 | Kind::Fp8 | Kind::Fp8Groups | Kind::Fp8Rows => 1024,
             Kind::Int4 | Kind::Int4G32 | Kind::Mxfp4 => 512,
         }
     }
@@ -125,7 +129,7 @@ impl Kind {
     fn tile_stages(self) -> [usize; 2] {
         match self {
             Kind::Bf16 | Kind::F16 | Kind::Int8 => [4, 3],
-            Kind::W8A16 | Kind::Fp8 => [4, 4],
+            Kind::W8A16 | Kind::Fp8 | Kind::Fp8Rows => [4, 4],
             Kind::Q8 | Kind::Fp8Groups => [4, 3],
             Kind::Int4 | Kind::Int4G32 | Kind::Mxfp4 => [5, 4],
         }
@@ -148,6 +152,9 @@ impl Kind {
             Kind::Fp8Groups => {
                 ["experts_skinny_fp8_groups", "experts_few_fp8_groups", "experts_many_fp8_groups"]
             }
+            Kind::Fp8Rows => {
+                ["experts_skinny_fp8_rows", "experts_few_fp8_rows", "experts_many_fp8_rows"]
+            }
         }
     }
 
@@ -166,6 +173,9 @@ impl Kind {
             Kind::Fp8 => ["matmul_skinny_fp8", "matmul_few_fp8", "matmul_many_fp8"],
             Kind::Fp8Groups => {
                 ["matmul_skinny_fp8_groups", "matmul_few_fp8_groups", "matmul_many_fp8_groups"]
+            }
+            Kind::Fp8Rows => {
+                ["matmul_skinny_fp8_rows", "matmul_few_fp8_rows", "matmul_many_fp8_rows"]
             }
         }
     }
@@ -344,7 +354,7 @@ mod tests {
         shared_bytes_per_block: 99 << 10,
     };
 
-    const KINDS: [Kind; 10] = [
+    const KINDS: [Kind; 11] = [
         Kind::Bf16,
         Kind::F16,
         Kind::Int8,
@@ -355,6 +365,7 @@ mod tests {
         Kind::Mxfp4,
         Kind::Fp8,
         Kind::Fp8Groups,
+        Kind::Fp8Rows,
     ];
 
     fn problem(kind: Kind, rows: usize, columns: &[usize]) -> Problem<'_> {

@@ -60,6 +60,7 @@ impl<L: Launcher> CudaOps<L> {
             Format::Int4 => by_activation!(dtype, "gather_nibble_blocks"),
             Format::Mxfp4 => by_activation!(dtype, "gather_mxfp4_blocks"),
             Format::Fp8 => by_activation!(dtype, "gather_fp8_blocks"),
+            Format::Fp8Rows => by_activation!(dtype, "gather_fp8_rows"),
             Format::Dense => panic!("a dense table is not packed"),
         };
         let scales = quantized.map(|quantized| quantized.scales.view());

@@ -185,7 +185,7 @@ pub(super) fn check_matrix(matrix: &PackedMatrix) -> Result<(), Refusal> {
         Format::Dense | Format::DenseBlocks => {
             require(false, "weight", format!("{format:?} with scales"), "one without")
         }
-        Format::Int8 | Format::W8A16 => {
+        Format::Int8 | Format::W8A16 | Format::Fp8Rows => {
             require(is_whole_row, "group_size", group, format!("one scale per row of {format:?}"))
         }
         Format::Q8 | Format::Mxfp4 => {

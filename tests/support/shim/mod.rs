@@ -11,6 +11,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
 mod build;
+pub mod library;
 mod memory;
 
 use std::collections::{BTreeMap, BTreeSet};
