@@ -217,14 +217,14 @@ impl<'a, L: FinishLines> TileResults<'a, L> {
         // SAFETY: the same contract.
         unsafe {
             match self.second {
-                Second::Missing => self.target.put_rows(simd, rows, first),
+                Second::Missing => self.target.put_rows(simd, rows, &first),
                 Second::Block(results, target) => {
-                    self.target.put_rows(simd, rows.clone(), first);
-                    target.put_rows(simd, rows, Plain { results, lines: lines[1] });
+                    self.target.put_rows(simd, rows.clone(), &first);
+                    target.put_rows(simd, rows, &Plain { results, lines: lines[1] });
                 }
                 Second::Up(up, activation) => {
                     let up = Plain { results: up, lines: lines[1] };
-                    self.target.put_rows(simd, rows, GatedLines { gate: first, up, activation });
+                    self.target.put_rows(simd, rows, &GatedLines { gate: first, up, activation });
                 }
             }
         }

@@ -367,7 +367,12 @@ impl Target {
     /// # Safety
     /// The rows must be some of them; no other task may write there.
     #[inline(always)]
-    pub unsafe fn put_rows<S: Simd>(&self, simd: S, rows: Range<usize>, values: impl RowValues<S>) {
+    pub unsafe fn put_rows<S: Simd>(
+        &self,
+        simd: S,
+        rows: Range<usize>,
+        values: &impl RowValues<S>,
+    ) {
         // The two kinds that large results are of have loops of their own.
         if let Kind::Streamed = self.kind {
             for i in rows {
