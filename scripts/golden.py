@@ -96,7 +96,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--binary", type=Path, default=Path("target/release/tokenmill"))
-    parser.add_argument("--formats", default="bf16,int8,w8a16,int4,int4-g32,mxfp4,fp8,q8_0",
+    parser.add_argument("--formats", default="bf16,int8,w8a16,int4,int4-g64,mxfp4,fp8,q8_0",
                         help="weight formats, each perhaps with an instruction set: int8/avx512")
     parser.add_argument("--base-url", help="score this server instead")
     parser.add_argument("--every", type=int, default=1, help="only every n-th prompt")

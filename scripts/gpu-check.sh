@@ -128,7 +128,7 @@ part_sanitize() {
 
 part_golden() {
     python3 scripts/golden.py --binary "$binary" --json "$out/golden.json" \
-        --formats bf16,int8,w8a16,int4,int4-g32,mxfp4,fp8,q8_0 -- --device "$device"
+        --formats bf16,int8,w8a16,int4,int4-g64,mxfp4,fp8,q8_0 -- --device "$device"
     python3 scripts/golden.py --binary "$binary" --json "$out/golden-fp8-cache.json" \
         --formats bf16 -- --device "$device" --kv-cache-dtype fp8
 }

@@ -32,11 +32,12 @@ pub enum Quantization {
     /// 8-bit weights with a scale per row, activations as they are.
     #[value(name = "w8a16")]
     W8A16,
-    /// 4-bit weights with a scale and a zero point per 64.
-    Int4,
     /// 4-bit weights with a scale and a zero point per 32.
-    #[value(name = "int4-g32")]
-    Int4G32,
+    #[value(alias = "int4-g32")]
+    Int4,
+    /// 4-bit weights with a scale and a zero point per 64.
+    #[value(name = "int4-g64")]
+    Int4G64,
     /// 4-bit weights with a scale and a zero point per 128.
     #[value(name = "int4-g128")]
     Int4G128,

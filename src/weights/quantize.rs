@@ -25,11 +25,11 @@ macro_rules! with_quantizer {
                 $body
             }
             Quantization::Int4 => {
-                let $quantizer = int4::Grouped(64);
+                let $quantizer = int4::Grouped(32);
                 $body
             }
-            Quantization::Int4G32 => {
-                let $quantizer = int4::Grouped(32);
+            Quantization::Int4G64 => {
+                let $quantizer = int4::Grouped(64);
                 $body
             }
             Quantization::Q4_0 => {

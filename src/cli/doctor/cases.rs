@@ -45,7 +45,7 @@ const OTHERS: [Named; 7] = [
     ("w8a16", Some(Quantization::W8A16)),
     ("q8_0", Some(Quantization::Q8_0)),
     ("int4", Some(Quantization::Int4)),
-    ("int4-g32", Some(Quantization::Int4G32)),
+    ("int4-g64", Some(Quantization::Int4G64)),
     ("mxfp4", Some(Quantization::Mxfp4)),
 ];
 
