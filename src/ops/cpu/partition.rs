@@ -21,6 +21,8 @@ const MATMUL_INLINE: usize = 1 << 18;
 /// Columns of the thread with most of them that are good enough, in percent of the mean.
 /// Evening out what is left would cost more in shorter tasks.
 const LONGEST_PERCENT: usize = 115;
+/// The same that tasks of half the length are worth.
+const EVEN_PERCENT: usize = 103;
 
 /// Sizes of one matrix of an operation.
 #[derive(Clone, Copy, Debug)]
@@ -54,8 +56,9 @@ impl Sizes {
         self.even_pairs(most) * PAIR_COLS
     }
 
-    /// The most pairs of columns, up to `most`, with which no thread gets much more than others;
-    /// where none does, those with which the longest gets least.
+    /// The most pairs of columns, up to `most`, with which all threads get the same, if half of
+    /// `most` is enough for that; else those with which no thread gets much more than others; where
+    /// none does, those with which the longest gets least.
     fn even_pairs(self, most: usize) -> usize {
         let (pairs, groups) = (self.all_cols.div_ceil(PAIR_COLS), self.row_groups);
         let threads = self.threads;
@@ -68,9 +71,14 @@ impl Sizes {
             each + rests + if less == 0 { 0 } else { size }
         };
         let all = groups * pairs;
-        let is_even = |size: &usize| longest(*size) * threads * 100 <= all * LONGEST_PERCENT;
+        let is_within = |size: usize, percent| longest(size) * threads * 100 <= all * percent;
         let sizes = || (1..=most).rev();
-        sizes().find(is_even).or_else(|| sizes().min_by_key(|&size| longest(size))).unwrap_or(1)
+        sizes()
+            .take_while(|size| 2 * size >= most)
+            .find(|&size| is_within(size, EVEN_PERCENT))
+            .or_else(|| sizes().find(|&size| is_within(size, LONGEST_PERCENT)))
+            .or_else(|| sizes().min_by_key(|&size| longest(size)))
+            .unwrap_or(1)
     }
 }
 
@@ -197,20 +205,20 @@ mod tests {
             let sizes = Sizes { num_rows, k, num_cols, all_cols, row_bytes, threads: 2, ..NONE };
             sizes.cols_per_task()
         };
-        // Half a megabyte of weights where they are streamed.
+        // Up to half a megabyte of weights where they are streamed.
         assert_eq!(
             [size(1, 896, 4864), size(1, 2048, 8192), size(32, 4096, 14_336)],
-            [320, 128, 64]
+            [224, 128, 64]
         );
-        // A quarter of a billion multiplications where there are many rows.
-        assert_eq!([size(256, 896, 4864), size(1024, 2048, 8192)], [320, 128]);
-        assert_eq!([size(1024, 4864, 896), size(1024, 896, 4864)], [64, 320]);
+        // Up to a quarter of a billion multiplications where there are many rows.
+        assert_eq!([size(256, 896, 4864), size(1024, 2048, 8192)], [224, 128]);
+        assert_eq!([size(1024, 4864, 896), size(1024, 896, 4864)], [64, 224]);
         // Groups of rows make longer tasks of fewer rows, as many as before.
         let down = Sizes { num_rows: 1024, row_groups: 4, k: 4864, num_cols: 896, ..NONE };
         let down = Sizes { all_cols: 896, row_bytes: 4864, threads: 2, ..down };
         assert_eq!(down.cols_per_task(), 128);
         // Not fewer tasks than let a fast thread take over.
-        assert_eq!([size(1, 896, 896), size(64, 4864, 896)], [128, 64]);
+        assert_eq!([size(1, 896, 896), size(64, 4864, 896)], [64, 64]);
     }
 
     #[test]
