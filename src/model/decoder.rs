@@ -186,12 +186,42 @@ impl Decoder {
         workspace: &mut Workspace,
     ) {
         let num_rows = selected.len();
+        self.select(rank, batch, selected, workspace);
+        let selected = workspace.selected.rows(num_rows);
+        self.embedding.logits(rank, selected, workspace.logits.rows_mut(num_rows));
+    }
+
+    /// The tokens with the largest logits of these rows. `None` where a device finds them in logits
+    /// only, which then lie in the workspace as after [`Decoder::logits`].
+    pub fn greedy(
+        &self,
+        rank: &RankContext,
+        batch: &ForwardBatch,
+        selected: Range<usize>,
+        workspace: &mut Workspace,
+    ) -> Option<Vec<u32>> {
+        let num_rows = selected.len();
+        self.select(rank, batch, selected, workspace);
+        let selected = workspace.selected.rows(num_rows);
+        let tokens = self.embedding.greedy(rank, selected);
+        if tokens.is_none() {
+            self.embedding.logits(rank, selected, workspace.logits.rows_mut(num_rows));
+        }
+        tokens
+    }
+
+    /// Gathers hidden states in `workspace.selected`.
+    fn select(
+        &self,
+        rank: &RankContext,
+        batch: &ForwardBatch,
+        selected: Range<usize>,
+        workspace: &mut Workspace,
+    ) {
         rank.ops.gather_rows(GatherRowsArgs {
-            out: workspace.selected.rows_mut(num_rows),
+            out: workspace.selected.rows_mut(selected.len()),
             x: workspace.hidden.view(),
             rows: batch.logit_rows(selected),
         });
-        let selected = workspace.selected.rows(num_rows);
-        self.embedding.logits(rank, selected, workspace.logits.rows_mut(num_rows));
     }
 }

@@ -4,7 +4,7 @@ use super::attention::load_linear;
 use super::error::ModelError;
 use super::spec::ModelSpec;
 use crate::device::RankContext;
-use crate::ops::args::EmbedArgs;
+use crate::ops::args::{EmbedArgs, GreedyArgs};
 use crate::tensor::{View, ViewMut};
 use crate::weights::Loader;
 use crate::weights::linear::{Linear, Partition};
@@ -33,9 +33,18 @@ impl Embedding {
         rank.ops.embed(EmbedArgs { out, table: &self.table.weight, token_ids });
     }
 
+    /// The most likely token of every row, where the device finds it without logits.
+    pub fn greedy(&self, rank: &RankContext, hidden: View<'_>) -> Option<Vec<u32>> {
+        let (weight, bias) = self.head().weight_and_bias();
+        rank.ops.greedy(GreedyArgs { x: hidden, weight, bias })
+    }
+
     /// `logits = hidden · headᵀ`.
     pub fn logits(&self, rank: &RankContext, hidden: View<'_>, out: ViewMut<'_>) {
-        let head = self.head.as_ref().unwrap_or(&self.table);
-        head.forward(&*rank.ops, &*rank.comm, hidden, out);
+        self.head().forward(&*rank.ops, &*rank.comm, hidden, out);
+    }
+
+    fn head(&self) -> &Linear {
+        self.head.as_ref().unwrap_or(&self.table)
     }
 }

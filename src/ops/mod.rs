@@ -285,6 +285,14 @@ pub trait Ops: Send + Sync {
     /// Copies whole KV blocks (copy-on-write).
     fn copy_blocks(&self, args: CopyBlocksArgs<'_>);
 
+    /// Chooses the row of `weight` with the largest `x · weightᵀ (+ bias)` for every row of `x`, as
+    /// [`Ops::sample`] would for a [greedy](SampleRow::is_plain_greedy) row of these logits, which
+    /// are not written. `None`, and nothing done, where a device has no kernels for that.
+    fn greedy(&self, args: GreedyArgs<'_>) -> Option<Vec<u32>> {
+        let _ = args;
+        None
+    }
+
     /// Chooses (or scores) one token per row of logits.
     fn sample(&self, args: SampleArgs<'_>) -> Vec<SampledToken>;
 }

@@ -13,6 +13,7 @@ use crate::model::spec::ModelSpec;
 use crate::model::workspace::Workspace;
 use crate::ops::OpsError;
 use crate::ops::args::{RowTask, SampleArgs, SampleRow};
+use crate::output::SampledToken;
 use crate::scheduler::batch::{ScheduledBatch, ScheduledSequence, StepTokens};
 
 /// Computes steps with a decoder on one rank. Everything it writes to was allocated at start.
@@ -64,20 +65,27 @@ impl ModelRunner {
         })
     }
 
-    /// Computes the step, and the logits of as many wanted rows as have room at once.
-    fn forward(&mut self, batch: &ScheduledBatch, wanted: &[WantedRow]) {
+    /// Computes the step, and the logits of as many wanted rows as have room at once; or the tokens
+    /// of all wanted rows, where no logits are needed for them.
+    fn forward(&mut self, batch: &ScheduledBatch, wanted: &[WantedRow]) -> Option<Vec<u32>> {
         if !batch.copies.is_empty() {
             self.cache.copy_blocks(&*self.rank.ops, &batch.copies);
         }
         match self.recorded.as_ref().and_then(|recorded| recorded.shape_for(batch)) {
             Some(shape) if shape.num_seqs <= self.max_logit_rows => {
                 self.replay(batch, shape);
+                None
             }
             _ => {
                 self.input.fill(self.cache.block_size, entries(batch));
                 self.input.select(wanted.iter().map(|w| w.token_row));
                 self.input.upload(&*self.rank.ops);
-                self.compute();
+                self.compute_hidden();
+                if self.is_greedy(batch, wanted) {
+                    return self.compute_greedy(wanted.len());
+                }
+                self.compute_logits();
+                None
             }
         }
     }
@@ -101,13 +109,52 @@ impl ModelRunner {
         }
     }
 
+    /// Whether the token with the largest logit is all that is wanted of every row, and all rows
+    /// have room at once.
+    fn is_greedy(&self, batch: &ScheduledBatch, wanted: &[WantedRow]) -> bool {
+        (1..=self.max_logit_rows).contains(&wanted.len())
+            && wanted.iter().all(|w| sample_row(batch, w).is_plain_greedy())
+    }
+
     /// The forward pass, and the first logits.
     fn compute(&mut self) {
+        self.compute_hidden();
+        self.compute_logits();
+    }
+
+    fn compute_hidden(&mut self) {
         let ModelRunner { decoder, rank, input, cache, workspace, .. } = self;
         decoder.forward(rank, input, cache, workspace);
+    }
+
+    /// The tokens of all rows, or the logits where the device needs them.
+    fn compute_greedy(&mut self, num_rows: usize) -> Option<Vec<u32>> {
+        let ModelRunner { decoder, rank, input, workspace, .. } = self;
+        decoder.greedy(rank, input, 0..num_rows, workspace)
+    }
+
+    fn compute_logits(&mut self) {
+        let ModelRunner { decoder, rank, input, workspace, .. } = self;
         let num_rows = input.num_logit_rows().min(self.max_logit_rows);
         if num_rows > 0 {
             decoder.logits(rank, input, 0..num_rows, workspace);
+        }
+    }
+
+    /// Samples all rows; the logits of those that have no room at once are yet to be computed.
+    fn sample_all(
+        &mut self,
+        batch: &ScheduledBatch,
+        wanted: &[WantedRow],
+        results: &mut [StepTokens],
+    ) {
+        for (i, rows) in wanted.chunks(self.max_logit_rows).enumerate() {
+            if i > 0 {
+                let first = i * self.max_logit_rows;
+                let ModelRunner { decoder, rank, input, workspace, .. } = self;
+                decoder.logits(rank, input, first..first + rows.len(), workspace);
+            }
+            self.sample(batch, rows, results);
         }
     }
 
@@ -153,19 +200,20 @@ impl StepRunner for ModelRunner {
             return Ok(Vec::new());
         }
         let wanted = wanted_rows(batch);
-        self.forward(batch, &wanted);
+        let greedy = self.forward(batch, &wanted);
         if self.has_device() {
             // The first thing that waits for the device is sampling.
             meanwhile();
         }
         let mut results = vec![StepTokens::default(); batch.sequences.len()];
-        for (i, rows) in wanted.chunks(self.max_logit_rows).enumerate() {
-            if i > 0 {
-                let first = i * self.max_logit_rows;
-                let ModelRunner { decoder, rank, input, workspace, .. } = self;
-                decoder.logits(rank, input, first..first + rows.len(), workspace);
+        match greedy {
+            Some(token_ids) => {
+                for (wanted, token_id) in wanted.iter().zip(token_ids) {
+                    let token = SampledToken { token_id, logprobs: None };
+                    results[wanted.sequence].sampled.push(token);
+                }
             }
-            self.sample(batch, rows, &mut results);
+            None => self.sample_all(batch, &wanted, &mut results),
         }
         self.rank.ops.synchronize().map_err(|error| RunnerError::StepFailed {
             step: batch.step,

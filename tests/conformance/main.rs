@@ -13,6 +13,7 @@ mod candle;
 mod cuda_fp8;
 mod cuda_matmul;
 mod experts;
+mod greedy;
 mod invariance;
 mod kernels;
 mod latent;
@@ -66,6 +67,11 @@ fn latent_attention_agrees_with_the_referee() {
 #[test]
 fn the_sampler_agrees_with_the_referee() {
     for_each_backend(sample::check);
+}
+
+#[test]
+fn greedy_tokens_are_the_samplers_with_and_without_logits() {
+    for_each_backend(greedy::check);
 }
 
 #[test]

@@ -277,6 +277,31 @@ fn caches_of_bytes_keep_every_promise() {
 }
 
 #[test]
+fn greedy_tokens_are_the_same_with_and_without_logits() {
+    let tokens = |logprobs: Option<u32>| {
+        let (mut scheduler, mut runner) = (scheduler(&ROOMY), runner(&ROOMY));
+        for index in 0..5 {
+            let request = request(index, SamplingParams::greedy(), 12, 1);
+            let sampling = Arc::new(SamplingParams { logprobs, ..SamplingParams::greedy() });
+            scheduler.admit(TokenizedRequest { sampling, ..request }).expect("the request fits");
+        }
+        let mut tokens: BTreeMap<RequestId, Vec<u32>> = BTreeMap::new();
+        while scheduler.has_work() {
+            let batch = scheduler.plan();
+            let results = runner.execute(&batch).expect("the step succeeds");
+            for event in scheduler.commit(&batch, results) {
+                let chosen = event.tokens.iter().map(|token| token.token_id);
+                tokens.entry(event.request_id).or_default().extend(chosen);
+            }
+        }
+        tokens
+    };
+    let without = tokens(None);
+    assert!(without.len() == 5 && without.values().all(|tokens| tokens.len() == 12));
+    assert_eq!(without, tokens(Some(0)));
+}
+
+#[test]
 fn scoring_a_text_agrees_with_having_generated_it() {
     let greedy = request(2, SamplingParams::greedy(), 12, 1);
     let (outputs, _) = run(vec![greedy.clone()], &ROOMY);

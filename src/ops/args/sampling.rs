@@ -1,7 +1,8 @@
 //! Arguments of choosing and scoring tokens.
 
+use crate::formats::PackedMatrix;
 use crate::request::SamplingParams;
-use crate::tensor::{DType, ViewMut};
+use crate::tensor::{DType, View, ViewMut};
 
 /// Which tokens a grammar allows, a bit each: token `t` is bit `t % 32` of word `t / 32`, set where
 /// it is allowed, as llguidance and XGrammar write them.
@@ -73,6 +74,45 @@ pub struct SampleRow<'a> {
     pub banned_token_ids: &'a [u32],
     /// Tokens that may be chosen here, where a grammar decides.
     pub bitmask: Option<TokenBitmask<'a>>,
+}
+
+impl SampleRow<'_> {
+    /// Whether something may change logits before a token is chosen: a mask, a bias or a penalty.
+    pub fn edits_logits(&self) -> bool {
+        let params = self.params;
+        self.bitmask.is_some()
+            || params.allowed_token_ids.is_some()
+            || !params.logit_bias.is_empty()
+            || !self.banned_token_ids.is_empty()
+            || params.needs_history()
+    }
+
+    /// Whether the token is that with the largest raw logit, and nothing else is asked of logits.
+    pub fn is_plain_greedy(&self) -> bool {
+        let SampleRow { task, params, .. } = self;
+        let is_greedy = params.temperature == 0.0 && params.logprobs.is_none();
+        matches!(task, RowTask::Sample) && is_greedy && !self.edits_logits()
+    }
+}
+
+/// See [`crate::ops::Ops::greedy`].
+pub struct GreedyArgs<'a> {
+    /// `[num_rows, in_features]`.
+    pub x: View<'a>,
+    /// `[vocab_size, in_features]` in any format.
+    pub weight: &'a PackedMatrix,
+    /// `[vocab_size]`, any float dtype.
+    pub bias: Option<View<'a>>,
+}
+
+impl GreedyArgs<'_> {
+    /// Panics unless the shapes agree.
+    pub fn check(&self) {
+        assert_eq!(self.x.size(1), self.weight.num_cols, "greedy: in features");
+        if let Some(bias) = &self.bias {
+            assert_eq!(bias.shape().sizes(), &[self.weight.num_rows], "greedy: bias");
+        }
+    }
 }
 
 /// See [`crate::ops::Ops::sample`]. Logits are scratch: a backend may overwrite them.

@@ -13,9 +13,10 @@
 //! | `matmul`, `wide_matmul`, `byte_matmul`, `attention`, `rows`, `sample` | the kernels on vectors |
 //! | `amx`, `tile_blocks`, `tile_codes`, `tile_groups`, `tile_write` | tiles, and the matmuls on them |
 //! | `tile_attention`, `tile_cache`, `tile_pack`, `tile_pipeline`, `tile_rows`, `tile_softmax`, `tile_sums` | attention on them |
+//! | `best_columns` | what greedy sampling keeps of logits |
 //! | `context_parts` | how attention over parts of a context is joined |
 //! | `experts` | which experts compute a token, and which tokens an expert computes |
-//! | `launch`, `launch_attention`, `launch_experts`, `launch_latent`, `launch_matmul`, `launch_mlp`, `partition` | how operations are cut into tasks |
+//! | `launch`, `launch_attention`, `launch_experts`, `launch_greedy`, `launch_latent`, `launch_matmul`, `launch_mlp`, `partition` | how operations are cut into tasks |
 //!
 //! Activations are f32. No result depends on the number of threads, nor on which other rows
 //! or sequences are in the batch: that is part of every kernel's contract and tested bit by bit.
@@ -29,6 +30,7 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_bf16;
+mod best_columns;
 mod byte_matmul;
 mod byte_simd;
 #[cfg(target_arch = "x86_64")]
@@ -40,6 +42,7 @@ mod kv_rows;
 mod launch;
 mod launch_attention;
 mod launch_experts;
+mod launch_greedy;
 mod launch_latent;
 mod launch_matmul;
 mod launch_mlp;
@@ -363,6 +366,11 @@ impl Ops for CpuOps {
                 cache.copy_block(source, destination);
             }
         }
+    }
+
+    fn greedy(&self, args: GreedyArgs<'_>) -> Option<Vec<u32>> {
+        args.check();
+        self.choose_greedily(&args)
     }
 
     fn sample(&self, args: SampleArgs<'_>) -> Vec<SampledToken> {

@@ -2,9 +2,11 @@
 //! a block yields.
 
 use std::ops::Range;
+use std::sync::atomic::AtomicU64;
 
 use half::f16;
 
+use super::best_columns::{BestColumns, offer};
 use super::byte_simd::ByteSimd;
 use super::lines::FillRows;
 use super::lines::LINE_BYTES;
@@ -217,6 +219,8 @@ pub enum Place<'a> {
     Middle(&'a Middle<'a>),
     /// As bf16, as they are read by another product; the width is a multiple of a line's 32.
     Lines(&'a FillRows<'a>),
+    /// Nowhere: what stays is which column of a row has the largest.
+    Best(&'a BestColumns),
 }
 
 /// Row-major results.
@@ -296,6 +300,15 @@ impl<'a> BlockOutput<'a> {
                 row_bytes: LINE_BYTES,
                 kind: Kind::Bf16,
             },
+            Place::Best(best) => {
+                let first = block * BLOCK_ROWS;
+                let len = BLOCK_ROWS.min(self.num_cols - first) as u32;
+                Target {
+                    start: best.rows(rows).as_ptr().cast_mut().cast(),
+                    row_bytes: size_of::<AtomicU64>(),
+                    kind: Kind::Best { first: first as u32, len },
+                }
+            }
         }
     }
 
@@ -359,6 +372,11 @@ enum Kind {
     /// Floats of the last block of row-major results, which has fewer columns.
     Cut(usize),
     Bf16,
+    /// Words of [`BestColumns`], and so many columns from the first.
+    Best {
+        first: u32,
+        len: u32,
+    },
 }
 
 impl Target {
@@ -373,7 +391,7 @@ impl Target {
         rows: Range<usize>,
         values: &impl RowValues<S>,
     ) {
-        // The two kinds that large results are of have loops of their own.
+        // The kinds that large results are of have loops of their own.
         if let Kind::Streamed = self.kind {
             for i in rows {
                 let row = self.start.wrapping_add(i * self.row_bytes);
@@ -385,6 +403,12 @@ impl Target {
                 let row = self.start.wrapping_add(i * self.row_bytes);
                 // SAFETY: the same contract.
                 unsafe { simd.store_bf16(row.cast(), values.of_row(simd, i)) }
+            }
+        } else if let Kind::Best { first, len } = self.kind {
+            for i in rows {
+                let row = self.start.wrapping_add(i * self.row_bytes).cast::<AtomicU64>();
+                // SAFETY: the same contract; rows are shared.
+                unsafe { offer(simd, &*row, (first, len), values.of_row(simd, i)) }
             }
         } else {
             for i in rows {
@@ -408,6 +432,11 @@ impl Target {
                 Kind::Streamed => simd.stream_f32(row.cast::<f32>().add(at), value),
                 Kind::Cut(len) => put_cut(simd, (row.cast(), len), at, value),
                 Kind::Bf16 => simd.store_bf16(row.cast::<half::bf16>().add(at), value),
+                Kind::Best { first, len } => {
+                    let at = at as u32;
+                    let columns = (first + at, len.saturating_sub(at).min(S::LANES as u32));
+                    offer(simd, &*row.cast::<AtomicU64>(), columns, value);
+                }
             }
         }
     }

@@ -2,16 +2,6 @@
 
 use crate::ops::args::{SampleRow, TokenBitmask};
 
-/// True when [`apply`] would change something.
-pub fn any(row: &SampleRow<'_>) -> bool {
-    let params = row.params;
-    row.bitmask.is_some()
-        || params.allowed_token_ids.is_some()
-        || !params.logit_bias.is_empty()
-        || !row.banned_token_ids.is_empty()
-        || params.needs_history()
-}
-
 /// Leaves only tokens whose bits are set.
 pub fn keep_allowed(logits: &mut [f32], bitmask: TokenBitmask<'_>) {
     let words = bitmask.words(logits.len());

@@ -6,7 +6,7 @@
 //! (min-p and top-k), narrow those by top-p, and walk the rest in ascending token id.
 
 mod edit;
-mod kernels;
+pub(super) mod kernels;
 mod select;
 
 use super::isa::Isa;
@@ -42,7 +42,7 @@ pub fn sample_row(
         RowTask::Score { .. } => Some(params.prompt_logprobs.unwrap_or(0)),
         RowTask::Sample => params.logprobs,
     };
-    let edits = edit::any(row);
+    let edits = row.edits_logits();
     if params.temperature != 0.0 || edits || num_top.is_some() {
         isa.run(Clean { x: logits });
     }
