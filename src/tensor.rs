@@ -398,6 +398,12 @@ impl<'a> ViewMut<'a> {
         View { ptr, dtype, shape, place, _borrow: PhantomData }
     }
 
+    /// A shared view of the same data, which nobody writes to any more.
+    pub fn into_view(self) -> View<'a> {
+        let ViewMut { ptr, dtype, shape, place, .. } = self;
+        View { ptr, dtype, shape, place, _borrow: PhantomData }
+    }
+
     /// A shorter mutable borrow of the same data.
     pub fn reborrow(&mut self) -> ViewMut<'_> {
         let &mut ViewMut { ptr, dtype, shape, place, .. } = self;

@@ -4,6 +4,7 @@
 //! key norms and a sliding window.
 
 use super::batch::ForwardBatch;
+use super::block_norm::BlockNorm;
 use super::error::ModelError;
 use super::kv_cache::KvLayer;
 use super::rope::RopeTable;
@@ -23,6 +24,17 @@ pub(super) fn load_linear(
 ) -> Result<Linear, ModelError> {
     let shape = [spec.out_features, spec.in_features];
     Ok(Linear::load(loader, &spec.name, shape, spec.bias, partition)?)
+}
+
+/// What a layer's attention reads of a step beside the workspace.
+#[derive(Clone, Copy)]
+pub struct AttentionStep<'a> {
+    /// The norm before the block.
+    pub norm: BlockNorm<'a>,
+    /// Angles of all positions.
+    pub rope: &'a RopeTable,
+    /// The tokens.
+    pub batch: &'a ForwardBatch,
 }
 
 /// One layer's attention weights.
@@ -63,18 +75,18 @@ impl Attention {
         })
     }
 
-    /// Replaces `workspace.hidden` (normalised input) by the block's output.
+    /// Replaces `workspace.hidden`, the output of the block before, by this block's.
     pub fn forward(
         &self,
         rank: &RankContext,
-        rope: &RopeTable,
-        batch: &ForwardBatch,
+        step: AttentionStep<'_>,
         cache: &mut KvLayer,
         workspace: &mut Workspace,
     ) {
+        let AttentionStep { norm, rope, batch } = step;
         let num_tokens = batch.num_tokens();
         let v_cache = cache.v.as_mut().expect("a cache of heads has values");
-        self.project(rank, num_tokens, workspace);
+        self.project(rank, norm, num_tokens, workspace);
         let heads = [num_tokens, self.spec.num_heads, self.spec.head_dim];
         let kv_heads = [num_tokens, self.spec.num_kv_heads, self.spec.head_dim];
         rank.ops.rope(RopeArgs {
@@ -93,7 +105,7 @@ impl Attention {
             slot_mapping: batch.slot_mapping(),
         });
         rank.ops.attention(AttentionArgs {
-            out: workspace.attended.rows_mut(num_tokens).reshape(heads),
+            out: workspace.attended.front_mut(heads),
             q: workspace.q.rows(num_tokens).reshape(heads),
             k_cache: cache.k.view(),
             v_cache: v_cache.view(),
@@ -105,26 +117,32 @@ impl Attention {
             softcap: None,
             sinks: None,
         });
-        let attended = workspace.attended.rows(num_tokens);
+        let attended = workspace.attended.front_mut([num_tokens, heads[1] * heads[2]]).into_view();
         self.o.forward(&*rank.ops, &*rank.comm, attended, workspace.hidden.rows_mut(num_tokens));
     }
 
     /// Queries, keys and values of the new tokens, with their norms.
-    fn project(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
-        let Workspace { hidden, q, k, v, attended, raw_k, .. } = workspace;
+    fn project(
+        &self,
+        rank: &RankContext,
+        norm: BlockNorm<'_>,
+        num_tokens: usize,
+        workspace: &mut Workspace,
+    ) {
+        let Workspace { residual, hidden, normed, q, k, v, attended, raw_k, .. } = workspace;
+        let raw_q_shape = [num_tokens, self.q.weight.num_rows];
         // With norms, projections pause in tensors that are free at this moment.
         let (q_out, k_out) = match self.qk_norm {
-            None => (&mut *q, &mut *k),
-            Some(_) => (&mut *attended, &mut *raw_k),
+            None => (q.rows_mut(num_tokens), k.rows_mut(num_tokens)),
+            Some(_) => (attended.front_mut(raw_q_shape), raw_k.rows_mut(num_tokens)),
         };
-        let layers = [
-            (&self.q, q_out.rows_mut(num_tokens)),
-            (&self.k, k_out.rows_mut(num_tokens)),
-            (&self.v, v.rows_mut(num_tokens)),
-        ];
-        Linear::forward_all(&*rank.ops, &*rank.comm, hidden.rows(num_tokens), layers);
+        let layers = [(&self.q, q_out), (&self.k, k_out), (&self.v, v.rows_mut(num_tokens))];
+        let (out, residual) = (normed.rows_mut(num_tokens), residual.rows_mut(num_tokens));
+        let x = norm.of(out, residual, hidden.rows(num_tokens));
+        Linear::forward_normed(&*rank.ops, &*rank.comm, x, layers);
         let Some((q_weight, k_weight)) = &self.qk_norm else { return };
-        self.head_norm(rank, attended.rows(num_tokens), q_weight, q.rows_mut(num_tokens));
+        let raw_q = attended.front_mut(raw_q_shape).into_view();
+        self.head_norm(rank, raw_q, q_weight, q.rows_mut(num_tokens));
         self.head_norm(rank, raw_k.rows(num_tokens), k_weight, k.rows_mut(num_tokens));
     }
 

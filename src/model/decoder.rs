@@ -6,8 +6,9 @@
 
 use std::ops::Range;
 
-use super::attention::Attention;
+use super::attention::{Attention, AttentionStep};
 use super::batch::ForwardBatch;
+use super::block_norm::BlockNorm;
 use super::embedding::Embedding;
 use super::error::ModelError;
 use super::kv_cache::{KvCache, KvLayer};
@@ -18,7 +19,7 @@ use super::rope::RopeTable;
 use super::spec::{AttentionInputs, AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec};
 use super::workspace::Workspace;
 use crate::device::RankContext;
-use crate::ops::args::{AddNormArgs, GatherRowsArgs, NormArgs, RopeStyle};
+use crate::ops::args::{GatherRowsArgs, RopeStyle};
 use crate::tensor::Tensor;
 use crate::weights::Loader;
 
@@ -56,14 +57,13 @@ impl AttentionBlock {
     fn forward(
         &self,
         rank: &RankContext,
-        rope: &RopeTable,
-        batch: &ForwardBatch,
+        step: AttentionStep<'_>,
         cache: &mut KvLayer,
         workspace: &mut Workspace,
     ) {
         match self {
-            AttentionBlock::Heads(heads) => heads.forward(rank, rope, batch, cache, workspace),
-            AttentionBlock::Latent(latent) => latent.forward(rank, rope, batch, cache, workspace),
+            AttentionBlock::Heads(heads) => heads.forward(rank, step, cache, workspace),
+            AttentionBlock::Latent(latent) => latent.forward(rank, step, cache, workspace),
         }
     }
 }
@@ -82,10 +82,16 @@ impl FeedForward {
         })
     }
 
-    fn forward(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
+    fn forward(
+        &self,
+        rank: &RankContext,
+        norm: BlockNorm<'_>,
+        num_tokens: usize,
+        workspace: &mut Workspace,
+    ) {
         match self {
-            FeedForward::Mlp(mlp) => mlp.forward(rank, num_tokens, workspace),
-            FeedForward::Moe(moe) => moe.forward(rank, num_tokens, workspace),
+            FeedForward::Mlp(mlp) => mlp.forward(rank, norm, num_tokens, workspace),
+            FeedForward::Moe(moe) => moe.forward(rank, norm, num_tokens, workspace),
         }
     }
 }
@@ -140,40 +146,20 @@ impl Decoder {
     ) {
         let num_tokens = batch.num_tokens();
         self.embedding.embed(rank, batch.token_ids(), workspace.residual.rows_mut(num_tokens));
-        rank.ops.norm(NormArgs {
-            out: workspace.hidden.rows_mut(num_tokens),
-            x: workspace.residual.rows(num_tokens),
-            weight: self.layers[0].input_norm.view(),
-            eps: self.norm_eps,
-        });
         for (i, layer) in self.layers.iter().enumerate() {
             let kv = &mut cache.layers[i];
-            layer.attention.forward(rank, &self.rope, batch, kv, workspace);
-            self.add_norm(rank, num_tokens, &layer.post_attention_norm, workspace);
-            layer.feed_forward.forward(rank, num_tokens, workspace);
-            let next_norm = self.layers.get(i + 1).map_or(&self.final_norm, |l| &l.input_norm);
-            self.add_norm(rank, num_tokens, next_norm, workspace);
+            let norm = BlockNorm { follows_block: i > 0, ..self.norm(&layer.input_norm) };
+            let step = AttentionStep { norm, rope: &self.rope, batch };
+            layer.attention.forward(rank, step, kv, workspace);
+            let norm = self.norm(&layer.post_attention_norm);
+            layer.feed_forward.forward(rank, norm, num_tokens, workspace);
         }
+        self.norm(&self.final_norm).run(rank, num_tokens, workspace);
     }
 
-    /// `residual += hidden; hidden = norm(residual)`.
-    fn add_norm(
-        &self,
-        rank: &RankContext,
-        num_tokens: usize,
-        weight: &Tensor,
-        workspace: &mut Workspace,
-    ) {
-        // `normed` receives the result so that input and output stay distinct tensors; the two
-        // then change places.
-        rank.ops.add_norm(AddNormArgs {
-            out: workspace.normed.rows_mut(num_tokens),
-            residual: workspace.residual.rows_mut(num_tokens),
-            x: workspace.hidden.rows(num_tokens),
-            weight: weight.view(),
-            eps: self.norm_eps,
-        });
-        std::mem::swap(&mut workspace.hidden, &mut workspace.normed);
+    /// A norm of this model, after a block.
+    fn norm<'a>(&self, weight: &'a Tensor) -> BlockNorm<'a> {
+        BlockNorm { weight, eps: self.norm_eps, follows_block: true }
     }
 
     /// Logits of some of the rows that the batch selects, from the last [`Decoder::forward`], in

@@ -5,15 +5,16 @@
 //! values afterwards, for prompts as for decoding: nothing is ever made of cached latents but scores
 //! and means. What that costs is in ARCHITECTURE.md.
 
-use super::attention::load_linear;
-use super::batch::ForwardBatch;
+use super::attention::{AttentionStep, load_linear};
+use super::block_norm::BlockNorm;
 use super::error::ModelError;
 use super::kv_cache::KvLayer;
-use super::rope::RopeTable;
 use super::spec::{AttentionSpec, CompressionSpec, LatentInputs};
 use super::workspace::{LatentRows, Workspace};
 use crate::device::RankContext;
-use crate::ops::args::{HeadMatmulArgs, LatentAttentionArgs, NormArgs, RopeStyle, WriteLatentArgs};
+use crate::ops::args::{
+    HeadMatmulArgs, LatentAttentionArgs, NormArgs, NormedRows, RopeStyle, WriteLatentArgs,
+};
 use crate::tensor::Tensor;
 use crate::weights::Loader;
 use crate::weights::heads::{HeadMatrices, HeadShape};
@@ -73,17 +74,17 @@ impl LatentAttention {
         })
     }
 
-    /// Replaces `workspace.hidden` (normalised input) by the block's output.
+    /// Replaces `workspace.hidden`, the output of the block before, by this block's.
     pub fn forward(
         &self,
         rank: &RankContext,
-        rope: &RopeTable,
-        batch: &ForwardBatch,
+        step: AttentionStep<'_>,
         cache: &mut KvLayer,
         workspace: &mut Workspace,
     ) {
+        let AttentionStep { norm, rope, batch } = step;
         let num_tokens = batch.num_tokens();
-        self.project(rank, num_tokens, workspace);
+        self.project(rank, norm, num_tokens, workspace);
         let Workspace { hidden, q, k, attended, latent_rows, .. } = workspace;
         let LatentRows { raw_q, .. } = rows_of(latent_rows);
         let HeadShape { num_heads, nope_dim, value_dim, rank: latent_dim } = self.shape;
@@ -128,27 +129,34 @@ impl LatentAttention {
     }
 
     /// Queries in `raw_q`, latents before their norm in `k`.
-    fn project(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
-        let Workspace { hidden, k, latent_rows, .. } = workspace;
-        let LatentRows { raw_q, compressed_q: [compressed, normed] } = rows_of(latent_rows);
-        let x = hidden.rows(num_tokens);
+    fn project(
+        &self,
+        rank: &RankContext,
+        norm: BlockNorm<'_>,
+        num_tokens: usize,
+        workspace: &mut Workspace,
+    ) {
+        let Workspace { residual, hidden, normed, k, latent_rows, .. } = workspace;
+        let LatentRows { raw_q, compressed_q: [compressed, normed_q] } = rows_of(latent_rows);
+        let (out, residual) = (normed.rows_mut(num_tokens), residual.rows_mut(num_tokens));
+        let x = norm.of(out, residual, hidden.rows(num_tokens));
         let (ops, comm) = (&*rank.ops, &*rank.comm);
         let latent_width = self.kv_down.projection.weight.num_rows;
         let latents = (&self.kv_down.projection, k.front_mut([num_tokens, latent_width]));
-        let mut queries = raw_q.front_mut([num_tokens, self.q.weight.num_rows]);
+        let queries = raw_q.front_mut([num_tokens, self.q.weight.num_rows]);
         let Some(q_down) = &self.q_down else {
-            return Linear::forward_all(ops, comm, x, [(&self.q, queries), latents]);
+            return Linear::forward_normed(ops, comm, x, [(&self.q, queries), latents]);
         };
         let width = [num_tokens, q_down.projection.weight.num_rows];
         let narrow = (&q_down.projection, compressed.front_mut(width));
-        Linear::forward_all(ops, comm, x, [narrow, latents]);
-        ops.norm(NormArgs {
-            out: normed.front_mut(width),
-            x: compressed.front_mut(width).as_view(),
+        Linear::forward_normed(ops, comm, x, [narrow, latents]);
+        let x = NormedRows::Norm(NormArgs {
+            out: normed_q.front_mut(width),
+            x: compressed.front_mut(width).into_view(),
             weight: q_down.norm.view(),
             eps: COMPRESSED_EPS,
         });
-        self.q.forward(ops, comm, normed.front_mut(width).as_view(), queries.reborrow());
+        Linear::forward_normed(ops, comm, x, [(&self.q, queries)]);
     }
 }
 

@@ -1,11 +1,13 @@
 //! The gated feed-forward block: `down(activation(gate(x)) * up(x))`.
 
 use super::attention::load_linear;
+use super::block_norm::BlockNorm;
 use super::error::ModelError;
 use super::spec::MlpSpec;
 use super::workspace::Workspace;
 use crate::device::RankContext;
 use crate::ops::args::{Activation, GatedMatmulArgs, GatedMlpArgs};
+use crate::tensor::{Tensor, ViewMut};
 use crate::weights::Loader;
 use crate::weights::linear::{Linear, Partition};
 
@@ -30,29 +32,52 @@ impl Mlp {
         })
     }
 
-    /// Replaces `workspace.hidden` (normalised input) by the block's output.
-    pub fn forward(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
-        self.compute(rank, num_tokens, workspace);
-        let Workspace { hidden, normed, .. } = workspace;
+    /// Replaces `workspace.hidden`, the output of the block before, by this block's.
+    pub fn forward(
+        &self,
+        rank: &RankContext,
+        norm: BlockNorm<'_>,
+        num_tokens: usize,
+        workspace: &mut Workspace,
+    ) {
+        let Workspace { residual, hidden, normed, gate, up, activated, attended, .. } = workspace;
+        // What attention yielded is read, so its tensor has room for normalised rows.
+        let out = attended.front_mut([num_tokens, normed.shape().sizes()[1]]);
+        let x = norm.of(out, residual.rows_mut(num_tokens), hidden.rows(num_tokens));
+        let out = normed.rows_mut(num_tokens);
+        rank.ops.norm_mlp(self.args(rank, x, out, [activated, gate, up]));
+        self.down.reduce(&*rank.comm, normed.rows_mut(num_tokens));
         std::mem::swap(hidden, normed);
     }
 
-    /// Leaves the block's output for `workspace.hidden` in `workspace.normed`.
+    /// Leaves the block's output for `workspace.hidden`, normalised rows, in `workspace.normed`.
     pub fn compute(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
         let Workspace { hidden, normed, gate, up, activated, .. } = workspace;
+        let (x, out) = (hidden.rows(num_tokens), normed.rows_mut(num_tokens));
+        rank.ops.gated_mlp(self.args(rank, x, out, [activated, gate, up]));
+        self.down.reduce(&*rank.comm, normed.rows_mut(num_tokens));
+    }
+
+    fn args<'a, X>(
+        &'a self,
+        rank: &RankContext,
+        x: X,
+        out: ViewMut<'a>,
+        middle: [&'a mut Tensor; 3],
+    ) -> GatedMlpArgs<'a, X> {
         // Layers with experts may be wider.
-        let middle = [num_tokens, self.intermediate_size];
-        rank.ops.gated_mlp(GatedMlpArgs {
+        let shape = [out.size(0), self.intermediate_size];
+        let [activated, gate, up] = middle.map(|tensor| tensor.front_mut(shape));
+        GatedMlpArgs {
             gated: GatedMatmulArgs {
-                out: activated.front_mut(middle),
-                x: hidden.rows(num_tokens),
+                out: activated,
+                x,
                 gate: self.gate.weight_and_bias(),
                 up: self.up.weight_and_bias(),
                 activation: self.activation,
-                scratch: [gate.front_mut(middle), up.front_mut(middle)],
+                scratch: [gate, up],
             },
-            down: self.down.projection(&*rank.comm, normed.rows_mut(num_tokens)),
-        });
-        self.down.reduce(&*rank.comm, normed.rows_mut(num_tokens));
+            down: self.down.projection(&*rank.comm, out),
+        }
     }
 }

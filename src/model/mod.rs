@@ -8,6 +8,7 @@
 pub mod attention;
 pub mod attention_spec;
 pub mod batch;
+pub mod block_norm;
 pub mod check;
 pub mod decoder;
 pub mod embedding;

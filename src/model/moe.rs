@@ -2,6 +2,7 @@
 //! are weighted and added up.
 
 use super::attention::load_linear;
+use super::block_norm::BlockNorm;
 use super::error::ModelError;
 use super::mlp::Mlp;
 use super::spec::{MlpSpec, MoeSpec};
@@ -52,9 +53,17 @@ impl Moe {
         })
     }
 
-    /// Replaces `workspace.hidden` (normalised input) by the output of chosen experts, and adds that of
-    /// what every token has to the residual stream.
-    pub fn forward(&self, rank: &RankContext, num_tokens: usize, workspace: &mut Workspace) {
+    /// Replaces `workspace.hidden`, the output of the block before, by that of chosen experts, and
+    /// adds that of what every token has to the residual stream. The norm runs by itself, because
+    /// the router and experts read rows of what it yields.
+    pub fn forward(
+        &self,
+        rank: &RankContext,
+        norm: BlockNorm<'_>,
+        num_tokens: usize,
+        workspace: &mut Workspace,
+    ) {
+        norm.run(rank, num_tokens, workspace);
         if let Some(shared) = &self.shared {
             shared.compute(rank, num_tokens, workspace);
             rank.ops.add(AddArgs {

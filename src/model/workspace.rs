@@ -9,9 +9,9 @@ use crate::tensor::{DType, Tensor};
 pub struct Workspace {
     /// `[max_num_tokens, hidden_size]`: the residual stream.
     pub residual: Tensor,
-    /// `[max_num_tokens, hidden_size]`: a block's normalised input, then its output.
+    /// `[max_num_tokens, hidden_size]`: the output of a block.
     pub hidden: Tensor,
-    /// As `hidden`: the next block's normalised input.
+    /// As `hidden`: normalised rows, or the output of the next block.
     pub normed: Tensor,
     /// `[max_num_tokens, num_heads * head_dim]`.
     pub q: Tensor,
@@ -19,7 +19,8 @@ pub struct Workspace {
     pub k: Tensor,
     /// As `k`.
     pub v: Tensor,
-    /// As `q`: queries before their norm, then attention's output.
+    /// As `q` or `hidden`, what is wider: queries before their norm, then attention's output, then the
+    /// normalised input of an MLP.
     pub attended: Tensor,
     /// As `k`: keys before their norm.
     pub raw_k: Tensor,
@@ -111,7 +112,7 @@ impl Shapes {
 
     fn size_bytes(&self, dtype: DType) -> usize {
         let latent = self.raw_q + 2 * self.compressed_q;
-        let attention = 2 * self.q + 3 * self.kv + latent;
+        let attention = self.q + self.q.max(self.hidden) + 3 * self.kv + latent;
         let per_token = 3 * self.hidden + attention + 3 * self.intermediate;
         let activations = self.token_rows * per_token + self.logit_rows * self.hidden;
         let logits = self.logit_rows * self.vocab;
@@ -163,7 +164,7 @@ impl Workspace {
             q: tokens(s.q)?,
             k: tokens(s.kv)?,
             v: tokens(s.kv)?,
-            attended: tokens(s.q)?,
+            attended: tokens(s.q.max(s.hidden))?,
             raw_k: tokens(s.kv)?,
             latent_rows: match s.raw_q {
                 0 => None,

@@ -5,10 +5,12 @@
 
 mod experts;
 mod latent;
+mod matmul;
 mod sampling;
 
 pub use experts::*;
 pub use latent::*;
+pub use matmul::*;
 pub use sampling::*;
 
 use super::kv_tensor::{KvView, KvViewMut};
@@ -111,93 +113,6 @@ impl RopeArgs<'_> {
         assert_eq!(self.q.size(2), self.k.size(2), "rope: head_dim");
         assert_eq!(self.cos.shape(), self.sin.shape(), "rope: tables");
         assert!(2 * self.cos.size(1) <= self.q.size(2), "rope: rotary_dim exceeds head_dim");
-    }
-}
-
-/// See [`super::Ops::matmul`]: products of the same activations with one or more matrices.
-pub struct MatmulArgs<'a> {
-    /// `[num_rows, in_features]`.
-    pub x: View<'a>,
-    /// What to multiply by.
-    pub projections: Vec<Projection<'a>>,
-}
-
-/// One product of a [`MatmulArgs`].
-pub struct Projection<'a> {
-    /// `[num_rows, weight.num_rows]`.
-    pub out: ViewMut<'a>,
-    /// `[out_features, in_features]` in any format.
-    pub weight: &'a PackedMatrix,
-    /// `[out_features]`, any float dtype.
-    pub bias: Option<View<'a>>,
-}
-
-impl MatmulArgs<'_> {
-    /// Panics unless the shapes agree.
-    pub fn check(&self) {
-        for projection in &self.projections {
-            let Projection { out, weight, bias } = projection;
-            assert_eq!(out.size(0), self.x.size(0), "matmul: rows");
-            assert_eq!(out.size(1), weight.num_rows, "matmul: out features");
-            assert_eq!(self.x.size(1), weight.num_cols, "matmul: in features");
-            if let Some(bias) = bias {
-                assert_eq!(bias.shape().sizes(), &[weight.num_rows], "matmul: bias");
-            }
-        }
-    }
-}
-
-/// A matrix and the bias that is added to products with it.
-pub type WeightAndBias<'a> = (&'a PackedMatrix, Option<View<'a>>);
-
-/// See [`super::Ops::gated_matmul`].
-pub struct GatedMatmulArgs<'a> {
-    /// `[num_rows, intermediate_size]`.
-    pub out: ViewMut<'a>,
-    /// `[num_rows, in_features]`.
-    pub x: View<'a>,
-    /// `[intermediate_size, in_features]`; its product goes through the activation.
-    pub gate: WeightAndBias<'a>,
-    /// As `gate`; its product is multiplied by.
-    pub up: WeightAndBias<'a>,
-    /// Applied to the gate's product.
-    pub activation: Activation,
-    /// Two tensors as `out`, for backends that compute the products one by one.
-    pub scratch: [ViewMut<'a>; 2],
-}
-
-impl GatedMatmulArgs<'_> {
-    /// Panics unless the shapes agree.
-    pub fn check(&self) {
-        assert_eq!(self.out.size(0), self.x.size(0), "gated_matmul: rows");
-        for (weight, bias) in [&self.gate, &self.up] {
-            assert_eq!(self.out.size(1), weight.num_rows, "gated_matmul: out features");
-            assert_eq!(self.x.size(1), weight.num_cols, "gated_matmul: in features");
-            if let Some(bias) = bias {
-                assert_eq!(bias.shape().sizes(), &[weight.num_rows], "gated_matmul: bias");
-            }
-        }
-        for scratch in &self.scratch {
-            assert_eq!(scratch.shape(), self.out.shape(), "gated_matmul: scratch");
-        }
-    }
-}
-
-/// See [`super::Ops::gated_mlp`].
-pub struct GatedMlpArgs<'a> {
-    /// The gated product; `out` holds it meanwhile, in any layout, and anything afterwards.
-    pub gated: GatedMatmulArgs<'a>,
-    /// What the gated product is multiplied by, and where the result goes.
-    pub down: Projection<'a>,
-}
-
-impl GatedMlpArgs<'_> {
-    /// Panics unless the shapes agree.
-    pub fn check(&self) {
-        self.gated.check();
-        assert_eq!(self.down.out.size(0), self.gated.x.size(0), "gated_mlp: rows");
-        assert_eq!(self.down.out.size(1), self.down.weight.num_rows, "gated_mlp: out features");
-        assert_eq!(self.down.weight.num_cols, self.gated.out.size(1), "gated_mlp: intermediate");
     }
 }
 

@@ -232,6 +232,12 @@ pub trait Ops: Send + Sync {
     /// `out = x · weightᵀ (+ bias)`.
     fn matmul(&self, args: MatmulArgs<'_>);
 
+    /// A norm, then [`Ops::matmul`] of what it yields; the same bits as both one after the other.
+    fn norm_matmul(&self, args: MatmulArgs<'_, NormedRows<'_>>) {
+        args.check();
+        self.matmul(args.map_x(|rows| rows.run(self)));
+    }
+
     /// `out = activation(x · gateᵀ) * (x · upᵀ)`.
     fn gated_matmul(&self, args: GatedMatmulArgs<'_>) {
         gated_in_steps(self, args);
@@ -247,6 +253,12 @@ pub trait Ops: Send + Sync {
     /// `out = (activation(x · gateᵀ) * (x · upᵀ)) · downᵀ`.
     fn gated_mlp(&self, args: GatedMlpArgs<'_>) {
         mlp_in_steps(self, args);
+    }
+
+    /// A norm, then [`Ops::gated_mlp`] of what it yields; the same bits as both one after the other.
+    fn norm_mlp(&self, args: GatedMlpArgs<'_, NormedRows<'_>>) {
+        args.check();
+        self.gated_mlp(args.map_x(|rows| rows.run(self)));
     }
 
     /// Chooses experts for every token, and what their results are multiplied by.

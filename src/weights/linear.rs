@@ -3,7 +3,7 @@
 use super::{LoadError, Loader};
 use crate::formats::PackedMatrix;
 use crate::ops::Ops;
-use crate::ops::args::{MatmulArgs, Projection, WeightAndBias};
+use crate::ops::args::{MatmulArgs, NormedRows, Projection, WeightAndBias};
 use crate::parallel::Communicator;
 use crate::tensor::{Tensor, View, ViewMut};
 
@@ -76,11 +76,29 @@ impl Linear {
         ops: &dyn Ops,
         comm: &dyn Communicator,
         x: View<'_>,
+        layers: [(&Linear, ViewMut<'_>); N],
+    ) {
+        Linear::project(comm, layers, |projections| ops.matmul(MatmulArgs { x, projections }));
+    }
+
+    /// As [`Linear::forward_all`], of rows that are normed first.
+    pub fn forward_normed<const N: usize>(
+        ops: &dyn Ops,
+        comm: &dyn Communicator,
+        x: NormedRows<'_>,
+        layers: [(&Linear, ViewMut<'_>); N],
+    ) {
+        Linear::project(comm, layers, |projections| ops.norm_matmul(MatmulArgs { x, projections }));
+    }
+
+    fn project<const N: usize>(
+        comm: &dyn Communicator,
         mut layers: [(&Linear, ViewMut<'_>); N],
+        multiply: impl FnOnce(Vec<Projection<'_>>),
     ) {
         let projections =
             layers.iter_mut().map(|(layer, out)| layer.projection(comm, out.reborrow()));
-        ops.matmul(MatmulArgs { x, projections: projections.collect() });
+        multiply(projections.collect());
         for (layer, out) in layers {
             layer.reduce(comm, out);
         }

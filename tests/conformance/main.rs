@@ -18,6 +18,7 @@ mod invariance;
 mod kernels;
 mod latent;
 mod matmul;
+mod normed;
 mod on_device;
 mod recording;
 mod rows;
@@ -42,6 +43,11 @@ fn matmul_agrees_with_the_referee() {
     for_each_backend(matmul::check);
     for_each_backend(matmul::check_quantized);
     for_each_backend(matmul::check_large_results);
+}
+
+#[test]
+fn rows_normed_on_their_way_to_a_product_have_the_bits_of_rows_normed_before() {
+    for_each_backend(normed::check);
 }
 
 #[test]

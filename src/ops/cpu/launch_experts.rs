@@ -14,8 +14,9 @@ use super::CpuOps;
 use super::experts::ExpertTokens;
 use super::isa::Isa;
 use super::launch::TASK_ELEMENTS;
-use super::launch_matmul::{Form, Input, Inputs, Planned, Product, Weighted, fuses};
-use super::lines::{FillBf16, FillCodes, FillRows, Filling, LineBuffers};
+use super::launch_inputs::{Activations, Form, Input, Inputs};
+use super::launch_matmul::{Planned, Product, Weighted, fuses};
+use super::lines::{AsBf16, AsCodes, FillLines, FillRows, Filling, LineBuffers};
 use super::share::Parts;
 use super::simd::{Kernel, Simd, load, store};
 use super::weight_blocks::{Place, Rows};
@@ -166,7 +167,7 @@ impl CpuOps {
         self.multiply_mlp(GatedMlpArgs {
             gated: GatedMatmulArgs {
                 out: middle,
-                x,
+                x: Activations::Rows(x),
                 gate: (gate, None),
                 up: (up, None),
                 activation,
@@ -291,8 +292,8 @@ impl<'a> Fill<'a> {
         let &Fill { x, k, num_rows, form } = self;
         let rows = 0..num_rows;
         match (form, to) {
-            (Form::Bf16, Some(to)) => isa.run(FillBf16 { x, k, rows, to }),
-            (Form::Codes(_), Some(to)) => isa.run(FillCodes { x, k, rows, to }),
+            (Form::Bf16, Some(to)) => isa.run(FillLines { x, k, rows, to, form: AsBf16 }),
+            (Form::Codes(_), Some(to)) => isa.run(FillLines { x, k, rows, to, form: AsCodes }),
             _ => {}
         }
     }

@@ -5,6 +5,7 @@ use std::sync::PoisonError;
 
 use super::CpuOps;
 use super::best_columns::BestColumns;
+use super::launch_inputs::Activations;
 use super::launch_matmul::{Product, Weighted};
 use super::weight_blocks::Place;
 use crate::ops::args::GreedyArgs;
@@ -17,7 +18,7 @@ impl CpuOps {
             return None;
         }
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
-        let inputs = self.prepare(&mut prepared.x, x, &[weight]);
+        let inputs = self.prepare(&mut prepared.x, Activations::Rows(x), &[weight]);
         let bias = bias.map(|bias| self.widened(bias));
         let best = BestColumns::new(x.size(0));
         let main = Weighted { weight, bias: bias.as_deref() };

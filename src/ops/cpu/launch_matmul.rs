@@ -1,5 +1,5 @@
-//! How a matmul is cut into tasks: activations are brought once into the forms that the weights
-//! want, then tasks take columns of one projection each.
+//! How a matmul is cut into tasks: of activations in the forms that the weights want
+//! (`launch_inputs`), tasks take columns of one projection each.
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -11,12 +11,13 @@ use super::amx::{Bf16, Int8, TileElement};
 use super::avx512_bf16::{Avx512Bf16, Pairs};
 use super::byte_matmul::{ByteBlocks, ByteTask, ByteWeights};
 use super::isa::Isa;
-use super::lines::{CodedLines, FillBf16, FillCodes, LineBuffers, Lines};
+use super::launch_inputs::{Activations, Form, Input, Inputs};
+use super::lines::Lines;
 use super::matmul::{DenseRows, Operands, PANEL, multiply_columns};
 use super::partition::{PAIR_COLS, Sizes};
 use super::rows::Convert;
 use super::share::{Parts, Scratch, settle_stores};
-use super::simd::{Float, Kernel};
+use super::simd::Float;
 #[cfg(target_arch = "x86_64")]
 use super::tile_blocks::{self, BlockTask};
 #[cfg(target_arch = "x86_64")]
@@ -38,98 +39,8 @@ use crate::formats::{Format, PackedMatrix};
 use crate::ops::args::{Activation, MatmulArgs, Projection};
 use crate::tensor::{DType, View};
 
-/// Rows of activations that one task prepares.
-const FILL_ROWS: usize = 4;
-
 // Tasks are cut between what kernels compute at a time.
 const _: () = assert!(PANEL == PAIR_COLS);
-
-/// A form in which kernels want activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Form {
-    /// As they are.
-    Floats,
-    /// bf16 in lines.
-    Bf16,
-    /// Codes in lines, this many sharing a scale.
-    Codes(usize),
-}
-
-impl Form {
-    /// What a matrix wants.
-    pub(super) fn of(isa: Isa, weight: &PackedMatrix) -> Form {
-        match weight.format {
-            Format::Dense => Form::Floats,
-            Format::DenseBlocks => Form::Bf16,
-            Format::W8A16 | Format::Fp8 if isa.multiplies_bf16() => Form::Bf16,
-            Format::W8A16 | Format::Fp8 => Form::Floats,
-            Format::Fp8Rows => panic!("FP8 lies row-major on GPUs only"),
-            Format::Int8 => Form::Codes(usize::MAX),
-            Format::Q8 | Format::Int4 | Format::Mxfp4 => {
-                let quantized = weight.quantized.as_ref();
-                Form::Codes(quantized.expect("a quantized matrix has scales").grid.cols)
-            }
-        }
-    }
-}
-
-/// Room for prepared activations.
-#[derive(Default)]
-pub struct Prepared {
-    /// Of the operation at hand.
-    pub(super) x: InputBuffers,
-    /// Of the middle of a gated MLP.
-    pub(super) middle: LineBuffers,
-}
-
-/// Room for activations in all forms of one operation; matrices of an operation rarely want
-/// more than one.
-#[derive(Default)]
-pub(super) struct InputBuffers {
-    lines: Vec<LineBuffers>,
-}
-
-impl Prepared {
-    /// Makes room without touching it.
-    pub fn reserve(&mut self, max_rows: usize, max_width: usize) {
-        self.x.lines.resize_with(1, LineBuffers::default);
-        self.x.lines[0].reserve(max_rows, max_width);
-        self.middle.reserve(max_rows, max_width);
-    }
-}
-
-/// Bytes that the backend takes for operations on up to `max_rows` rows of `max_width`: prepared
-/// activations, and for each thread some blocks of weights or the tile of an attention.
-pub fn scratch_bytes(max_rows: usize, max_width: usize, threads: usize) -> usize {
-    const BYTES_PER_THREAD: usize = 2 << 20;
-    let [lines, cells] = LineBuffers::words(max_rows, max_width);
-    4 * 2 * (lines + 2 * cells) + threads * BYTES_PER_THREAD
-}
-
-/// Activations in one form.
-#[derive(Clone, Copy)]
-pub(super) enum Input<'a> {
-    Floats,
-    Bf16(Lines<'a>),
-    Codes(CodedLines<'a>),
-}
-
-/// Activations of one operation.
-pub(super) struct Inputs<'a> {
-    /// As they are; empty when no matrix wants them so.
-    pub(super) x: &'a [f32],
-    pub(super) k: usize,
-    pub(super) num_rows: usize,
-    /// In every form that some matrix wants.
-    pub(super) forms: Vec<(Form, Input<'a>)>,
-}
-
-impl<'a> Inputs<'a> {
-    fn in_form(&self, form: Form) -> Input<'a> {
-        let found = self.forms.iter().find(|(ready, _)| *ready == form);
-        found.expect("activations were prepared for every matrix").1
-    }
-}
 
 /// A matrix and its widened bias.
 #[derive(Clone, Copy)]
@@ -293,9 +204,9 @@ impl<W: Words<Avx512Bf16>> ColumnKernel for CodedTask<'_, W> {
 }
 
 impl CpuOps {
-    pub(super) fn multiply(&self, args: MatmulArgs<'_>) {
+    pub(super) fn multiply<'a>(&self, args: MatmulArgs<'a, Activations<'a>>) {
         let MatmulArgs { x, projections } = args;
-        assert!(x.size(1) > 0, "matmul: nothing to sum over");
+        assert!(x.width() > 0, "matmul: nothing to sum over");
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
         let weights: Vec<&PackedMatrix> = projections.iter().map(|p| p.weight).collect();
         let inputs = self.prepare(&mut prepared.x, x, &weights);
@@ -388,66 +299,6 @@ impl CpuOps {
                 }
             }
         }
-    }
-
-    /// Brings activations into the forms that the matrices want.
-    pub(super) fn prepare<'a>(
-        &self,
-        buffers: &'a mut InputBuffers,
-        x: View<'a>,
-        weights: &[&PackedMatrix],
-    ) -> Inputs<'a> {
-        let (num_rows, k) = (x.size(0), x.size(1));
-        let x = x.as_slice::<f32>();
-        let mut wanted: Vec<Form> = Vec::new();
-        for weight in weights {
-            let form = Form::of(self.isa, weight);
-            if !wanted.contains(&form) {
-                wanted.push(form);
-            }
-        }
-        let lines = &mut buffers.lines;
-        if lines.len() < wanted.len() {
-            lines.resize_with(wanted.len(), LineBuffers::default);
-        }
-        let forms = wanted.into_iter().zip(lines);
-        let forms = forms.map(|(form, buffers)| (form, self.input(form, buffers, (x, k))));
-        Inputs { x, k, num_rows, forms: forms.collect() }
-    }
-
-    fn input<'a>(
-        &self,
-        form: Form,
-        buffers: &'a mut LineBuffers,
-        (x, k): (&[f32], usize),
-    ) -> Input<'a> {
-        let num_rows = x.len() / k;
-        match form {
-            Form::Floats => Input::Floats,
-            Form::Bf16 => {
-                let mut filling = buffers.for_bf16(num_rows, k);
-                let to = &filling.parts();
-                self.fill(num_rows, |rows| FillBf16 { x, k, rows, to });
-                Input::Bf16(filling.lines())
-            }
-            Form::Codes(group) => {
-                let mut filling = buffers.for_codes(num_rows, k, group);
-                let to = &filling.parts();
-                self.fill(num_rows, |rows| FillCodes { x, k, rows, to });
-                Input::Codes(filling.codes())
-            }
-        }
-    }
-
-    fn fill<K: Kernel<Output = ()>>(
-        &self,
-        num_rows: usize,
-        kernel: impl Fn(Range<usize>) -> K + Sync,
-    ) {
-        self.pool.run(num_rows.div_ceil(FILL_ROWS), |_, task| {
-            let first = task * FILL_ROWS;
-            self.isa.run(kernel(first..num_rows.min(first + FILL_ROWS)));
-        });
     }
 
     /// Columns of a task, when all matrices together have `all_cols`.
@@ -561,20 +412,4 @@ fn pairs_kernel<'a, W: Words<Avx512Bf16>>(
     let pairs = isa.pairs().expect("activations were prepared for products of bf16");
     let task = wide_task(WideRows::Pairs(x), product, place);
     Box::new(PairsKernel { pairs, task, words: PhantomData::<W> })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn room_is_reserved_for_every_smaller_operation() {
-        for (max_rows, max_width) in [(1, 1), (16, 64), (33, 896), (2048, 4865)] {
-            let [lines, cells] = LineBuffers::words(max_rows, max_width);
-            for rows in [1, max_rows.div_ceil(2), max_rows] {
-                let needed = LineBuffers::words(rows, max_width);
-                assert!(needed[0] <= lines && needed[1] <= cells, "{rows} × {max_width} lines");
-            }
-        }
-    }
 }

@@ -5,13 +5,14 @@
 use std::sync::PoisonError;
 
 use super::CpuOps;
-use super::launch_matmul::{Form, Input, InputBuffers, Inputs, Prepared, Product, Weighted, fuses};
+use super::launch_inputs::{Activations, Form, Input, InputBuffers, Inputs, Prepared};
+use super::launch_matmul::{Product, Weighted, fuses};
 use super::middle::{CodeMiddle, Middle};
 use super::weight_blocks::{Place, Rows};
 use crate::formats::ROW_ALIGN;
-use crate::ops::args::{Activation, GatedMatmulArgs, GatedMlpArgs, WeightAndBias};
-use crate::ops::{gated_in_steps, mlp_in_steps};
-use crate::tensor::{ALIGNMENT, View, ViewMut};
+use crate::ops::args::{Activation, GatedMatmulArgs, GatedMlpArgs, MatmulArgs, WeightAndBias};
+use crate::ops::gated_in_steps;
+use crate::tensor::{ALIGNMENT, ViewMut};
 
 /// Up to this many rows, activations fit the caches in any order.
 const FEW_ROWS: usize = 32;
@@ -30,9 +31,9 @@ pub(super) struct Gated<'a> {
 }
 
 impl CpuOps {
-    pub(super) fn multiply_mlp(&self, args: GatedMlpArgs<'_>) {
+    pub(super) fn multiply_mlp<'a>(&self, args: GatedMlpArgs<'a, Activations<'a>>) {
         if !self.passes_on(&args) {
-            return mlp_in_steps(self, args);
+            return self.multiply_mlp_in_steps(args);
         }
         let GatedMatmulArgs { out, x, gate, up, activation, .. } = args.gated;
         let (num_rows, k) = (out.size(0), out.size(1));
@@ -61,10 +62,18 @@ impl CpuOps {
         self.project(&inputs, vec![args.down]);
     }
 
+    fn multiply_mlp_in_steps<'a>(&self, args: GatedMlpArgs<'a, Activations<'a>>) {
+        let GatedMatmulArgs { out: mut middle, x, gate, up, activation, scratch } = args.gated;
+        let out = middle.reborrow();
+        self.multiply_gated(GatedMatmulArgs { out, x, gate, up, activation, scratch });
+        let x = Activations::Rows(middle.as_view());
+        self.multiply(MatmulArgs { x, projections: vec![args.down] });
+    }
+
     /// A gated product in one pass where a kernel takes both halves, else in steps.
-    pub(super) fn multiply_gated(&self, args: GatedMatmulArgs<'_>) {
+    pub(super) fn multiply_gated<'a>(&self, args: GatedMatmulArgs<'a, Activations<'a>>) {
         if !fuses(args.gate.0, args.up.0) {
-            return gated_in_steps(self, args);
+            return gated_in_steps(self, args.map_x(|x| x.settled(self)));
         }
         let GatedMatmulArgs { out, x, gate, up, activation, .. } = args;
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
@@ -77,12 +86,12 @@ impl CpuOps {
     pub(super) fn run_gated(
         &self,
         buffers: &mut InputBuffers,
-        x: View<'_>,
+        x: Activations<'_>,
         gated: Gated<'_>,
         place: Place<'_>,
     ) {
         let Gated { gate, up, activation } = gated;
-        assert!(x.size(1) > 0, "matmul: nothing to sum over");
+        assert!(x.width() > 0, "matmul: nothing to sum over");
         let inputs = self.prepare(buffers, x, &[gate.0]);
         let biases = [gate.1, up.1].map(|bias| bias.map(|bias| self.widened(bias)));
         let main = Weighted { weight: gate.0, bias: biases[0].as_deref() };
@@ -92,10 +101,10 @@ impl CpuOps {
     }
 
     /// Whether the gated product can go straight to the next one.
-    fn passes_on(&self, args: &GatedMlpArgs<'_>) -> bool {
-        let GatedMatmulArgs { x, out, gate, up, .. } = &args.gated;
+    fn passes_on(&self, args: &GatedMlpArgs<'_, Activations<'_>>) -> bool {
+        let GatedMatmulArgs { out, gate, up, .. } = &args.gated;
         let in_lines = |weight| matches!(Form::of(self.isa, weight), Form::Bf16 | Form::Codes(_));
-        x.size(0) > FEW_ROWS
+        out.size(0) > FEW_ROWS
             && out.size(1).is_multiple_of(ROW_ALIGN)
             && is_aligned(out)
             && fuses(gate.0, up.0)

@@ -253,44 +253,74 @@ pub fn inverse_scale(largest: f32) -> f32 {
     if largest > 0.0 { MAX_CODE / largest } else { 0.0 }
 }
 
-/// Prepares rows of `x [_, k]` as bf16.
-pub struct FillBf16<'a> {
-    /// Activations.
-    pub x: &'a [f32],
-    /// Elements of a row.
-    pub k: usize,
-    /// Which rows; no other task has them.
-    pub rows: Range<usize>,
-    /// Where they go.
-    pub to: &'a FillRows<'a>,
+/// A form of lines.
+pub trait LineForm: Copy + Send + Sync {
+    /// Prepares a row, which no other task has.
+    fn fill_row<S: Simd>(self, simd: S, x: &[f32], row: usize, to: &FillRows<'_>);
 }
 
-impl Kernel for FillBf16<'_> {
-    type Output = ();
+/// bf16.
+#[derive(Clone, Copy)]
+pub struct AsBf16;
 
+impl LineForm for AsBf16 {
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let FillBf16 { x, k, rows, to } = self;
-        for row in rows {
-            let x = &x[row * k..(row + 1) * k];
-            for step in 0..to.steps {
-                // SAFETY: tasks have different rows, so different lines; a line is 32 bf16.
-                unsafe {
-                    let line = to.bytes.part(to.line(row, step)).as_mut_ptr();
-                    for at in (0..32).step_by(S::LANES) {
-                        let from = step * 32 + at;
-                        let v = if from < k { load(simd, x, from) } else { simd.splat(0.0) };
-                        simd.store_bf16(line.add(2 * at).cast(), v);
-                    }
+    fn fill_row<S: Simd>(self, simd: S, x: &[f32], row: usize, to: &FillRows<'_>) {
+        for step in 0..to.steps {
+            // SAFETY: tasks have different rows, so different lines; a line is 32 bf16.
+            unsafe {
+                let line = to.bytes.part(to.line(row, step)).as_mut_ptr();
+                for at in (0..32).step_by(S::LANES) {
+                    let from = step * 32 + at;
+                    let v = if from < x.len() { load(simd, x, from) } else { simd.splat(0.0) };
+                    simd.store_bf16(line.add(2 * at).cast(), v);
                 }
             }
         }
     }
 }
 
-/// Prepares rows of `x [_, k]` as codes: the arithmetic of `formats::int8::quantize_row`, group by
-/// group.
-pub struct FillCodes<'a> {
+/// Codes: the arithmetic of `formats::int8::quantize_row`, group by group.
+#[derive(Clone, Copy)]
+pub struct AsCodes;
+
+impl LineForm for AsCodes {
+    #[inline(always)]
+    fn fill_row<S: Simd>(self, simd: S, x: &[f32], row: usize, to: &FillRows<'_>) {
+        for group in 0..to.groups() {
+            fill_group(simd, x, (row, group), to);
+        }
+    }
+}
+
+#[inline(always)]
+fn fill_group<S: Simd>(simd: S, x: &[f32], (row, group): (usize, usize), to: &FillRows<'_>) {
+    let k = x.len();
+    let (start, end) = (group * to.group, (group + 1) * to.group);
+    let largest = largest_magnitude(simd, &x[start.min(k)..end.min(k)]);
+    let inverse = simd.splat(inverse_scale(largest));
+    let mut sum = 0;
+    let end = end.min(to.steps * LINE_BYTES);
+    // Groups are whole lines or halves of one.
+    let part = to.group.min(LINE_BYTES);
+    for from in (start..end).step_by(part) {
+        // SAFETY: tasks have different rows, so different lines.
+        let line = unsafe { to.codes(row, from / LINE_BYTES) };
+        let codes = &mut line[from % LINE_BYTES..][..part];
+        for at in (0..part).step_by(S::LANES) {
+            let at_k = from + at;
+            let v = if at_k < k { load(simd, x, at_k) } else { simd.splat(0.0) };
+            // SAFETY: `part` is a multiple of the lanes.
+            unsafe { simd.store_i8(codes.as_mut_ptr().add(at), simd.mul(v, inverse)) }
+        }
+        sum += codes.iter().map(|&code| i32::from(code)).sum::<i32>();
+    }
+    // SAFETY: tasks have different rows.
+    unsafe { to.set_cell(row, group, largest, sum) }
+}
+
+/// Prepares rows of `x [_, k]`.
+pub struct FillLines<'a, F> {
     /// Activations.
     pub x: &'a [f32],
     /// Elements of a row.
@@ -299,46 +329,18 @@ pub struct FillCodes<'a> {
     pub rows: Range<usize>,
     /// Where they go.
     pub to: &'a FillRows<'a>,
+    /// As what.
+    pub form: F,
 }
 
-impl Kernel for FillCodes<'_> {
+impl<F: LineForm> Kernel for FillLines<'_, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        for row in self.rows.clone() {
-            for group in 0..self.to.groups() {
-                self.fill_group(simd, row, group);
-            }
+        let FillLines { x, k, rows, to, form } = self;
+        for row in rows {
+            form.fill_row(simd, &x[row * k..(row + 1) * k], row, to);
         }
-    }
-}
-
-impl FillCodes<'_> {
-    #[inline(always)]
-    fn fill_group<S: Simd>(&self, simd: S, row: usize, group: usize) {
-        let FillCodes { x, k, to, .. } = *self;
-        let (start, end) = (group * to.group, (group + 1) * to.group);
-        let x = &x[row * k..(row + 1) * k];
-        let largest = largest_magnitude(simd, &x[start.min(k)..end.min(k)]);
-        let inverse = simd.splat(inverse_scale(largest));
-        let mut sum = 0;
-        let end = end.min(to.steps * LINE_BYTES);
-        // Groups are whole lines or halves of one.
-        let part = to.group.min(LINE_BYTES);
-        for from in (start..end).step_by(part) {
-            // SAFETY: tasks have different rows, so different lines.
-            let line = unsafe { to.codes(row, from / LINE_BYTES) };
-            let codes = &mut line[from % LINE_BYTES..][..part];
-            for at in (0..part).step_by(S::LANES) {
-                let at_k = from + at;
-                let v = if at_k < k { load(simd, x, at_k) } else { simd.splat(0.0) };
-                // SAFETY: `part` is a multiple of the lanes.
-                unsafe { simd.store_i8(codes.as_mut_ptr().add(at), simd.mul(v, inverse)) }
-            }
-            sum += codes.iter().map(|&code| i32::from(code)).sum::<i32>();
-        }
-        // SAFETY: tasks have different rows.
-        unsafe { to.set_cell(row, group, largest, sum) }
     }
 }

@@ -71,7 +71,7 @@ impl<'a> Middle<'a> {
     }
 }
 
-/// Prepares a tile as codes: the arithmetic of `lines::FillCodes`.
+/// Prepares a tile as codes: the arithmetic of `lines::AsCodes`.
 pub struct CodeMiddle<'a> {
     /// All tiles, written.
     pub middle: &'a Middle<'a>,

@@ -10,13 +10,13 @@
 //! | `byte_simd`, `byte_vectors` | what products of bytes need beside |
 //! | `weight_blocks`, `lines` | weights in blocks, and activations for them |
 //! | `wide_simd`, `avx512_bf16` | codes widened to f32 and to bf16, and their products |
-//! | `matmul`, `wide_matmul`, `byte_matmul`, `attention`, `rows`, `sample` | the kernels on vectors |
+//! | `matmul`, `wide_matmul`, `byte_matmul`, `attention`, `rows`, `norm_lines`, `sample` | the kernels on vectors |
 //! | `amx`, `tile_blocks`, `tile_codes`, `tile_groups`, `tile_write` | tiles, and the matmuls on them |
 //! | `tile_attention`, `tile_cache`, `tile_pack`, `tile_pipeline`, `tile_rows`, `tile_softmax`, `tile_sums` | attention on them |
 //! | `best_columns` | what greedy sampling keeps of logits |
 //! | `context_parts` | how attention over parts of a context is joined |
 //! | `experts` | which experts compute a token, and which tokens an expert computes |
-//! | `launch`, `launch_attention`, `launch_experts`, `launch_greedy`, `launch_latent`, `launch_matmul`, `launch_mlp`, `partition` | how operations are cut into tasks |
+//! | `launch`, `launch_attention`, `launch_experts`, `launch_greedy`, `launch_inputs`, `launch_latent`, `launch_matmul`, `launch_mlp`, `partition` | how operations are cut into tasks |
 //!
 //! Activations are f32. No result depends on the number of threads, nor on which other rows
 //! or sequences are in the batch: that is part of every kernel's contract and tested bit by bit.
@@ -43,12 +43,14 @@ mod launch;
 mod launch_attention;
 mod launch_experts;
 mod launch_greedy;
+mod launch_inputs;
 mod launch_latent;
 mod launch_matmul;
 mod launch_mlp;
 mod lines;
 mod matmul;
 mod middle;
+mod norm_lines;
 mod partition;
 mod peak;
 #[cfg(target_arch = "x86_64")]
@@ -98,6 +100,7 @@ use crate::formats::{PackedMatrix, dense};
 use crate::output::SampledToken;
 use crate::tensor::DType;
 pub use isa::Isa;
+use launch_inputs::Activations;
 pub use peak::{Arithmetic, peak_arithmetic};
 use pool::Pool;
 use share::{PerThread, Scratch};
@@ -133,7 +136,7 @@ pub struct CpuOps {
     pool: Pool,
     scratch: PerThread<[Scratch; 2]>,
     samplers: PerThread<sample::SampleScratch>,
-    prepared: Mutex<launch_matmul::Prepared>,
+    prepared: Mutex<launch_inputs::Prepared>,
     attention_plan: Mutex<launch_attention::AttentionPlan>,
     experts: Mutex<launch_experts::ExpertState>,
     /// Bytes of results that the caches keep until they are read.
@@ -227,7 +230,7 @@ impl Ops for CpuOps {
     }
 
     fn scratch_bytes(&self, limits: &StepLimits) -> usize {
-        launch_matmul::scratch_bytes(limits.max_num_tokens, limits.max_width, self.threads())
+        launch_inputs::scratch_bytes(limits.max_num_tokens, limits.max_width, self.threads())
             + launch_experts::ExpertState::size_bytes(limits)
     }
 
@@ -292,17 +295,27 @@ impl Ops for CpuOps {
 
     fn matmul(&self, args: MatmulArgs<'_>) {
         args.check();
-        self.multiply(args);
+        self.multiply(args.map_x(Activations::Rows));
+    }
+
+    fn norm_matmul(&self, args: MatmulArgs<'_, NormedRows<'_>>) {
+        args.check();
+        self.multiply(args.map_x(Activations::Normed));
     }
 
     fn gated_matmul(&self, args: GatedMatmulArgs<'_>) {
         args.check();
-        self.multiply_gated(args);
+        self.multiply_gated(args.map_x(Activations::Rows));
     }
 
     fn gated_mlp(&self, args: GatedMlpArgs<'_>) {
         args.check();
-        self.multiply_mlp(args);
+        self.multiply_mlp(args.map_x(Activations::Rows));
+    }
+
+    fn norm_mlp(&self, args: GatedMlpArgs<'_, NormedRows<'_>>) {
+        args.check();
+        self.multiply_mlp(args.map_x(Activations::Normed));
     }
 
     fn route_experts(&self, args: RouteExpertsArgs<'_>) {

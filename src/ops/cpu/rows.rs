@@ -49,28 +49,44 @@ impl<W: Float> Kernel for Norm<'_, W> {
         let mut residual = self.residual;
         for (i, out) in self.out.chunks_exact_mut(width).enumerate() {
             let x = &self.x[i * width..][..width];
-            match &mut residual {
-                None => norm_row(simd, out, x, (self.weight, self.eps)),
-                Some(residual) => {
-                    let sum = &mut residual[i * width..][..width];
-                    for at in (0..width).step_by(S::LANES) {
-                        let total = simd.add(load(simd, sum, at), load(simd, x, at));
-                        store(simd, sum, at, total);
-                    }
-                    norm_row(simd, out, sum, (self.weight, self.eps));
-                }
-            }
+            let residual = residual.as_mut().map(|rows| &mut rows[i * width..][..width]);
+            let summed = sum_row(simd, x, residual);
+            scale_row(simd, out, summed, (self.weight, self.eps));
         }
     }
 }
 
+/// What a norm is of, and its lanes' sums of squares: `x`, or the residual after `residual += x`.
 #[inline(always)]
-fn norm_row<S: Simd, W: Float>(simd: S, out: &mut [f32], x: &[f32], (weight, eps): (&[W], f32)) {
+pub fn sum_row<'a, S: Simd>(
+    simd: S,
+    x: &'a [f32],
+    residual: Option<&'a mut [f32]>,
+) -> (&'a [f32], S::V) {
     let mut squares = simd.splat(0.0);
+    let Some(sum) = residual else {
+        for at in (0..x.len()).step_by(S::LANES) {
+            let x = load(simd, x, at);
+            squares = simd.mul_add(x, x, squares);
+        }
+        return (x, squares);
+    };
     for at in (0..x.len()).step_by(S::LANES) {
-        let x = load(simd, x, at);
-        squares = simd.mul_add(x, x, squares);
+        let total = simd.add(load(simd, sum, at), load(simd, x, at));
+        store(simd, sum, at, total);
+        squares = simd.mul_add(total, total, squares);
     }
+    (sum, squares)
+}
+
+/// `out = x / rms(x) * weight`, of a row whose squares were summed.
+#[inline(always)]
+pub fn scale_row<S: Simd, W: Float>(
+    simd: S,
+    out: &mut [f32],
+    (x, squares): (&[f32], S::V),
+    (weight, eps): (&[W], f32),
+) {
     let mean_square = simd.sum(squares) / x.len() as f32;
     let scale = simd.splat(1.0 / (mean_square + eps).sqrt());
     for at in (0..x.len()).step_by(S::LANES) {
