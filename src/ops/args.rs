@@ -79,6 +79,37 @@ impl AddNormArgs<'_> {
     }
 }
 
+/// See [`super::Ops::layer_norm`].
+pub struct LayerNormArgs<'a> {
+    /// `[num_rows, width]`.
+    pub out: ViewMut<'a>,
+    /// `[num_rows, width]`: what is added to before, updated in place, and normalised then.
+    pub residual: Option<ViewMut<'a>>,
+    /// `[num_rows, width]`.
+    pub x: View<'a>,
+    /// `[width]`, any float dtype.
+    pub weight: View<'a>,
+    /// `[width]`, dtype of `weight`.
+    pub bias: Option<View<'a>>,
+    /// Added to the variance before the root.
+    pub eps: f32,
+}
+
+impl LayerNormArgs<'_> {
+    /// Panics unless the shapes agree.
+    pub fn check(&self) {
+        assert_eq!(self.out.shape(), self.x.shape(), "layer_norm: out and x");
+        if let Some(residual) = &self.residual {
+            assert_eq!(residual.shape(), self.x.shape(), "layer_norm: residual and x");
+        }
+        assert_eq!(self.weight.shape().sizes(), &[self.x.size(1)], "layer_norm: weight");
+        if let Some(bias) = self.bias {
+            assert_eq!(bias.shape(), self.weight.shape(), "layer_norm: bias");
+            assert_eq!(bias.dtype(), self.weight.dtype(), "layer_norm: dtype of bias");
+        }
+    }
+}
+
 /// Which elements of a head form a rotated pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RopeStyle {

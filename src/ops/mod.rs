@@ -226,6 +226,10 @@ pub trait Ops: Send + Sync {
     /// `residual += x; out = residual / rms(residual) * weight`.
     fn add_norm(&self, args: AddNormArgs<'_>);
 
+    /// `out = (x - mean(x)) / deviation(x) * weight (+ bias)`, over the last axis; with a residual,
+    /// `residual += x` first, and it is normalised.
+    fn layer_norm(&self, args: LayerNormArgs<'_>);
+
     /// Rotates query and key heads in place by the angles of their positions.
     fn rope(&self, args: RopeArgs<'_>);
 

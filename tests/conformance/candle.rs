@@ -65,6 +65,33 @@ fn norm_is_candles() {
 }
 
 #[test]
+fn layer_norm_is_candles() {
+    let rng = &mut Rng::new(7);
+    let (rows, width) = (3, 70);
+    let x: Vec<f32> = rng.floats(rows * width).iter().map(|x| 0.5 + x).collect();
+    let residual = rng.floats(rows * width);
+    let (weight, bias) = (rng.floats(width), rng.floats(width));
+    let sum: Vec<f32> = residual.iter().zip(&x).map(|(sum, x)| sum + x).collect();
+    for (has_bias, has_residual) in [(false, false), (true, false), (false, true), (true, true)] {
+        let bias = if has_bias { bias.clone() } else { vec![0.0; width] };
+        let (candle_weight, candle_bias) = (candle(&weight, &[width]), candle(&bias, &[width]));
+        let input = candle(if has_residual { &sum } else { &x }, &[rows, width]);
+        let want = candle_nn::ops::layer_norm(&input, &candle_weight, &candle_bias, 1e-5).unwrap();
+        let (mut out, mut updated) = (vec![f32::NAN; rows * width], residual.clone());
+        ReferenceOps.layer_norm(LayerNormArgs {
+            out: ViewMut::of(&mut out, [rows, width]),
+            residual: has_residual.then(|| ViewMut::of(&mut updated, [rows, width])),
+            x: View::of(&x, [rows, width]),
+            weight: View::of(&weight, [width]),
+            bias: has_bias.then(|| View::of(&bias, [width])),
+            eps: 1e-5,
+        });
+        assert_close("layer_norm", &out, &values(&want), TOLERANCE);
+        assert_same("residual", &updated, if has_residual { &sum } else { &residual });
+    }
+}
+
+#[test]
 fn rope_is_candles_in_both_styles() {
     let rng = &mut Rng::new(3);
     let (tokens, heads, head_dim) = (6, 3, 16);

@@ -24,6 +24,7 @@ pub fn check(ops: &dyn Ops) {
         }
     }
     norm(ops);
+    layer_norm(ops);
     attention_in_chunks(ops);
     attention_after_a_long_context(ops);
     capped_attention_in_chunks(ops);
@@ -93,6 +94,32 @@ fn norm(ops: &dyn Ops) {
         let alone = run(x.view().rows(row..row + 1));
         let what = format!("{} norm row {row}", ops.name());
         assert_same(&what, &alone, &batched[row * width..(row + 1) * width]);
+    }
+}
+
+fn layer_norm(ops: &dyn Ops) {
+    let rng = &mut Rng::new(19);
+    let (rows, width) = (40, 901);
+    let (x, residual) = (rng.tensor(DType::F32, [rows, width]), rng.floats(rows * width));
+    let (weight, bias) = (rng.tensor(DType::BF16, [width]), rng.tensor(DType::BF16, [width]));
+    let run = |x: View<'_>, residual: &[f32]| {
+        let (mut out, mut sum) =
+            (Guarded::poisoned(x.shape()), Guarded::filled(residual, x.shape()));
+        ops.layer_norm(LayerNormArgs {
+            out: out.view(),
+            residual: Some(sum.view()),
+            x,
+            weight: weight.view(),
+            bias: Some(bias.view()),
+            eps: 1e-6,
+        });
+        out.finish("layer_norm")
+    };
+    let batched = run(x.view(), &residual);
+    for row in 0..rows {
+        let part = row * width..(row + 1) * width;
+        let alone = run(x.view().rows(row..row + 1), &residual[part.clone()]);
+        assert_same(&format!("{} layer_norm row {row}", ops.name()), &alone, &batched[part]);
     }
 }
 

@@ -159,6 +159,25 @@ impl<L: Launcher> Ops for OnDevice<L> {
         self.widen(args.out, &out);
     }
 
+    fn layer_norm(&self, args: LayerNormArgs<'_>) {
+        let (x, weight) = (self.narrow(args.x), self.copy(args.weight));
+        let bias = args.bias.map(|bias| self.copy(bias));
+        let mut residual = args.residual.as_ref().map(|sum| self.narrow(sum.as_view()));
+        let mut out = self.empty(self.activations, args.out.shape());
+        self.ops.layer_norm(LayerNormArgs {
+            out: out.view_mut(),
+            residual: residual.as_mut().map(Tensor::view_mut),
+            x: x.view(),
+            weight: weight.view(),
+            bias: bias.as_ref().map(Tensor::view),
+            eps: args.eps,
+        });
+        if let (Some(to), Some(from)) = (args.residual, &residual) {
+            self.widen(to, from);
+        }
+        self.widen(args.out, &out);
+    }
+
     fn rope(&self, args: RopeArgs<'_>) {
         let (mut q, mut k) = (self.narrow(args.q.as_view()), self.narrow(args.k.as_view()));
         let positions = self.copy(args.positions);

@@ -19,6 +19,7 @@ pub fn check(ops: &dyn Ops) {
             for dtype in FLOATS {
                 embed(ops, rng, (rows, width), dtype);
                 norms(ops, rng, (rows, width), dtype);
+                layer_norms(ops, rng, (rows, width), dtype);
             }
             embed_packed(ops, rng, (rows, width));
             gated_activation(ops, rng, (rows, width));
@@ -96,6 +97,46 @@ fn norms(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize), dtype: DTy
     let (sum, out) = got.split_at(rows * width);
     assert_outputs(ops, &what, sum, &want[..rows * width], (0.0, 0.0));
     assert_outputs(ops, &what, out, &want[rows * width..], (1e-6, 4e-6));
+}
+
+/// Rows around 0 and far from it, with and without a bias and a residual.
+fn layer_norms(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize), dtype: DType) {
+    let (weight, bias) = (rng.tensor(dtype, [width]), rng.tensor(dtype, [width]));
+    let residual = as_activations(ops, &rng.floats(rows * width));
+    // f32 sums against f64, of numbers that are divided by a deviation above a quarter of the
+    // largest: a relative error of a few units in the last place. A large mean is off by its own
+    // last place, which the division makes up to four times as large; variances that cancelled
+    // would be off by a hundred times as much.
+    for (mean, tolerance) in [(0.0, (2e-6, 4e-6)), (100.0, (1e-4, 4e-6))] {
+        let x: Vec<f32> = rng.floats(rows * width).iter().map(|x| mean + x).collect();
+        let x = Tensor::from_slice(&as_activations(ops, &x), [rows, width]);
+        for (has_bias, has_residual) in [(false, false), (true, false), (false, true), (true, true)]
+        {
+            let what = format!(
+                "{} layer_norm {rows} x {width} {dtype} around {mean}, bias {has_bias}, residual \
+                 {has_residual}",
+                ops.name()
+            );
+            let (got, want) = both(ops, |ops| {
+                let mut out = Guarded::poisoned([rows, width]);
+                let mut sum = Guarded::filled(&residual, [rows, width]);
+                ops.layer_norm(LayerNormArgs {
+                    out: out.view(),
+                    residual: has_residual.then(|| sum.view()),
+                    x: x.view(),
+                    weight: weight.view(),
+                    bias: has_bias.then(|| bias.view()),
+                    eps: 1e-5,
+                });
+                let mut both = sum.finish(&what);
+                both.extend(out.finish(&what));
+                both
+            });
+            let (sum, out) = got.split_at(rows * width);
+            assert_outputs(ops, &what, sum, &want[..rows * width], (0.0, 0.0));
+            assert_outputs(ops, &what, out, &want[rows * width..], tolerance);
+        }
+    }
 }
 
 fn gated_activation(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize)) {

@@ -18,6 +18,7 @@ type Run = fn(&mut Side<'_>) -> Result<(), OpsError>;
 pub(super) const ALL: &[(&str, f64, Run)] = &[
     ("embed", MOVED, embed),
     ("norm", COMPUTED, norm),
+    ("layer_norm", COMPUTED, layer_norm),
     ("rope", COMPUTED, rope),
     ("matmul", COMPUTED, matmul),
     ("matmul", OF_FP8, matmul_fp8),
@@ -115,6 +116,27 @@ fn norm(side: &mut Side<'_>) -> Result<(), OpsError> {
             eps: 1e-5,
         });
         side.note(format!("of a sum of {width}"), &out);
+        side.note(format!("the sum of {width}"), &residual);
+    }
+    Ok(())
+}
+
+fn layer_norm(side: &mut Side<'_>) -> Result<(), OpsError> {
+    for width in [64, 200, 4096] {
+        let (x, weight) = (side.activations([5, width])?, side.floats([width])?);
+        let (bias, mut residual) = (side.floats([width])?, side.activations([5, width])?);
+        for has_residual in [false, true] {
+            let mut out = side.room([5, width])?;
+            side.ops.layer_norm(LayerNormArgs {
+                out: out.view_mut(),
+                residual: has_residual.then(|| residual.view_mut()),
+                x: x.view(),
+                weight: weight.view(),
+                bias: Some(bias.view()),
+                eps: 1e-5,
+            });
+            side.note(format!("of {width}, residual {has_residual}"), &out);
+        }
         side.note(format!("the sum of {width}"), &residual);
     }
     Ok(())

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::kv_rows::{EncodeRow, QuantizeRow};
-use super::rows::{Convert, GatedActivation, Norm, Rotate};
+use super::rows::{Convert, GatedActivation, LayerNorm, Norm, Rotate};
 use super::share::Parts;
 use super::simd::Float;
 use super::{CpuOps, sample, with_float};
@@ -80,6 +80,26 @@ impl CpuOps {
                 // SAFETY: as above.
                 residual: residual.as_ref().map(|all| unsafe { all.part(part) }),
                 weight,
+                eps,
+            });
+        });
+    }
+
+    pub(super) fn layer_norm_rows<W: Float>(&self, norm: LayerNorm<'_, W>) {
+        let LayerNorm { out, x, residual, weight, bias, eps } = norm;
+        let width = weight.len();
+        let out = Parts::new(out);
+        let residual = residual.map(Parts::new);
+        self.for_rows(x.len() / width.max(1), width, |rows| {
+            let part = rows.start * width..rows.end * width;
+            self.isa.run(LayerNorm {
+                // SAFETY: tasks have different rows.
+                out: unsafe { out.part(part.clone()) },
+                x: &x[part.clone()],
+                // SAFETY: as above.
+                residual: residual.as_ref().map(|all| unsafe { all.part(part) }),
+                weight,
+                bias,
                 eps,
             });
         });

@@ -98,7 +98,7 @@ use super::{Ops, OpsError, StepLimits};
 use crate::config::CpuIsa;
 use crate::formats::{PackedMatrix, dense};
 use crate::output::SampledToken;
-use crate::tensor::DType;
+use crate::tensor::{DType, View, ViewMut};
 pub use isa::Isa;
 use launch_inputs::Activations;
 pub use peak::{Arithmetic, peak_arithmetic};
@@ -284,6 +284,18 @@ impl Ops for CpuOps {
             x: args.x.as_slice(),
             residual: Some(args.residual.into_mut_slice()),
             weight: args.weight.as_slice::<W>(),
+            eps: args.eps,
+        }));
+    }
+
+    fn layer_norm(&self, args: LayerNormArgs<'_>) {
+        args.check();
+        with_float!(args.weight.dtype(), W => self.layer_norm_rows(rows::LayerNorm {
+            out: args.out.into_mut_slice(),
+            x: args.x.as_slice(),
+            residual: args.residual.map(ViewMut::into_mut_slice),
+            weight: args.weight.as_slice::<W>(),
+            bias: args.bias.map(View::as_slice),
             eps: args.eps,
         }));
     }

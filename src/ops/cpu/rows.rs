@@ -95,6 +95,68 @@ pub fn scale_row<S: Simd, W: Float>(
     }
 }
 
+/// Rows of `out = (x - mean(x)) / deviation(x) * weight (+ bias)`; with a residual, `residual += x`
+/// first and the norm is that of the residual.
+pub struct LayerNorm<'a, W> {
+    /// `[num_rows, width]`.
+    pub out: &'a mut [f32],
+    /// `[num_rows, width]`.
+    pub x: &'a [f32],
+    /// `[num_rows, width]`, updated.
+    pub residual: Option<&'a mut [f32]>,
+    /// `[width]`.
+    pub weight: &'a [W],
+    /// `[width]`.
+    pub bias: Option<&'a [W]>,
+    /// Added to the variance.
+    pub eps: f32,
+}
+
+impl<W: Float> Kernel for LayerNorm<'_, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let width = self.weight.len();
+        let mut residual = self.residual;
+        for (i, out) in self.out.chunks_exact_mut(width).enumerate() {
+            let mut x = &self.x[i * width..][..width];
+            if let Some(residual) = &mut residual {
+                let sum = &mut residual[i * width..][..width];
+                Add { out: sum, x }.run(simd);
+                x = sum;
+            }
+            let deviation = centre(simd, out, x, self.eps);
+            let scale = simd.splat(1.0 / deviation);
+            for at in (0..width).step_by(S::LANES) {
+                let scaled = simd.mul(load(simd, out, at), scale);
+                let weight = load(simd, self.weight, at);
+                let bias = self.bias.map_or(simd.splat(0.0), |bias| load(simd, bias, at));
+                store(simd, out, at, simd.mul_add(scaled, weight, bias));
+            }
+        }
+    }
+}
+
+/// `out = x - mean(x)`; returns its deviation. Squares are those of the differences, so that they
+/// do not cancel where the mean is large.
+#[inline(always)]
+fn centre<S: Simd>(simd: S, out: &mut [f32], x: &[f32], eps: f32) -> f32 {
+    let mut sum = simd.splat(0.0);
+    for at in (0..x.len()).step_by(S::LANES) {
+        sum = simd.add(sum, load(simd, x, at));
+    }
+    let mean = simd.splat(simd.sum(sum) / x.len() as f32);
+    let mut squares = simd.splat(0.0);
+    for at in (0..x.len()).step_by(S::LANES) {
+        store(simd, out, at, simd.sub(load(simd, x, at), mean));
+        // Read again: lanes beyond the row's end are zeros then, not `0 - mean`.
+        let difference = load(simd, out, at);
+        squares = simd.mul_add(difference, difference, squares);
+    }
+    (simd.sum(squares) / x.len() as f32 + eps).sqrt()
+}
+
 /// `out += x`.
 pub struct Add<'a> {
     /// Updated.

@@ -235,6 +235,11 @@ impl<L: Launcher> Ops for CudaOps<L> {
         self.add_norm_rows(args);
     }
 
+    fn layer_norm(&self, args: LayerNormArgs<'_>) {
+        args.check();
+        self.layer_norm_rows(args);
+    }
+
     fn rope(&self, args: RopeArgs<'_>) {
         args.check();
         self.rotate(args);

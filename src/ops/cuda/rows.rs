@@ -127,6 +127,26 @@ impl<L: Launcher> CudaOps<L> {
         self.launch(kernel, norm_launch(num_rows, width), &args);
     }
 
+    pub(super) fn layer_norm_rows(&self, args: LayerNormArgs<'_>) {
+        let LayerNormArgs { mut out, mut residual, x, weight, bias, eps } = args;
+        let kernel = match (residual.is_some(), weight.dtype()) {
+            (false, DType::F32) => by_activation!(x.dtype(), "layer_norm_wf32"),
+            (false, DType::BF16) => by_activation!(x.dtype(), "layer_norm_wbf16"),
+            (false, DType::F16) => by_activation!(x.dtype(), "layer_norm_wf16"),
+            (true, DType::F32) => by_activation!(x.dtype(), "add_layer_norm_wf32"),
+            (true, DType::BF16) => by_activation!(x.dtype(), "add_layer_norm_wbf16"),
+            (true, DType::F16) => by_activation!(x.dtype(), "add_layer_norm_wf16"),
+            (_, other) => panic!("a norm's weight of {other}"),
+        };
+        let (num_rows, width) = rows_of(x);
+        let launch = norm_launch(num_rows, width);
+        let rest = args![x, weight, bias, num_rows, width, eps];
+        match &mut residual {
+            None => self.launch(kernel, launch, &[&args![&mut out][..], &rest].concat()),
+            Some(sum) => self.launch(kernel, launch, &[&args![&mut out, sum][..], &rest].concat()),
+        }
+    }
+
     pub(super) fn rotate(&self, args: RopeArgs<'_>) {
         let RopeArgs { mut q, mut k, positions, cos, sin, style } = args;
         let kernel = match style {

@@ -64,6 +64,22 @@ impl Ops for ReferenceOps {
         }
     }
 
+    fn layer_norm(&self, args: LayerNormArgs<'_>) {
+        args.check();
+        let (weight, x) = (read(args.weight), args.x.as_slice::<f32>());
+        let bias = args.bias.map_or_else(|| vec![0.0; weight.len()], read);
+        let mut rows = x.to_vec();
+        if let Some(residual) = args.residual {
+            let residual = residual.into_mut_slice::<f32>();
+            residual.iter_mut().zip(x).for_each(|(sum, x)| *sum += x);
+            rows.copy_from_slice(residual);
+        }
+        let out = args.out.into_mut_slice::<f32>().chunks_exact_mut(weight.len());
+        for (out, row) in out.zip(rows.chunks_exact(weight.len())) {
+            layer_norm_row(out, row, (&weight, &bias), args.eps);
+        }
+    }
+
     fn rope(&self, args: RopeArgs<'_>) {
         args.check();
         let half = args.cos.size(1);
@@ -182,6 +198,16 @@ fn norm_row(out: &mut [f32], x: &[f32], weight: &[f32], eps: f32) {
     let scale = 1.0 / (mean_square + f64::from(eps)).sqrt();
     for (out, (&x, &weight)) in out.iter_mut().zip(x.iter().zip(weight)) {
         *out = (f64::from(x) * scale * f64::from(weight)) as f32;
+    }
+}
+
+fn layer_norm_row(out: &mut [f32], x: &[f32], (weight, bias): (&[f32], &[f32]), eps: f32) {
+    let mean = x.iter().copied().map(f64::from).sum::<f64>() / x.len() as f64;
+    let centred: Vec<f64> = x.iter().map(|&x| f64::from(x) - mean).collect();
+    let variance = centred.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
+    let scale = 1.0 / (variance + f64::from(eps)).sqrt();
+    for (i, out) in out.iter_mut().enumerate() {
+        *out = (centred[i] * scale * f64::from(weight[i]) + f64::from(bias[i])) as f32;
     }
 }
 
