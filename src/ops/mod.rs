@@ -309,6 +309,9 @@ pub trait Ops: Send + Sync {
         None
     }
 
+    /// `x = cap · tanh(x / cap)`, element by element, in place.
+    fn soft_cap(&self, args: SoftCapArgs<'_>);
+
     /// Chooses (or scores) one token per row of logits.
     fn sample(&self, args: SampleArgs<'_>) -> Vec<SampledToken>;
 }

@@ -146,6 +146,16 @@ fn gated_activations_are_candles() {
     }
 }
 
+#[test]
+fn soft_cap_is_candles_tanh() {
+    let x: Vec<f32> = Rng::new(8).floats(500).iter().map(|x| 90.0 * x).collect();
+    let scaled = (candle(&x, &[500]) / 30.0).unwrap();
+    let want = (scaled.tanh().unwrap() * 30.0).unwrap();
+    let mut capped = x.clone();
+    ReferenceOps.soft_cap(SoftCapArgs { x: ViewMut::of(&mut capped, [5, 100]), cap: 30.0 });
+    assert_close("soft_cap", &capped, &values(&want), TOLERANCE);
+}
+
 /// Causal softmax attention of one fresh prompt, with each KV head repeated for its group.
 #[test]
 fn attention_is_candles_softmax() {

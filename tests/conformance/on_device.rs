@@ -409,6 +409,13 @@ impl<L: Launcher> Ops for OnDevice<L> {
         }
     }
 
+    fn soft_cap(&self, mut args: SoftCapArgs<'_>) {
+        let mut x = self.copy(args.x.as_view());
+        self.ops.soft_cap(SoftCapArgs { x: x.view_mut(), cap: args.cap });
+        self.check();
+        self.restore_bytes(args.x.reborrow(), &x);
+    }
+
     fn sample(&self, args: SampleArgs<'_>) -> Vec<SampledToken> {
         let mut logits = self.copy(args.logits.as_view());
         let tokens = self.ops.sample(SampleArgs { logits: logits.view_mut(), rows: args.rows });

@@ -24,6 +24,7 @@ pub fn check(ops: &dyn Ops) {
             embed_packed(ops, rng, (rows, width));
             gated_activation(ops, rng, (rows, width));
             gather_rows(ops, rng, (rows, width));
+            soft_cap(ops, rng, (rows, width));
         }
         let rng = &mut Rng::new(seed as u64);
         for head_dim in [32, 64, 80, 96, 128, 256] {
@@ -153,6 +154,24 @@ fn gated_activation(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize))
         });
         // GELU subtracts nearly equal numbers where it is small, hence the absolute part.
         assert_outputs(ops, &what, &got, &want, (2e-6, 2e-6));
+    }
+}
+
+/// From far below the cap to far beyond it.
+fn soft_cap(ops: &dyn Ops, rng: &mut Rng, (rows, width): (usize, usize)) {
+    let mut x = rng.floats(rows * width);
+    for (i, x) in x.iter_mut().enumerate() {
+        *x *= 10f32.powi((i % 9) as i32 - 4);
+    }
+    for cap in [1.0, 30.0] {
+        let what = format!("{} soft_cap {rows} x {width} by {cap}", ops.name());
+        let (got, want) = both(ops, |ops| {
+            let mut capped = Guarded::filled(&x, [rows, width]);
+            ops.soft_cap(SoftCapArgs { x: capped.view(), cap });
+            capped.finish(&what)
+        });
+        // A tanh of 4 units in the last place and two products; logits are f32 on every device.
+        assert_close(&what, &got, &want, (0.0, 1e-6));
     }
 }
 

@@ -29,6 +29,7 @@ pub(super) const ALL: &[(&str, f64, Run)] = &[
     ("latent_attention", COMPUTED, latent_attention),
     ("copy_blocks", MOVED, copy_blocks),
     ("gather_rows", MOVED, gather_rows),
+    ("soft_cap", COMPUTED, soft_cap),
     ("sample", MOVED, sample),
 ];
 
@@ -366,6 +367,13 @@ fn gather_rows(side: &mut Side<'_>) -> Result<(), OpsError> {
 }
 
 /// The chosen tokens and their log-probabilities, as numbers.
+fn soft_cap(side: &mut Side<'_>) -> Result<(), OpsError> {
+    let mut logits = side.floats([3, 1003])?;
+    side.ops.soft_cap(SoftCapArgs { x: logits.view_mut(), cap: 0.5 });
+    side.note("by 0.5", &logits);
+    Ok(())
+}
+
 fn sample(side: &mut Side<'_>) -> Result<(), OpsError> {
     reserve(side)?;
     let greedy = SamplingParams { logprobs: Some(3), ..SamplingParams::greedy() };

@@ -115,6 +115,22 @@ impl GreedyArgs<'_> {
     }
 }
 
+/// See [`crate::ops::Ops::soft_cap`].
+pub struct SoftCapArgs<'a> {
+    /// Any shape, f32, updated in place.
+    pub x: ViewMut<'a>,
+    /// Above 0; no result is larger.
+    pub cap: f32,
+}
+
+impl SoftCapArgs<'_> {
+    /// Panics unless there is something to cap by.
+    pub fn check(&self) {
+        assert_eq!(self.x.dtype(), DType::F32, "soft_cap: x");
+        assert!(self.cap > 0.0, "soft_cap: cap");
+    }
+}
+
 /// See [`crate::ops::Ops::sample`]. Logits are scratch: a backend may overwrite them.
 pub struct SampleArgs<'a> {
     /// `[num_rows, vocab_size]`, f32.

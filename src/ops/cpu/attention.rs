@@ -422,9 +422,9 @@ impl AttendTile<'_> {
 
 /// Scores of one row become `cap · tanh(score / cap)`.
 #[inline(always)]
-fn cap_row<S: Simd>(simd: S, scores: &mut [f32], cap: f32) {
+pub(super) fn cap_row<S: Simd>(simd: S, scores: &mut [f32], cap: f32) {
     let (cap, inverse) = (simd.splat(cap), simd.splat(1.0 / cap));
-    for at in (0..KV_TILE).step_by(S::LANES) {
+    for at in (0..scores.len()).step_by(S::LANES) {
         let part = tanh(simd, simd.mul(load(simd, scores, at), inverse));
         store(simd, scores, at, simd.mul(part, cap));
     }

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::kv_rows::{EncodeRow, QuantizeRow};
-use super::rows::{Convert, GatedActivation, LayerNorm, Norm, Rotate};
+use super::rows::{Convert, GatedActivation, LayerNorm, Norm, Rotate, SoftCap};
 use super::share::Parts;
 use super::simd::Float;
 use super::{CpuOps, sample, with_float};
@@ -140,6 +140,15 @@ impl CpuOps {
                 up: &up[range],
                 activation: args.activation,
             });
+        });
+    }
+
+    pub(super) fn cap_elements(&self, x: &mut [f32], cap: f32) {
+        let num_elements = x.len();
+        let x = Parts::new(x);
+        self.for_rows(num_elements, 1, |range| {
+            // SAFETY: tasks have different elements.
+            self.isa.run(SoftCap { x: unsafe { x.part(range) }, cap });
         });
     }
 

@@ -398,6 +398,11 @@ impl Ops for CpuOps {
         self.choose_greedily(&args)
     }
 
+    fn soft_cap(&self, args: SoftCapArgs<'_>) {
+        args.check();
+        self.cap_elements(args.x.into_mut_slice(), args.cap);
+    }
+
     fn sample(&self, args: SampleArgs<'_>) -> Vec<SampledToken> {
         args.check();
         self.sample_rows(args)

@@ -3,6 +3,7 @@
 //! Each kernel computes one row (or one token); a row's result never depends on its batch.
 //! Sums accumulate in f32 lanes, in ascending order, then over the lanes in one fixed order.
 
+use super::attention::cap_row;
 use super::simd::{Float, Kernel, Simd, exp, load, store};
 use crate::ops::args::{Activation, RopeStyle};
 
@@ -174,6 +175,23 @@ impl Kernel for Add<'_> {
             let sum = simd.add(load(simd, self.out, at), load(simd, self.x, at));
             store(simd, self.out, at, sum);
         }
+    }
+}
+
+/// `x = cap · tanh(x / cap)`.
+pub struct SoftCap<'a> {
+    /// Updated.
+    pub x: &'a mut [f32],
+    /// Above 0.
+    pub cap: f32,
+}
+
+impl Kernel for SoftCap<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        cap_row(simd, self.x, self.cap);
     }
 }
 

@@ -315,6 +315,11 @@ impl<L: Launcher> Ops for CudaOps<L> {
         self.copy_cache_blocks(args);
     }
 
+    fn soft_cap(&self, args: SoftCapArgs<'_>) {
+        args.check();
+        self.cap_elements(args);
+    }
+
     fn sample(&self, args: SampleArgs<'_>) -> Vec<SampledToken> {
         args.check();
         self.sample_rows(args)

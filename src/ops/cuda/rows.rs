@@ -174,6 +174,13 @@ impl<L: Launcher> CudaOps<L> {
         self.launch(kernel, launch, &args![&mut out, gate, up, num_elements]);
     }
 
+    pub(super) fn cap_elements(&self, args: SoftCapArgs<'_>) {
+        let SoftCapArgs { mut x, cap } = args;
+        let num_elements = x.shape().len();
+        let launch = Launch::new(num_elements.div_ceil(THREADS * CHUNK), THREADS);
+        self.launch("soft_cap_f32", launch, &args![&mut x, num_elements, cap]);
+    }
+
     pub(super) fn write_slots(&self, args: WriteKvArgs<'_>) {
         let WriteKvArgs { mut k_cache, mut v_cache, k, v, slot_mapping } = args;
         let kernel = match k_cache.data.dtype() {

@@ -184,6 +184,14 @@ impl Ops for ReferenceOps {
         }
     }
 
+    fn soft_cap(&self, args: SoftCapArgs<'_>) {
+        args.check();
+        let cap = f64::from(args.cap);
+        for x in args.x.into_mut_slice::<f32>() {
+            *x = (cap * (f64::from(*x) / cap).tanh()) as f32;
+        }
+    }
+
     fn sample(&self, args: SampleArgs<'_>) -> Vec<SampledToken> {
         args.check();
         let vocab_size = args.logits.size(1);
