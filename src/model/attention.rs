@@ -4,9 +4,9 @@
 //! key norms and a sliding window.
 
 use super::batch::ForwardBatch;
-use super::block_norm::BlockNorm;
 use super::error::ModelError;
 use super::kv_cache::KvLayer;
+use super::norm::BlockNorm;
 use super::rope::RopeTable;
 use super::spec::{AttentionSpec, HeadInputs, LinearSpec};
 use super::workspace::Workspace;

@@ -42,6 +42,7 @@ pub fn check(spec: &ModelSpec, source: &dyn TensorSource) -> Result<(), ModelErr
         let is_byte = |dtype| dtype == Some(DType::U8);
         problems.extend(problem(name, &shape, source.info(name), (is_byte, "U8")));
     }
+    problems.extend(mixed_norms(&expected, source));
     let known = expected.iter().map(|tensor| tensor.name.as_str());
     let known: BTreeSet<&str> = known.chain(coded.keys().map(String::as_str)).collect();
     problems.extend(extra(spec, source, &known));
@@ -87,6 +88,21 @@ fn problem(
     }
     let wrong = !is_right(supported_dtype(dtype));
     wrong.then(|| TensorProblem::WrongDType { name, found: dtype.to_string(), supported, file })
+}
+
+/// Biases of norms that have another element type than their weights: operations read both alike.
+fn mixed_norms(
+    expected: &[ExpectedTensor],
+    source: &dyn TensorSource,
+) -> impl Iterator<Item = TensorProblem> {
+    let norms = expected.iter().filter(|tensor| tensor.role == TensorRole::Norm);
+    norms.filter_map(|norm| {
+        let name = format!("{}.bias", layer_name(&norm.name)?);
+        let (weight, bias) = (source.info(&norm.name)?, source.info(&name)?);
+        let (found, supported) = (bias.dtype.to_string(), "those of the norm's weight");
+        let is_mixed = bias.dtype != weight.dtype;
+        is_mixed.then_some(TensorProblem::WrongDType { name, found, supported, file: bias.file })
+    })
 }
 
 fn extra(

@@ -8,26 +8,25 @@ use std::ops::Range;
 
 use super::attention::{Attention, AttentionStep};
 use super::batch::ForwardBatch;
-use super::block_norm::BlockNorm;
 use super::embedding::Embedding;
 use super::error::ModelError;
 use super::kv_cache::{KvCache, KvLayer};
 use super::latent_attention::LatentAttention;
 use super::mlp::Mlp;
 use super::moe::Moe;
+use super::norm::{BlockNorm, Norm};
 use super::rope::RopeTable;
 use super::spec::{AttentionInputs, AttentionSpec, FeedForwardSpec, LayerSpec, ModelSpec};
 use super::workspace::Workspace;
 use crate::device::RankContext;
-use crate::ops::args::{GatherRowsArgs, RopeStyle};
-use crate::tensor::Tensor;
+use crate::ops::args::{GatherRowsArgs, RopeStyle, SoftCapArgs};
 use crate::weights::Loader;
 
 /// One layer.
 struct Layer {
-    input_norm: Tensor,
+    input_norm: Norm,
     attention: AttentionBlock,
-    post_attention_norm: Tensor,
+    post_attention_norm: Norm,
     feed_forward: FeedForward,
 }
 
@@ -100,9 +99,9 @@ impl FeedForward {
 pub struct Decoder {
     embedding: Embedding,
     layers: Vec<Layer>,
-    final_norm: Tensor,
+    final_norm: Norm,
     rope: RopeTable,
-    norm_eps: f32,
+    logit_softcap: Option<f32>,
 }
 
 impl Decoder {
@@ -115,23 +114,23 @@ impl Decoder {
     ) -> Result<Decoder, ModelError> {
         let layer = |layer: &LayerSpec| -> Result<Layer, ModelError> {
             Ok(Layer {
-                input_norm: loader.tensor(&layer.input_norm)?,
+                input_norm: Norm::load(&layer.input_norm, spec.norm_eps, loader)?,
                 attention: AttentionBlock::load(
                     &layer.attention,
                     spec.norm_eps,
                     spec.rope.style,
                     loader,
                 )?,
-                post_attention_norm: loader.tensor(&layer.post_attention_norm)?,
+                post_attention_norm: Norm::load(&layer.post_attention_norm, spec.norm_eps, loader)?,
                 feed_forward: FeedForward::load(&layer.feed_forward, loader)?,
             })
         };
         Ok(Decoder {
             embedding: Embedding::load(spec, loader)?,
             layers: spec.layers.iter().map(layer).collect::<Result<_, _>>()?,
-            final_norm: loader.tensor(&spec.final_norm)?,
+            final_norm: Norm::load(&spec.final_norm, spec.norm_eps, loader)?,
             rope: RopeTable::load(&spec.rope, max_position, loader)?,
-            norm_eps: spec.norm_eps,
+            logit_softcap: spec.logit_softcap,
         })
     }
 
@@ -148,18 +147,13 @@ impl Decoder {
         self.embedding.embed(rank, batch.token_ids(), workspace.residual.rows_mut(num_tokens));
         for (i, layer) in self.layers.iter().enumerate() {
             let kv = &mut cache.layers[i];
-            let norm = BlockNorm { follows_block: i > 0, ..self.norm(&layer.input_norm) };
+            let norm = layer.input_norm.before_block(i > 0);
             let step = AttentionStep { norm, rope: &self.rope, batch };
             layer.attention.forward(rank, step, kv, workspace);
-            let norm = self.norm(&layer.post_attention_norm);
+            let norm = layer.post_attention_norm.before_block(true);
             layer.feed_forward.forward(rank, norm, num_tokens, workspace);
         }
-        self.norm(&self.final_norm).run(rank, num_tokens, workspace);
-    }
-
-    /// A norm of this model, after a block.
-    fn norm<'a>(&self, weight: &'a Tensor) -> BlockNorm<'a> {
-        BlockNorm { weight, eps: self.norm_eps, follows_block: true }
+        self.final_norm.before_block(true).run(rank, num_tokens, workspace);
     }
 
     /// Logits of some of the rows that the batch selects, from the last [`Decoder::forward`], in
@@ -175,6 +169,9 @@ impl Decoder {
         self.select(rank, batch, selected, workspace);
         let selected = workspace.selected.rows(num_rows);
         self.embedding.logits(rank, selected, workspace.logits.rows_mut(num_rows));
+        if let Some(cap) = self.logit_softcap {
+            rank.ops.soft_cap(SoftCapArgs { x: workspace.logits.rows_mut(num_rows), cap });
+        }
     }
 
     /// The tokens with the largest logits of these rows. `None` where a device finds them in logits
@@ -186,6 +183,11 @@ impl Decoder {
         selected: Range<usize>,
         workspace: &mut Workspace,
     ) -> Option<Vec<u32>> {
+        if self.logit_softcap.is_some() {
+            // Large logits may be equal once they are capped.
+            self.logits(rank, batch, selected, workspace);
+            return None;
+        }
         let num_rows = selected.len();
         self.select(rank, batch, selected, workspace);
         let selected = workspace.selected.rows(num_rows);

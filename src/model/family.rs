@@ -12,7 +12,7 @@ use serde::Deserialize;
 use crate::ops::args::RopeStyle;
 
 /// The descriptions: name of the family, text of its file.
-const SOURCES: [(&str, &str); 8] = [
+const SOURCES: [(&str, &str); 9] = [
     ("deepseek_v2", include_str!("../../models/families/deepseek_v2.toml")),
     ("deepseek_v3", include_str!("../../models/families/deepseek_v3.toml")),
     ("llama", include_str!("../../models/families/llama.toml")),
@@ -21,6 +21,7 @@ const SOURCES: [(&str, &str); 8] = [
     ("qwen2", include_str!("../../models/families/qwen2.toml")),
     ("qwen3", include_str!("../../models/families/qwen3.toml")),
     ("qwen3_moe", include_str!("../../models/families/qwen3_moe.toml")),
+    ("stablelm", include_str!("../../models/families/stablelm.toml")),
 ];
 
 static FAMILIES: LazyLock<Vec<Family>> = LazyLock::new(|| {
@@ -43,10 +44,16 @@ pub struct Family {
     pub name: String,
     /// Values of `architectures` in config.json that mean this family.
     pub architectures: Vec<String>,
+    /// How the residual stream is normalised.
+    #[serde(default)]
+    pub norm: NormName,
     /// Which elements of a head rotate together.
     pub rope_style: RopeStyleName,
     /// Bias of the query, key and value projections.
     pub qkv_bias: BiasRule,
+    /// The field of config.json that decides where biases of attention are [`BiasRule::Config`].
+    #[serde(default = "attention_bias")]
+    pub attention_bias_field: String,
     /// Bias of the output projection.
     pub o_bias: BiasRule,
     /// Bias of the three MLP projections.
@@ -55,6 +62,9 @@ pub struct Family {
     pub qk_norm: QkNorm,
     /// Which layers have a sliding window.
     pub sliding_window: WindowRule,
+    /// Fields of config.json that ask for blocks which there are not, where they are true.
+    #[serde(default)]
+    pub unsupported_flags: Vec<String>,
     /// Fields that config.json may leave out.
     pub defaults: Defaults,
     /// Names in the checkpoint.
@@ -63,6 +73,21 @@ pub struct Family {
     pub experts: Option<ExpertsFamily>,
     /// Names of latent attention's tensors, in a family that has it.
     pub latent: Option<LatentTensorNames>,
+}
+
+fn attention_bias() -> String {
+    "attention_bias".to_owned()
+}
+
+/// How a residual stream is normalised.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NormName {
+    /// RMS norms, with `rms_norm_eps`.
+    #[default]
+    Rms,
+    /// Layer norms with biases, with `layer_norm_eps`. The bias of `x.weight` is `x.bias`.
+    Layer,
 }
 
 /// Spelling of [`RopeStyle`] in a description.
@@ -92,7 +117,7 @@ pub enum BiasRule {
     Always,
     /// No model of the family has it.
     Never,
-    /// `attention_bias` or `mlp_bias` in config.json decides; absent means no.
+    /// [`Family::attention_bias_field`] or `mlp_bias` in config.json decides; absent means no.
     Config,
 }
 
@@ -138,10 +163,13 @@ pub enum WindowRule {
 pub struct Defaults {
     /// Non-linearity of the MLP.
     pub hidden_act: String,
-    /// Added to the mean square before the root.
-    pub rms_norm_eps: f64,
+    /// Added to the mean square, or to the variance, before the root.
+    #[serde(alias = "rms_norm_eps", alias = "layer_norm_eps")]
+    pub norm_eps: f64,
     /// Base wavelength of the rotary embedding.
     pub rope_theta: f64,
+    /// Part of a head that rotates; without it all of it does, whatever config.json says.
+    pub partial_rotary_factor: Option<f64>,
     /// Whether the output projection is the embedding table.
     pub tie_word_embeddings: bool,
     /// Longest context.

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::error::ModelError;
 use super::expert_params::ExpertParams;
-use super::family::{Family, WindowRule};
+use super::family::{Family, NormName, WindowRule};
 use super::fields::Fields;
 use super::latent_params::LatentParams;
 use super::quantization;
@@ -46,13 +46,13 @@ pub struct HyperParams {
     pub head_dim: usize,
     /// Longest context the model supports, in tokens.
     pub max_position: usize,
-    /// Added to the mean square before the root.
+    /// Added to the mean square, or to the variance, before the root.
     pub norm_eps: f32,
     /// Rotary embedding.
     pub rope: RopeSpec,
     /// Sliding window of each layer, in tokens.
     pub windows: Vec<Option<usize>>,
-    /// Value of `attention_bias`.
+    /// Value of [`Family::attention_bias_field`].
     pub attention_bias: bool,
     /// Value of `mlp_bias`.
     pub mlp_bias: bool,
@@ -60,6 +60,8 @@ pub struct HyperParams {
     pub activation: Activation,
     /// The output projection is the embedding table.
     pub tied: bool,
+    /// Logits become `cap · tanh(logit / cap)`.
+    pub logit_softcap: Option<f32>,
     /// Tokens that end a text, if config.json names any.
     pub eos_token_ids: Vec<u32>,
     /// Token that begins a text, if config.json names one.
@@ -93,6 +95,7 @@ fn family_of(config: Fields<'_>) -> Result<&'static Family, ModelError> {
 
 impl HyperParams {
     fn read(config: Fields<'_>, family: &Family) -> Result<HyperParams, ModelError> {
+        refuse_unsupported(config, family)?;
         let defaults = &family.defaults;
         let latent = LatentParams::read(config, family)?;
         let (num_heads, num_kv_heads, head_dim) = match &latent {
@@ -114,18 +117,37 @@ impl HyperParams {
             num_kv_heads,
             head_dim,
             max_position: reach(&rope.scaling, max_position),
-            norm_eps: config.positive("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps) as f32,
+            norm_eps: config.positive(eps_field(family))?.unwrap_or(defaults.norm_eps) as f32,
             rope,
             windows,
-            attention_bias: config.flag("attention_bias")?.unwrap_or(false),
+            attention_bias: config.flag(&family.attention_bias_field)?.unwrap_or(false),
             mlp_bias: config.flag("mlp_bias")?.unwrap_or(false),
             activation: read_activation(config, family)?,
             tied: config.flag("tie_word_embeddings")?.unwrap_or(defaults.tie_word_embeddings),
+            logit_softcap: config.positive("final_logit_softcapping")?.map(|cap| cap as f32),
             eos_token_ids: config.token_ids("eos_token_id")?,
             bos_token_id: config.token_ids("bos_token_id")?.first().copied(),
             dtype: read_dtype(config)?,
             stored: quantization::read(config)?,
         })
+    }
+}
+
+/// Fields that ask for what the family has no description of.
+fn refuse_unsupported(config: Fields<'_>, family: &Family) -> Result<(), ModelError> {
+    for flag in &family.unsupported_flags {
+        if config.flag(flag)? == Some(true) {
+            return Err(config.unsupported(flag, "is false"));
+        }
+    }
+    Ok(())
+}
+
+/// The field that says what the family's norms add before the root.
+fn eps_field(family: &Family) -> &'static str {
+    match family.norm {
+        NormName::Rms => "rms_norm_eps",
+        NormName::Layer => "layer_norm_eps",
     }
 }
 
@@ -240,11 +262,7 @@ fn read_rope(
         Some(theta) => theta,
         None => config.positive("rope_theta")?.unwrap_or(family.defaults.rope_theta),
     };
-    for fields in rope.iter().chain(std::iter::once(&config)) {
-        if fields.positive("partial_rotary_factor")?.is_some_and(|factor| factor != 1.0) {
-            return Err(fields.unsupported("partial_rotary_factor", "is 1"));
-        }
-    }
+    let rotary_dim = read_rotary_dim((config, rope), family, head_dim)?;
     let scaling = match rope {
         None => RopeScaling::Default,
         Some(rope) => read_scaling(config, rope, max_position)?,
@@ -254,7 +272,31 @@ fn read_rope(
         Some(true) => RopeStyle::Interleaved,
         Some(false) => RopeStyle::Halves,
     };
-    Ok(RopeSpec { theta, rotary_dim: head_dim, style, scaling })
+    Ok(RopeSpec { theta, rotary_dim, style, scaling })
+}
+
+/// Elements of a head that rotate. The object of rotary parameters has the last word.
+fn read_rotary_dim(
+    (config, rope): (Fields<'_>, Option<Fields<'_>>),
+    family: &Family,
+    head_dim: usize,
+) -> Result<usize, ModelError> {
+    const FIELD: &str = "partial_rotary_factor";
+    let mut said = (config, family.defaults.partial_rotary_factor);
+    for fields in std::iter::once(config).chain(rope) {
+        let Some(written) = fields.positive(FIELD)? else { continue };
+        if written != 1.0 && family.defaults.partial_rotary_factor.is_none() {
+            return Err(fields.unsupported(FIELD, "is 1"));
+        }
+        said = (fields, Some(written));
+    }
+    let (fields, factor) = (said.0, said.1.unwrap_or(1.0));
+    let rotary_dim = (head_dim as f64 * factor) as usize;
+    if factor > 1.0 || rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
+        let supported = format!("are parts up to 1 that are an even number of {head_dim} elements");
+        return Err(fields.unsupported(FIELD, &supported));
+    }
+    Ok(rotary_dim)
 }
 
 fn read_scaling(

@@ -6,9 +6,9 @@
 //! and means. What that costs is in ARCHITECTURE.md.
 
 use super::attention::{AttentionStep, load_linear};
-use super::block_norm::BlockNorm;
 use super::error::ModelError;
 use super::kv_cache::KvLayer;
+use super::norm::BlockNorm;
 use super::spec::{AttentionSpec, CompressionSpec, LatentInputs};
 use super::workspace::{LatentRows, Workspace};
 use crate::device::RankContext;

@@ -1,8 +1,8 @@
 //! The gated feed-forward block: `down(activation(gate(x)) * up(x))`.
 
 use super::attention::load_linear;
-use super::block_norm::BlockNorm;
 use super::error::ModelError;
+use super::norm::BlockNorm;
 use super::spec::MlpSpec;
 use super::workspace::Workspace;
 use crate::device::RankContext;

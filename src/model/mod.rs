@@ -8,7 +8,6 @@
 pub mod attention;
 pub mod attention_spec;
 pub mod batch;
-pub mod block_norm;
 pub mod check;
 pub mod decoder;
 pub mod embedding;
@@ -22,6 +21,7 @@ pub mod latent_attention;
 pub mod latent_params;
 pub mod mlp;
 pub mod moe;
+pub mod norm;
 mod quantization;
 pub mod rope;
 pub mod spec;

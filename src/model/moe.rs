@@ -2,9 +2,9 @@
 //! are weighted and added up.
 
 use super::attention::load_linear;
-use super::block_norm::BlockNorm;
 use super::error::ModelError;
 use super::mlp::Mlp;
+use super::norm::BlockNorm;
 use super::spec::{MlpSpec, MoeSpec};
 use super::workspace::{ExpertRows, Workspace};
 use crate::device::RankContext;

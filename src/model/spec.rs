@@ -6,7 +6,7 @@
 pub use super::attention_spec::*;
 use super::error::ModelError;
 use super::expert_params::ExpertParams;
-use super::family::{ExpertsFamily, Family};
+use super::family::{ExpertsFamily, Family, NormName};
 use super::hparams::{HyperParams, read_config};
 use super::rope::RopeSpec;
 use crate::checkpoint::{ExpectedTensor, TensorRole};
@@ -29,12 +29,14 @@ pub struct ModelSpec {
     pub norm_eps: f32,
     /// Name of the embedding table, `[vocab_size, hidden_size]`.
     pub embedding: String,
-    /// Name of the last norm's weight, `[hidden_size]`.
-    pub final_norm: String,
+    /// The norm after the last layer.
+    pub final_norm: NormSpec,
     /// The output projection; unused when `tied`.
     pub lm_head: LinearSpec,
     /// The embedding table is also the output projection.
     pub tied: bool,
+    /// Logits become `cap · tanh(logit / cap)`.
+    pub logit_softcap: Option<f32>,
     /// Rotary embedding of all layers.
     pub rope: RopeSpec,
     /// The layers, first to last.
@@ -55,14 +57,31 @@ pub struct ModelSpec {
 /// One layer: norm, attention, norm, feed-forward block.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerSpec {
-    /// Name of the weight of the norm before attention, `[hidden_size]`.
-    pub input_norm: String,
+    /// The norm before attention.
+    pub input_norm: NormSpec,
     /// Attention.
     pub attention: AttentionSpec,
-    /// Name of the weight of the norm before the feed-forward block, `[hidden_size]`.
-    pub post_attention_norm: String,
+    /// The norm before the feed-forward block.
+    pub post_attention_norm: NormSpec,
     /// What computes after attention.
     pub feed_forward: FeedForwardSpec,
+}
+
+/// A norm of the residual stream: names of its tensors, `[hidden_size]` each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NormSpec {
+    /// An RMS norm.
+    Rms {
+        /// Its weight.
+        weight: String,
+    },
+    /// A layer norm.
+    Layer {
+        /// Its weight.
+        weight: String,
+        /// Its bias.
+        bias: String,
+    },
 }
 
 /// The feed-forward block of one layer.
@@ -137,9 +156,10 @@ impl ModelSpec {
             max_position: hparams.max_position,
             norm_eps: hparams.norm_eps,
             embedding: names.embedding.clone(),
-            final_norm: names.final_norm.clone(),
+            final_norm: NormSpec::new(family.norm, names.final_norm.clone()),
             lm_head,
             tied: hparams.tied,
+            logit_softcap: hparams.logit_softcap,
             rope: hparams.rope.clone(),
             layers: (0..hparams.windows.len()).map(|i| layer(family, hparams, i)).collect(),
             eos_token_ids: hparams.eos_token_ids.clone(),
@@ -192,16 +212,39 @@ impl ModelSpec {
             role: TensorRole::Matrix,
         }];
         for layer in &self.layers {
-            tensors.push(norm(&layer.input_norm, self.hidden_size));
+            layer.input_norm.extend_expected(self.hidden_size, &mut tensors);
             layer.attention.extend_expected(&mut tensors);
-            tensors.push(norm(&layer.post_attention_norm, self.hidden_size));
+            layer.post_attention_norm.extend_expected(self.hidden_size, &mut tensors);
             layer.feed_forward.extend_expected(&mut tensors);
         }
-        tensors.push(norm(&self.final_norm, self.hidden_size));
+        self.final_norm.extend_expected(self.hidden_size, &mut tensors);
         if !self.tied {
             self.lm_head.extend_expected(&mut tensors);
         }
         tensors
+    }
+}
+
+impl NormSpec {
+    /// The norm whose weight has this name.
+    fn new(kind: NormName, weight: String) -> NormSpec {
+        match kind {
+            NormName::Rms => NormSpec::Rms { weight },
+            NormName::Layer => {
+                let bias = format!("{}.bias", weight.strip_suffix(".weight").unwrap_or(&weight));
+                NormSpec::Layer { weight, bias }
+            }
+        }
+    }
+
+    fn extend_expected(&self, width: usize, tensors: &mut Vec<ExpectedTensor>) {
+        match self {
+            NormSpec::Rms { weight } => tensors.push(norm(weight, width)),
+            NormSpec::Layer { weight, bias } => {
+                tensors.push(norm(weight, width));
+                tensors.push(ExpectedTensor { role: TensorRole::Bias, ..norm(bias, width) });
+            }
+        }
     }
 }
 
@@ -308,9 +351,9 @@ pub(super) fn linear(name: &str, shape: (usize, usize), bias: bool) -> LinearSpe
 fn layer(family: &Family, hparams: &HyperParams, index: usize) -> LayerSpec {
     let name = |template: &str| template.replace("{layer}", &index.to_string());
     LayerSpec {
-        input_norm: name(&family.tensors.input_norm),
+        input_norm: NormSpec::new(family.norm, name(&family.tensors.input_norm)),
         attention: attention(family, hparams, index),
-        post_attention_norm: name(&family.tensors.post_attention_norm),
+        post_attention_norm: NormSpec::new(family.norm, name(&family.tensors.post_attention_norm)),
         feed_forward: feed_forward(family, hparams, index),
     }
 }

@@ -162,7 +162,7 @@ fn what_cannot_be_served_is_refused_with_one_sentence() {
         ),
         (
             json!({"architectures": ["GPT2LMHeadModel"]}),
-            r#"config.json: architectures is ["GPT2LMHeadModel"]; supported are DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"#,
+            r#"config.json: architectures is ["GPT2LMHeadModel"]; supported are DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM, StableLmForCausalLM"#,
         ),
         (
             json!({"quantization_config": {"quant_method": "gptq"}}),

@@ -12,6 +12,7 @@ mod files;
 mod hub;
 mod hub_server;
 mod latent;
+mod layer_norm;
 mod mxfp4;
 mod published;
 mod safetensors;

@@ -34,6 +34,20 @@ fn llama_3_2_1b_has_its_published_size_and_reach() {
 }
 
 #[test]
+fn stablelm_3b_has_its_published_size_and_rotates_a_quarter_of_a_head() {
+    let spec = spec(json!({
+        "architectures": ["StableLmForCausalLM"], "bos_token_id": 0, "eos_token_id": 0,
+        "hidden_act": "silu", "hidden_size": 2560, "intermediate_size": 6912,
+        "layer_norm_eps": 1e-5, "max_position_embeddings": 4096, "model_type": "stablelm",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+        "partial_rotary_factor": 0.25, "rope_theta": 10000, "tie_word_embeddings": false,
+        "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 50304
+    }));
+    assert_eq!(num_parameters(&spec), 2_795_443_200);
+    assert_eq!((spec.layers[0].attention.head_dim, spec.rope.rotary_dim), (80, 20));
+}
+
+#[test]
 fn mistral_7b_has_its_published_size_and_window() {
     let spec = spec(json!({
         "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,

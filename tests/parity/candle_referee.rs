@@ -6,13 +6,13 @@
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{llama, mistral, mixtral, qwen2, qwen3, qwen3_moe};
+use candle_transformers::models::{llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, stable_lm};
 use serde_json::{Map, Value, json};
 
 use crate::recorded::Case;
 
 /// The cases that candle can compute.
-pub const SUPPORTED: [&str; 9] = [
+pub const SUPPORTED: [&str; 10] = [
     "llama",
     "llama_tied_f32",
     "llama_llama3",
@@ -22,6 +22,7 @@ pub const SUPPORTED: [&str; 9] = [
     "qwen3",
     "qwen3_moe",
     "qwen3_tied",
+    "stablelm",
 ];
 
 /// Logits after the first `prompt_len` tokens of a case, computed in f32.
@@ -58,6 +59,10 @@ pub fn logits(case: &Case, prompt_len: usize) -> Vec<f32> {
         "qwen3_moe" => {
             let config = serde_json::from_value(config).unwrap();
             qwen3_moe::ModelForCausalLM::new(&config, weights).unwrap().forward(&prompt, 0)
+        }
+        "stablelm" => {
+            let config = serde_json::from_value(config).unwrap();
+            stable_lm::Model::new(&config, weights).unwrap().forward(&prompt, 0)
         }
         other => panic!("candle has no {other} here"),
     };

@@ -55,6 +55,10 @@ fn descriptions_say_what_the_recorder_asked_for() {
     assert_eq!(routing("qwen3_moe"), Some(Routing::Softmax { renormalize: true }));
     assert!(matches!(spec("llama_llama3").rope.scaling, RopeScaling::Llama3 { .. }));
     assert_eq!(spec("llama_linear").max_position, 1024);
+    assert_eq!((spec("stablelm").norm_eps, spec("stablelm").rope.rotary_dim), (1e-3, 4));
+    let capped = spec("stablelm_capped");
+    assert_eq!((capped.logit_softcap, capped.rope.rotary_dim), (Some(1.5), 8));
+    assert!(capped.layers[0].attention.heads().unwrap().q.bias);
     assert_eq!(spec("llama_yarn").max_position, 256);
 }
 

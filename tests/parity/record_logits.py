@@ -41,6 +41,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 FOLDER = pathlib.Path(__file__).parent / "recorded"
@@ -92,6 +94,8 @@ QWEN3_MOE_SIZES = dict(
     num_experts_per_tok=3,
     moe_intermediate_size=40,
 )
+STABLELM = (StableLmConfig, StableLmForCausalLM)
+STABLELM_ROPE = rope("default", partial_rotary_factor=0.25)
 DEEPSEEK_V2 = (DeepseekV2Config, DeepseekV2ForCausalLM)
 DEEPSEEK_V3 = (DeepseekV3Config, DeepseekV3ForCausalLM)
 DEEPSEEK_SIZES = dict(
@@ -198,6 +202,18 @@ CASES = {
         torch.bfloat16,
         False,
     ),
+    "stablelm": (STABLELM, dict(STABLELM_ROPE, layer_norm_eps=1e-3), torch.bfloat16, True),
+    "stablelm_capped": (
+        STABLELM,
+        dict(
+            rope("default", partial_rotary_factor=0.5),
+            use_qkv_bias=True,
+            num_hidden_layers=1,
+            final_logit_softcapping=1.5,
+        ),
+        torch.bfloat16,
+        False,
+    ),
     "deepseek_v2": (
         DEEPSEEK_V2,
         dict(DEEPSEEK_SIZES, q_lora_rank=None, topk_method="greedy", routed_scaling_factor=1.5),
@@ -267,6 +283,8 @@ def in_older_spelling(config):
     """Undoes the renaming of transformers 5, since most published models predate it."""
     parameters = config.pop("rope_parameters")
     config["rope_theta"] = parameters.pop("rope_theta")
+    if "partial_rotary_factor" in parameters:
+        config["partial_rotary_factor"] = parameters.pop("partial_rotary_factor")
     if parameters.get("rope_type") != "default":
         config["rope_scaling"] = parameters
     config["torch_dtype"] = config.pop("dtype")
@@ -295,6 +313,9 @@ def record(name):
     rotary = model.model.rotary_emb = type(model.model.rotary_emb)(config)
     token_ids = torch.randint(3, config.vocab_size, (1, PROMPT_LEN))
     logits = model(token_ids, use_cache=False).logits[0]
+    # The library reads this field in few of its families; ours means it in all of them.
+    if cap := saved.get("final_logit_softcapping"):
+        logits = cap * torch.tanh(logits / cap)
     positions = torch.tensor([POSITIONS])
     angles = rotary(torch.zeros(1, 1, 1), positions)
     # DeepSeek-V2's are complex numbers; others are repeated for both halves of a head.

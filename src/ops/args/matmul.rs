@@ -1,6 +1,6 @@
 //! Arguments of products with matrices.
 
-use super::{Activation, AddNormArgs, NormArgs};
+use super::{Activation, AddNormArgs, LayerNormArgs, NormArgs};
 use crate::formats::PackedMatrix;
 use crate::ops::Ops;
 use crate::tensor::{View, ViewMut};
@@ -34,6 +34,8 @@ pub enum NormedRows<'a> {
     Norm(NormArgs<'a>),
     /// See [`Ops::add_norm`].
     AddNorm(AddNormArgs<'a>),
+    /// See [`Ops::layer_norm`].
+    LayerNorm(LayerNormArgs<'a>),
 }
 
 impl<'a> NormedRows<'a> {
@@ -48,6 +50,11 @@ impl<'a> NormedRows<'a> {
                 ops.add_norm(AddNormArgs { out: out.reborrow(), residual, x, weight, eps });
                 out.into_view()
             }
+            NormedRows::LayerNorm(LayerNormArgs { mut out, residual, x, weight, bias, eps }) => {
+                let to = out.reborrow();
+                ops.layer_norm(LayerNormArgs { out: to, residual, x, weight, bias, eps });
+                out.into_view()
+            }
         }
     }
 
@@ -55,6 +62,7 @@ impl<'a> NormedRows<'a> {
         match self {
             NormedRows::Norm(norm) => norm.x,
             NormedRows::AddNorm(norm) => norm.x,
+            NormedRows::LayerNorm(norm) => norm.x,
         }
     }
 }
@@ -72,6 +80,7 @@ impl RowOperand for NormedRows<'_> {
         match self {
             NormedRows::Norm(norm) => norm.check(),
             NormedRows::AddNorm(norm) => norm.check(),
+            NormedRows::LayerNorm(norm) => norm.check(),
         }
     }
 }

@@ -151,16 +151,18 @@ struct Norming<'a> {
     eps: f32,
 }
 
-impl<'a> From<NormedRows<'a>> for Norming<'a> {
-    fn from(rows: NormedRows<'a>) -> Norming<'a> {
+impl<'a> Norming<'a> {
+    /// What of a norm runs with preparing; a layer norm runs by itself.
+    fn of(rows: NormedRows<'a>) -> Result<Norming<'a>, NormedRows<'a>> {
         match rows {
             NormedRows::Norm(NormArgs { x, weight, eps, .. }) => {
-                Norming { x: x.as_slice(), residual: None, weight, eps }
+                Ok(Norming { x: x.as_slice(), residual: None, weight, eps })
             }
             NormedRows::AddNorm(AddNormArgs { x, residual, weight, eps, .. }) => {
                 let residual = Some(Parts::new(residual.into_mut_slice()));
-                Norming { x: x.as_slice(), residual, weight, eps }
+                Ok(Norming { x: x.as_slice(), residual, weight, eps })
             }
+            NormedRows::LayerNorm(_) => Err(rows),
         }
     }
 }
@@ -187,8 +189,13 @@ impl CpuOps {
         }
         let x = match (x, &wanted[..]) {
             (Activations::Normed(rows), &[form @ (Form::Bf16 | Form::Codes(_))]) => {
-                let input = self.normed_input(form, &mut lines[0], (rows.into(), num_rows, k));
-                return Inputs { x: &[], k, num_rows, forms: vec![(form, input)] };
+                match Norming::of(rows) {
+                    Ok(norming) => {
+                        let input = self.normed_input(form, &mut lines[0], (norming, num_rows, k));
+                        return Inputs { x: &[], k, num_rows, forms: vec![(form, input)] };
+                    }
+                    Err(rows) => rows.run(self).as_slice::<f32>(),
+                }
             }
             (x, _) => x.settled(self).as_slice::<f32>(),
         };
