@@ -69,7 +69,8 @@ impl<'a> BlockNorm<'a> {
             }
             (Kind::Layer { weight, bias }, residual) => {
                 let (weight, bias) = (weight.view(), Some(bias.view()));
-                NormedRows::LayerNorm(LayerNormArgs { out, residual, x, weight, bias, eps })
+                let norm = LayerNormArgs { out, residual, x, weight, bias, eps };
+                NormedRows::LayerNorm(Box::new(norm))
             }
         }
     }

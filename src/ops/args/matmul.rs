@@ -34,8 +34,8 @@ pub enum NormedRows<'a> {
     Norm(NormArgs<'a>),
     /// See [`Ops::add_norm`].
     AddNorm(AddNormArgs<'a>),
-    /// See [`Ops::layer_norm`].
-    LayerNorm(LayerNormArgs<'a>),
+    /// See [`Ops::layer_norm`]; apart, because it is by far the largest.
+    LayerNorm(Box<LayerNormArgs<'a>>),
 }
 
 impl<'a> NormedRows<'a> {
@@ -50,7 +50,8 @@ impl<'a> NormedRows<'a> {
                 ops.add_norm(AddNormArgs { out: out.reborrow(), residual, x, weight, eps });
                 out.into_view()
             }
-            NormedRows::LayerNorm(LayerNormArgs { mut out, residual, x, weight, bias, eps }) => {
+            NormedRows::LayerNorm(norm) => {
+                let LayerNormArgs { mut out, residual, x, weight, bias, eps } = *norm;
                 let to = out.reborrow();
                 ops.layer_norm(LayerNormArgs { out: to, residual, x, weight, bias, eps });
                 out.into_view()

@@ -152,17 +152,17 @@ struct Norming<'a> {
 }
 
 impl<'a> Norming<'a> {
-    /// What of a norm runs with preparing; a layer norm runs by itself.
-    fn of(rows: NormedRows<'a>) -> Result<Norming<'a>, NormedRows<'a>> {
+    /// Panics on a layer norm, which runs by itself.
+    fn of(rows: NormedRows<'a>) -> Norming<'a> {
         match rows {
             NormedRows::Norm(NormArgs { x, weight, eps, .. }) => {
-                Ok(Norming { x: x.as_slice(), residual: None, weight, eps })
+                Norming { x: x.as_slice(), residual: None, weight, eps }
             }
             NormedRows::AddNorm(AddNormArgs { x, residual, weight, eps, .. }) => {
                 let residual = Some(Parts::new(residual.into_mut_slice()));
-                Ok(Norming { x: x.as_slice(), residual, weight, eps })
+                Norming { x: x.as_slice(), residual, weight, eps }
             }
-            NormedRows::LayerNorm(_) => Err(rows),
+            NormedRows::LayerNorm(_) => panic!("a layer norm runs by itself"),
         }
     }
 }
@@ -188,14 +188,12 @@ impl CpuOps {
             lines.resize_with(wanted.len(), LineBuffers::default);
         }
         let x = match (x, &wanted[..]) {
-            (Activations::Normed(rows), &[form @ (Form::Bf16 | Form::Codes(_))]) => {
-                match Norming::of(rows) {
-                    Ok(norming) => {
-                        let input = self.normed_input(form, &mut lines[0], (norming, num_rows, k));
-                        return Inputs { x: &[], k, num_rows, forms: vec![(form, input)] };
-                    }
-                    Err(rows) => rows.run(self).as_slice::<f32>(),
-                }
+            (Activations::Normed(rows), &[form @ (Form::Bf16 | Form::Codes(_))])
+                if !matches!(rows, NormedRows::LayerNorm(_)) =>
+            {
+                let norming = Norming::of(rows);
+                let input = self.normed_input(form, &mut lines[0], (norming, num_rows, k));
+                return Inputs { x: &[], k, num_rows, forms: vec![(form, input)] };
             }
             (x, _) => x.settled(self).as_slice::<f32>(),
         };
