@@ -22,8 +22,9 @@ const KV_TILE: usize = 32;
 const MAX_ROWS: usize = 64;
 /// Head sizes are padded to this in scratch: two of the widest vectors.
 const DIM_STEP: usize = 32;
-/// Rows of the register tile of [`product`].
-const TILE_ROWS: usize = 4;
+/// Rows of the register tile of [`product`]: with two vectors each, enough sums to hide the latency
+/// of a product, and few enough for sixteen registers.
+const TILE_ROWS: usize = 6;
 
 /// Queries that one task takes for heads in groups of `group`.
 pub fn queries_per_tile(group: usize) -> usize {
@@ -438,7 +439,8 @@ fn softmax_row<S: Simd>(simd: S, scores: &mut [f32], acc: &mut [f32], state: &mu
         max = simd.max(load(simd, scores, at), max);
     }
     let max = simd.max_lane(max);
-    let rescale = (state[0] - max).exp();
+    // Most tiles bring no new maximum, and a call would empty the vector registers.
+    let rescale = if state[0] == max { 1.0 } else { (state[0] - max).exp() };
     let mut total = simd.splat(0.0);
     for at in (0..KV_TILE).step_by(S::LANES) {
         let weight = exp(simd, simd.sub(load(simd, scores, at), simd.splat(max)));
@@ -508,6 +510,8 @@ fn product<S: Simd, const ADD: bool>(
                     1 => product_tile::<S, 1, ADD>(simd, len, a, b, out),
                     2 => product_tile::<S, 2, ADD>(simd, len, a, b, out),
                     3 => product_tile::<S, 3, ADD>(simd, len, a, b, out),
+                    4 => product_tile::<S, 4, ADD>(simd, len, a, b, out),
+                    5 => product_tile::<S, 5, ADD>(simd, len, a, b, out),
                     _ => product_tile::<S, TILE_ROWS, ADD>(simd, len, a, b, out),
                 }
             }

@@ -156,10 +156,12 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn max_lane(self, v: __m256) -> f32 {
-        let mut lanes = [0.0; 8];
-        // SAFETY: see `splat`; `lanes` takes 32 bytes.
-        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), v) };
-        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+        // SAFETY: see `splat`.
+        unsafe {
+            let four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
+        }
     }
     #[inline(always)]
     fn prefetch<T>(self, address: *const T) {
@@ -242,6 +244,15 @@ impl Simd for Avx2 {
                 _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(even)),
                 _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(odd)),
             ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_words(self, from: *const u8) -> [__m256; 2] {
+        // SAFETY: see `load_f32`.
+        unsafe {
+            let words = _mm256_loadu_si256(from.cast());
+            let upper = _mm256_and_si256(words, _mm256_set1_epi32(!0xffff));
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)), _mm256_castsi256_ps(upper)]
         }
     }
     #[inline(always)]

@@ -262,6 +262,15 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_bf16_words(self, from: *const u8) -> [__m512; 2] {
+        // SAFETY: see `load_f32`.
+        unsafe {
+            let words = _mm512_loadu_si512(from.cast());
+            let upper = _mm512_and_si512(words, _mm512_set1_epi32(!0xffff));
+            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)), _mm512_castsi512_ps(upper)]
+        }
+    }
+    #[inline(always)]
     unsafe fn store_f32(self, to: *mut f32, v: __m512) {
         // SAFETY: see `load_f32`.
         unsafe { _mm512_storeu_ps(to, v) }

@@ -8,7 +8,7 @@ use std::arch::x86_64::*;
 use std::mem::transmute;
 
 use super::avx512::Avx512;
-use super::wide_simd::{Bytes, E4m3, Products, Words};
+use super::wide_simd::{Bytes, E4m3, Pairs, Products, Words};
 
 /// Proof that the machine has AVX-512 with BF16, VBMI and VNNI.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,10 +78,6 @@ impl Products for Avx512Bf16 {
         }
     }
 }
-
-/// bf16, two to a word.
-#[derive(Clone, Copy)]
-pub struct Pairs;
 
 impl Words<Avx512Bf16> for Pairs {
     const UNITS: usize = 1;

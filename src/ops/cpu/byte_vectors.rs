@@ -27,6 +27,23 @@ fn prefetch(line: *const u8) {
     unsafe { _mm_prefetch::<_MM_HINT_T0>(line.wrapping_add(AHEAD).cast()) }
 }
 
+/// Both halves of sixteen lanes. Not a closure: those are not always inlined where there are many
+/// of them, and without the instructions of its caller every intrinsic is a call.
+macro_rules! halves {
+    (|$half:ident| $value:expr) => {
+        [
+            {
+                let $half = 0;
+                $value
+            },
+            {
+                let $half = 1;
+                $value
+            },
+        ]
+    };
+}
+
 /// Methods that AVX-512 and VNNI share.
 macro_rules! sixteen_lanes {
     () => {
@@ -229,7 +246,7 @@ pub unsafe fn unfold<C: FoldedCodes>(line: *const u8) -> [__m512i; 2] {
 /// # Safety
 /// They must be readable, and the machine must have AVX2.
 #[inline(always)]
-unsafe fn unfold8<C: FoldedCodes>(line: *const u8) -> [__m256i; 2] {
+pub unsafe fn unfold8<C: FoldedCodes>(line: *const u8) -> [__m256i; 2] {
     // SAFETY: the same contract.
     unsafe {
         let (folded, mask) = (_mm256_loadu_si256(line.cast()), _mm256_set1_epi8(15));
@@ -318,7 +335,7 @@ impl ByteSimd for Avx2 {
     #[inline(always)]
     unsafe fn sub_zeros(self, sums: [__m256i; 2], zeros: *const u8, factor: i32) -> [__m256i; 2] {
         // SAFETY: see `ints`; the caller vouches for the bytes.
-        std::array::from_fn(|half| unsafe {
+        halves!(|half| unsafe {
             let zeros = _mm256_cvtepu8_epi32(_mm_loadl_epi64(zeros.add(8 * half).cast()));
             _mm256_sub_epi32(sums[half], _mm256_madd_epi16(zeros, _mm256_set1_epi32(factor)))
         })
@@ -331,14 +348,12 @@ impl ByteSimd for Avx2 {
     #[inline(always)]
     unsafe fn half_scales(self, scales: *const f16) -> [__m256; 2] {
         // SAFETY: see `ints`; the caller vouches for the scales.
-        std::array::from_fn(|half| unsafe {
-            _mm256_cvtph_ps(_mm_loadu_si128(scales.add(8 * half).cast()))
-        })
+        halves!(|half| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(scales.add(8 * half).cast())) })
     }
     #[inline(always)]
     unsafe fn power_scales(self, scales: *const u8) -> [__m256; 2] {
         // SAFETY: see `ints`; the caller vouches for the scales.
-        std::array::from_fn(|half| unsafe {
+        halves!(|half| unsafe {
             let scales = _mm256_cvtepu8_epi32(_mm_loadl_epi64(scales.add(8 * half).cast()));
             let least = _mm256_set1_epi32(LEAST_POWER);
             let bits = _mm256_max_epi32(_mm256_slli_epi32::<23>(scales), least);
@@ -354,7 +369,7 @@ impl ByteSimd for Avx2 {
         scales: [__m256; 2],
     ) -> [__m256; 2] {
         // SAFETY: see `ints`.
-        std::array::from_fn(|half| unsafe {
+        halves!(|half| unsafe {
             let sums = _mm256_mul_ps(_mm256_cvtepi32_ps(sums[half]), _mm256_set1_ps(x_scale));
             _mm256_fmadd_ps(sums, scales[half], acc[half])
         })
@@ -362,7 +377,7 @@ impl ByteSimd for Avx2 {
     #[inline(always)]
     unsafe fn scaled(self, sums: [__m256i; 2], x_scale: f32, scales: *const f32) -> [__m256; 2] {
         // SAFETY: see `ints`; the caller vouches for the scales.
-        std::array::from_fn(|half| unsafe {
+        halves!(|half| unsafe {
             let scales = _mm256_loadu_ps(scales.add(8 * half));
             let scales = _mm256_mul_ps(_mm256_set1_ps(x_scale), scales);
             _mm256_mul_ps(_mm256_cvtepi32_ps(sums[half]), scales)
@@ -480,7 +495,7 @@ impl ByteSimd for AvxVnni {
 /// # Safety
 /// Four bytes must be readable, and the machine must have AVX2.
 #[inline(always)]
-unsafe fn broadcast8(x: *const i8) -> __m256i {
+pub unsafe fn broadcast8(x: *const i8) -> __m256i {
     // SAFETY: the same contract.
     unsafe { _mm256_set1_epi32(x.cast::<i32>().read_unaligned()) }
 }
@@ -490,7 +505,7 @@ unsafe fn broadcast8(x: *const i8) -> __m256i {
 /// # Safety
 /// The machine must have AVX2.
 #[inline(always)]
-unsafe fn add_pairs8(sums: __m256i, pairs: __m256i) -> __m256i {
+pub unsafe fn add_pairs8(sums: __m256i, pairs: __m256i) -> __m256i {
     // SAFETY: the same contract.
     unsafe { _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))) }
 }

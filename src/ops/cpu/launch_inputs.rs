@@ -69,9 +69,10 @@ impl Form {
     pub(super) fn of(isa: Isa, weight: &PackedMatrix) -> Form {
         match weight.format {
             Format::Dense => Form::Floats,
-            Format::DenseBlocks => Form::Bf16,
-            Format::W8A16 | Format::Fp8 if isa.multiplies_bf16() => Form::Bf16,
-            Format::W8A16 | Format::Fp8 => Form::Floats,
+            Format::DenseBlocks | Format::W8A16 | Format::Fp8 if isa.multiplies_bf16() => {
+                Form::Bf16
+            }
+            Format::DenseBlocks | Format::W8A16 | Format::Fp8 => Form::Floats,
             Format::Fp8Rows => panic!("FP8 lies row-major on GPUs only"),
             Format::Int8 => Form::Codes(usize::MAX),
             Format::Q8 | Format::Int4 | Format::Mxfp4 => {

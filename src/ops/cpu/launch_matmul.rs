@@ -8,7 +8,7 @@ use std::sync::PoisonError;
 #[cfg(target_arch = "x86_64")]
 use super::amx::{Bf16, Int8, TileElement};
 #[cfg(target_arch = "x86_64")]
-use super::avx512_bf16::{Avx512Bf16, Pairs};
+use super::avx512_bf16::Avx512Bf16;
 use super::byte_matmul::{ByteBlocks, ByteTask, ByteWeights};
 use super::isa::Isa;
 use super::launch_inputs::{Activations, Form, Input, Inputs};
@@ -17,6 +17,8 @@ use super::matmul::{DenseRows, Operands, PANEL, multiply_columns};
 use super::partition::{PAIR_COLS, Sizes};
 use super::rows::Convert;
 use super::share::{Parts, Scratch, settle_stores};
+#[cfg(target_arch = "x86_64")]
+use super::short_matmul;
 use super::simd::Float;
 #[cfg(target_arch = "x86_64")]
 use super::tile_blocks::{self, BlockTask};
@@ -32,7 +34,7 @@ use super::weight_blocks::{Blocks, RowScales, SliceScales};
 use super::wide_matmul::{WideBlocks, WideRows, WideTask, WideWeights};
 #[cfg(target_arch = "x86_64")]
 use super::wide_simd::Words;
-use super::wide_simd::{Bytes, E4m3, FloatWords};
+use super::wide_simd::{Bytes, E4m3, FloatWords, Pairs};
 use super::{CpuOps, with_float};
 use crate::formats::blocks::BLOCK_ROWS;
 use crate::formats::{Format, PackedMatrix};
@@ -131,7 +133,7 @@ impl<E: Float> ColumnKernel for VectorKernel<'_, E> {
     }
 }
 
-/// Codes that are widened to f32.
+/// bf16 or codes that are widened to f32.
 struct FloatsKernel<'a, W> {
     isa: Isa,
     task: WideTask<'a>,
@@ -179,6 +181,13 @@ impl ColumnKernel for CodesKernel<'_> {
             && self.task.x.lines.num_rows > tile_groups::FEW_ROWS
         {
             return tile_groups::multiply_groups(amx, &self.task, blocks, &mut scratch[0]);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Isa::Avx2(avx2) = self.isa
+            && avx2.vnni().is_none()
+            && self.task.x.lines.num_rows > short_matmul::FEW_ROWS
+        {
+            return short_matmul::multiply(avx2, &self.task, blocks, &mut scratch[0]);
         }
         let _ = scratch;
         self.isa.run_bytes(ByteBlocks { task: &self.task, blocks });
@@ -292,6 +301,9 @@ impl CpuOps {
             Input::Floats => {
                 let task = wide_task(WideRows::Floats { x: inputs.x, k: inputs.k }, product, place);
                 match weight.format {
+                    Format::DenseBlocks => {
+                        Box::new(FloatsKernel { isa, task, words: PhantomData::<Pairs> })
+                    }
                     Format::W8A16 => {
                         Box::new(FloatsKernel { isa, task, words: PhantomData::<Bytes> })
                     }

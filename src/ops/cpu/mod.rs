@@ -61,6 +61,10 @@ mod sample;
 mod scalar;
 mod share;
 mod shared_parts;
+#[cfg(target_arch = "x86_64")]
+mod short_codes;
+#[cfg(target_arch = "x86_64")]
+mod short_matmul;
 mod simd;
 #[cfg(target_arch = "x86_64")]
 mod tile_attention;
@@ -179,11 +183,6 @@ impl CpuOps {
         len * size_of::<f32>() <= self.kept_bytes
     }
 
-    /// Whether matrices of this dtype are put into blocks: they are read as they are then.
-    fn wants_blocks(&self, dtype: DType) -> bool {
-        self.isa.multiplies_bf16() && dtype == DType::BF16
-    }
-
     /// The instruction set in use.
     pub fn isa(&self) -> Isa {
         self.isa
@@ -243,17 +242,14 @@ impl Ops for CpuOps {
     }
 
     fn arrange(&self, matrix: PackedMatrix) -> Result<PackedMatrix, OpsError> {
-        if self.wants_blocks(matrix.data.dtype()) {
-            return Ok(dense::into_blocks(matrix, self.threads()));
-        }
-        Ok(matrix)
+        Ok(dense::into_blocks(matrix, self.threads()))
     }
 
     fn arranged_bytes(&self, dtype: DType, shape: [usize; 2]) -> usize {
-        if self.wants_blocks(dtype) {
-            return dense::blocks_bytes(shape);
+        match dtype {
+            DType::BF16 => dense::blocks_bytes(shape),
+            _ => shape.iter().product::<usize>() * dtype.size_bytes(),
         }
-        shape.iter().product::<usize>() * dtype.size_bytes()
     }
 
     fn embed(&self, args: EmbedArgs<'_>) {

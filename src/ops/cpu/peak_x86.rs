@@ -19,6 +19,10 @@ pub fn arithmetic() -> Vec<Arithmetic> {
     if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
         // SAFETY: just detected.
         found.push(("f32 FMA, AVX2", flops(8), || unsafe { fma_avx2() }));
+        // SAFETY: as above.
+        found.push(("int8, AVX2", flops(16), || unsafe { bytes_avx2() }));
+        // SAFETY: as above.
+        found.push(("int4, AVX2", flops(32), || unsafe { four_bits_avx2() }));
     }
     if is_x86_feature_detected!("avx512f") {
         // SAFETY: just detected.
@@ -52,6 +56,32 @@ fn fma_avx2() {
     for _ in 0..LOOPS {
         for acc in &mut acc {
             *acc = _mm256_fmadd_ps(*acc, factor, factor);
+        }
+    }
+    black_box(acc);
+}
+
+/// Codes as sixteen bits, sums of 32: without VNNI, the fastest exact sums of products of bytes.
+#[target_feature(enable = "avx2")]
+fn bytes_avx2() {
+    let factor = _mm256_set1_epi16(black_box(1));
+    let mut acc = [factor; CHAINS];
+    for _ in 0..LOOPS {
+        for acc in &mut acc {
+            *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(*acc, factor));
+        }
+    }
+    black_box(acc);
+}
+
+/// Bytes of codes below 16, sums of sixteen bits.
+#[target_feature(enable = "avx2")]
+fn four_bits_avx2() {
+    let factor = _mm256_set1_epi8(black_box(1));
+    let mut acc = [factor; CHAINS];
+    for _ in 0..LOOPS {
+        for acc in &mut acc {
+            *acc = _mm256_add_epi16(*acc, _mm256_maddubs_epi16(*acc, factor));
         }
     }
     black_box(acc);

@@ -114,6 +114,12 @@ impl Simd for Scalar {
         std::array::from_fn(|i| words.map(|word| e4m3_as_f16(word[i]).to_f32()))
     }
     #[inline(always)]
+    unsafe fn load_bf16_words(self, from: *const u8) -> [Self::V; 2] {
+        // SAFETY: the caller's contract; words may lie anywhere.
+        let words = unsafe { from.cast::<[[bf16; 2]; LANES]>().read_unaligned() };
+        std::array::from_fn(|i| words.map(|word| word[i].to_f32()))
+    }
+    #[inline(always)]
     unsafe fn store_f32(self, to: *mut f32, v: Self::V) {
         // SAFETY: the caller's contract.
         unsafe { *to.cast::<Self::V>() = v }

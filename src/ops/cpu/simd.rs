@@ -109,6 +109,11 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// They must be readable.
     unsafe fn load_e4m3_words(self, from: *const u8) -> [Self::V; 4];
+    /// Reads `LANES` words of two bf16: number `i` of every word, widened, is result `i`.
+    ///
+    /// # Safety
+    /// They must be readable.
+    unsafe fn load_bf16_words(self, from: *const u8) -> [Self::V; 2];
     /// Rounds to nearest even and writes `LANES` signed bytes; lanes are below 128 in magnitude.
     ///
     /// # Safety

@@ -387,27 +387,23 @@ impl<'a, P: Products, W: Words<P>, const V: usize> Pass<'a, P, W, V> {
         sums: &mut [f32],
     ) {
         let (simd, vector) = (self.products.sums(), P::Sums::LANES * UNIT_BYTES);
-        let mut x = self.lines::<R>(first, slice);
+        let (x, step_bytes) = (self.lines::<R>(first, slice), self.x.step_bytes());
         let mut acc = [[simd.splat(0.0); V]; R];
-        for line in (0..slice.units).step_by(LINE_UNITS) {
-            for unit in 0..LINE_UNITS.min(slice.units - line) {
-                // SAFETY: the same contract; rows have all units of the slice.
-                unsafe {
-                    let at = self.widened.add((line + unit) * V * vector);
-                    let mut wide = [self.products.load(at); V];
-                    for (v, wide) in wide.iter_mut().enumerate().skip(1) {
-                        *wide = self.products.load(at.add(v * vector));
-                    }
-                    for (x, acc) in x.iter().zip(&mut acc) {
-                        for (acc, &wide) in acc.iter_mut().zip(&wide) {
-                            let x = x.add(unit * UNIT_BYTES);
-                            *acc = self.products.add_products(*acc, wide, x);
-                        }
+        // One loop: of two, compilers keep two copies of the sums.
+        for unit in 0..slice.units {
+            let at = unit / LINE_UNITS * step_bytes + unit % LINE_UNITS * UNIT_BYTES;
+            // SAFETY: the same contract; rows have all units of the slice.
+            unsafe {
+                let from = self.widened.add(unit * V * vector);
+                let mut wide = [self.products.load(from); V];
+                for (v, wide) in wide.iter_mut().enumerate().skip(1) {
+                    *wide = self.products.load(from.add(v * vector));
+                }
+                for (x, acc) in x.iter().zip(&mut acc) {
+                    for (acc, &wide) in acc.iter_mut().zip(&wide) {
+                        *acc = self.products.add_products(*acc, wide, x.add(at));
                     }
                 }
-            }
-            for x in &mut x {
-                *x = x.wrapping_add(self.x.step_bytes());
             }
         }
         self.add(slice, &acc, sums);

@@ -63,6 +63,9 @@ pub struct Bytes;
 /// FP8 E4M3.
 #[derive(Clone, Copy)]
 pub struct E4m3;
+/// bf16.
+#[derive(Clone, Copy)]
+pub struct Pairs;
 
 /// Units of f32.
 #[derive(Clone, Copy)]
@@ -95,12 +98,14 @@ impl<S: Simd> Products for Floats<S> {
     }
 }
 
-/// Codes that every machine widens to f32.
+/// Words that every machine widens to f32.
 pub trait FloatWords: Copy + Send + Sync + 'static {
+    /// Numbers of a word.
+    const UNITS: usize = 4;
     /// What they must be multiplied by.
     const SCALE: f32;
 
-    /// Code `i` of `S::LANES` words is result `i`.
+    /// Number `i` of `S::LANES` words is result `i`; those that words do not have are anything.
     ///
     /// # Safety
     /// The words must be readable.
@@ -127,8 +132,20 @@ impl FloatWords for E4m3 {
     }
 }
 
+impl FloatWords for Pairs {
+    const UNITS: usize = 2;
+    const SCALE: f32 = 1.0;
+
+    #[inline(always)]
+    unsafe fn floats<S: Simd>(simd: S, from: *const u8) -> [S::V; 4] {
+        // SAFETY: the same contract.
+        let [first, second] = unsafe { simd.load_bf16_words(from) };
+        [first, second, first, second]
+    }
+}
+
 impl<S: Simd, W: FloatWords> Words<Floats<S>> for W {
-    const UNITS: usize = 4;
+    const UNITS: usize = <W as FloatWords>::UNITS;
     const SCALE: f32 = <W as FloatWords>::SCALE;
 
     #[inline(always)]
