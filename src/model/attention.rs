@@ -11,7 +11,7 @@ use super::rope::RopeTable;
 use super::spec::{AttentionSpec, HeadInputs, LinearSpec};
 use super::workspace::Workspace;
 use crate::device::RankContext;
-use crate::ops::args::{AttentionArgs, NormArgs, RopeArgs, RopeStyle, WriteKvArgs};
+use crate::ops::args::{AttentionArgs, NormArgs, RopeArgs, RopeKvArgs, RopeStyle};
 use crate::tensor::{Tensor, View, ViewMut};
 use crate::weights::Loader;
 use crate::weights::linear::{Linear, Partition};
@@ -89,19 +89,18 @@ impl Attention {
         self.project(rank, norm, num_tokens, workspace);
         let heads = [num_tokens, self.spec.num_heads, self.spec.head_dim];
         let kv_heads = [num_tokens, self.spec.num_kv_heads, self.spec.head_dim];
-        rank.ops.rope(RopeArgs {
-            q: workspace.q.rows_mut(num_tokens).reshape(heads),
-            k: workspace.k.rows_mut(num_tokens).reshape(kv_heads),
-            positions: batch.positions(),
-            cos: rope.cos.view(),
-            sin: rope.sin.view(),
-            style: self.rope_style,
-        });
-        rank.ops.write_kv(WriteKvArgs {
+        rank.ops.rope_and_write_kv(RopeKvArgs {
+            rope: RopeArgs {
+                q: workspace.q.rows_mut(num_tokens).reshape(heads),
+                k: workspace.k.rows_mut(num_tokens).reshape(kv_heads),
+                positions: batch.positions(),
+                cos: rope.cos.view(),
+                sin: rope.sin.view(),
+                style: self.rope_style,
+            },
+            v: workspace.v.rows(num_tokens).reshape(kv_heads),
             k_cache: cache.k.view_mut(),
             v_cache: v_cache.view_mut(),
-            k: workspace.k.rows(num_tokens).reshape(kv_heads),
-            v: workspace.v.rows(num_tokens).reshape(kv_heads),
             slot_mapping: batch.slot_mapping(),
         });
         rank.ops.attention(AttentionArgs {

@@ -15,7 +15,7 @@ pub use sampling::*;
 
 use super::kv_tensor::{KvView, KvViewMut};
 use crate::formats::PackedMatrix;
-use crate::tensor::{DType, View, ViewMut};
+use crate::tensor::{DType, Shape, View, ViewMut};
 
 /// See [`super::Ops::embed`].
 pub struct EmbedArgs<'a> {
@@ -195,14 +195,49 @@ pub struct WriteKvArgs<'a> {
 impl WriteKvArgs<'_> {
     /// Panics unless the shapes agree.
     pub fn check(&self) {
-        assert_eq!(self.k.shape(), self.v.shape(), "write_kv: k and v");
-        self.k_cache.check("write_kv: k_cache");
-        self.v_cache.check("write_kv: v_cache");
-        let (k_cache, v_cache) = (&self.k_cache.data, &self.v_cache.data);
-        assert_eq!(k_cache.shape(), v_cache.shape(), "write_kv: caches");
-        assert_eq!(self.k.size(0), self.slot_mapping.size(0), "write_kv: slots");
-        assert_eq!(self.k.size(1), self.k_cache.size(1), "write_kv: kv heads");
-        assert_eq!(self.k.size(2), self.k_cache.size(3), "write_kv: head_dim");
+        check_kv([&self.k_cache, &self.v_cache], self.k.shape(), self.v, self.slot_mapping);
+    }
+}
+
+/// Panics unless keys of this shape, values, slots and caches agree.
+fn check_kv(caches: [&KvViewMut<'_>; 2], k: Shape, v: View<'_>, slot_mapping: View<'_>) {
+    let [k_cache, v_cache] = caches;
+    assert_eq!(k, v.shape(), "write_kv: k and v");
+    k_cache.check("write_kv: k_cache");
+    v_cache.check("write_kv: v_cache");
+    assert_eq!(k_cache.data.shape(), v_cache.data.shape(), "write_kv: caches");
+    assert_eq!(v.size(0), slot_mapping.size(0), "write_kv: slots");
+    assert_eq!(v.size(1), k_cache.size(1), "write_kv: kv heads");
+    assert_eq!(v.size(2), k_cache.size(3), "write_kv: head_dim");
+}
+
+/// See [`super::Ops::rope_and_write_kv`].
+pub struct RopeKvArgs<'a> {
+    /// What is rotated; the rotated keys are stored.
+    pub rope: RopeArgs<'a>,
+    /// As `rope.k`.
+    pub v: View<'a>,
+    /// `[num_blocks, num_kv_heads, block_size, head_dim]`.
+    pub k_cache: KvViewMut<'a>,
+    /// As `k_cache`.
+    pub v_cache: KvViewMut<'a>,
+    /// `[num_tokens]`, u32; all different.
+    pub slot_mapping: View<'a>,
+}
+
+impl RopeKvArgs<'_> {
+    /// Panics unless the shapes agree.
+    pub fn check(&self) {
+        self.rope.check();
+        check_kv([&self.k_cache, &self.v_cache], self.rope.k.shape(), self.v, self.slot_mapping);
+    }
+
+    /// One after the other.
+    pub fn in_steps(self, ops: &(impl super::Ops + ?Sized)) {
+        let RopeKvArgs { rope, v, k_cache, v_cache, slot_mapping } = self;
+        let RopeArgs { q, mut k, positions, cos, sin, style } = rope;
+        ops.rope(RopeArgs { q, k: k.reborrow(), positions, cos, sin, style });
+        ops.write_kv(WriteKvArgs { k_cache, v_cache, k: k.as_view(), v, slot_mapping });
     }
 }
 

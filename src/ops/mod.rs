@@ -278,6 +278,11 @@ pub trait Ops: Send + Sync {
     /// Stores keys and values of new tokens at their slots.
     fn write_kv(&self, args: WriteKvArgs<'_>);
 
+    /// [`Ops::rope`], then [`Ops::write_kv`] of the rotated keys.
+    fn rope_and_write_kv(&self, args: RopeKvArgs<'_>) {
+        args.in_steps(self);
+    }
+
     /// Causal attention of new tokens over the paged KV cache.
     fn attention(&self, args: AttentionArgs<'_>);
 

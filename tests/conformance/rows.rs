@@ -31,6 +31,7 @@ pub fn check(ops: &dyn Ops) {
             rope(ops, rng, rows, head_dim);
             for &dtype in caches(ops) {
                 kv_writes_and_copies(ops, rng, rows, head_dim, dtype);
+                rope_and_kv_writes(ops, rng, rows, head_dim, dtype);
             }
         }
     }
@@ -259,4 +260,54 @@ fn kv_writes_and_copies(
         };
         assert!(run(ops) == run(&ReferenceOps), "{what}");
     }
+}
+
+/// Rotating and storing at once equals both one after the other, bit for bit.
+fn rope_and_kv_writes(ops: &dyn Ops, rng: &mut Rng, tokens: usize, head_dim: usize, dtype: DType) {
+    const BLOCK_SIZE: usize = 16;
+    let what = format!("{} rope and write_kv {tokens} x {head_dim} {dtype}", ops.name());
+    let mut heads = |count: usize| as_activations(ops, &rng.floats(tokens * count * head_dim));
+    let (q, k, v) = (heads(4), heads(2), heads(2));
+    let v = Tensor::from_slice(&v, [tokens, 2, head_dim]);
+    let positions = ids(&(0..tokens).map(|_| rng.below(100) as u32).collect::<Vec<_>>());
+    let angles = [0, 1].map(|_| rng.tensor(DType::F32, [100, head_dim / 4]));
+    let num_blocks = tokens.div_ceil(BLOCK_SIZE) + 1;
+    let mut slots = rng.permutation(num_blocks * BLOCK_SIZE);
+    slots.truncate(tokens);
+    let slots = ids(&slots);
+    let old = rng.floats(num_blocks * 2 * BLOCK_SIZE * head_dim);
+    let run = |in_steps: bool| {
+        let mut q = Guarded::filled(&q, [tokens, 4, head_dim]);
+        let mut k = Guarded::filled(&k, [tokens, 2, head_dim]);
+        let shape = [num_blocks, 2, BLOCK_SIZE, head_dim];
+        let (mut k_cache, mut v_cache) =
+            (cast_cache(&old, dtype, shape), cast_cache(&old, dtype, shape));
+        let args = RopeKvArgs {
+            rope: RopeArgs {
+                q: q.view(),
+                k: k.view(),
+                positions: positions.view(),
+                cos: angles[0].view(),
+                sin: angles[1].view(),
+                style: RopeStyle::Halves,
+            },
+            v: v.view(),
+            k_cache: k_cache.view_mut(),
+            v_cache: v_cache.view_mut(),
+            slot_mapping: slots.view(),
+        };
+        if in_steps {
+            args.in_steps(ops);
+        } else {
+            ops.rope_and_write_kv(args);
+        }
+        let tensors = [Some(k_cache.data), k_cache.scales, Some(v_cache.data), v_cache.scales];
+        let stored = tensors.map(|tensor| tensor.map_or(Vec::new(), |t| t.bytes().to_vec()));
+        let mut rotated = q.finish(&what);
+        rotated.extend(k.finish(&what));
+        (rotated, stored)
+    };
+    let (at_once, in_steps) = (run(false), run(true));
+    assert_same(&what, &at_once.0, &in_steps.0);
+    assert!(at_once.1 == in_steps.1, "{what}");
 }

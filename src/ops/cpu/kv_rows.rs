@@ -3,10 +3,13 @@
 
 use half::{bf16, f16};
 
+use super::isa::Isa;
+use super::rows::Convert;
+use super::share::Parts;
 use super::simd::{Kernel, Lanes, Simd, largest_magnitude, load};
 use crate::formats::int8::MAX_CODE;
 use crate::formats::{fp8, round_to_byte};
-use crate::ops::kv_tensor::KvView;
+use crate::ops::kv_tensor::{KvView, KvViewMut};
 use crate::tensor::{DType, Fp8};
 
 /// Cached rows. The element type is looked at when rows are loaded, so that everything else is
@@ -38,6 +41,73 @@ impl<'a> Cached<'a> {
             }
             DType::Fp8 => Cached::Fp8(view.data.as_slice()),
             DType::U32 | DType::U8 => panic!("a cache of {}", view.data.dtype()),
+        }
+    }
+}
+
+/// A cache whose slots are written by tasks, each its own.
+pub struct Slots<'a> {
+    elements: Elements<'a>,
+    num_heads: usize,
+    block_size: usize,
+    head_dim: usize,
+}
+
+enum Elements<'a> {
+    F32(Parts<'a, f32>),
+    Bf16(Parts<'a, bf16>),
+    F16(Parts<'a, f16>),
+    Int8(Parts<'a, i8>, Parts<'a, f32>),
+    Fp8(Parts<'a, Fp8>),
+}
+
+impl<'a> Slots<'a> {
+    /// The slots of a checked cache.
+    pub fn of(cache: KvViewMut<'a>) -> Slots<'a> {
+        let (num_heads, block_size, head_dim) = (cache.size(1), cache.size(2), cache.size(3));
+        let dtype = cache.data.dtype();
+        let elements = match dtype {
+            DType::F32 => Elements::F32(Parts::new(cache.data.into_mut_slice())),
+            DType::BF16 => Elements::Bf16(Parts::new(cache.data.into_mut_slice())),
+            DType::F16 => Elements::F16(Parts::new(cache.data.into_mut_slice())),
+            DType::I8 => {
+                let scales = cache.scales.expect("a checked cache of bytes has scales");
+                let codes = Parts::new(cache.data.into_mut_slice());
+                Elements::Int8(codes, Parts::new(scales.into_mut_slice()))
+            }
+            DType::Fp8 => Elements::Fp8(Parts::new(cache.data.into_mut_slice())),
+            DType::U32 | DType::U8 => panic!("a cache of {dtype}"),
+        };
+        Slots { elements, num_heads, block_size, head_dim }
+    }
+
+    /// Elements of a token's vectors.
+    pub fn token_len(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// Stores the vectors of a token, one per head.
+    ///
+    /// # Safety
+    /// No other task may write this slot or read it meanwhile.
+    pub unsafe fn write(&self, isa: Isa, slot: u32, vectors: &[f32]) {
+        let (block, offset) = (slot as usize / self.block_size, slot as usize % self.block_size);
+        for (head, from) in vectors.chunks_exact(self.head_dim).enumerate() {
+            let row = (block * self.num_heads + head) * self.block_size + offset;
+            let part = row * self.head_dim..(row + 1) * self.head_dim;
+            // SAFETY: a slot's rows are its own, by the same contract.
+            unsafe {
+                match &self.elements {
+                    Elements::F32(all) => isa.run(Convert { out: all.part(part), from }),
+                    Elements::Bf16(all) => isa.run(Convert { out: all.part(part), from }),
+                    Elements::F16(all) => isa.run(Convert { out: all.part(part), from }),
+                    Elements::Int8(all, scales) => {
+                        let scale = &mut scales.part(row..row + 1)[0];
+                        isa.run(QuantizeRow { codes: all.part(part), scale, from });
+                    }
+                    Elements::Fp8(all) => isa.run(EncodeRow { codes: all.part(part), from }),
+                }
+            }
         }
     }
 }
@@ -114,7 +184,6 @@ pub fn widen<S: Simd, E: Lanes>(simd: S, row: &[E], at: usize, scale: Option<f32
 
 #[cfg(test)]
 mod tests {
-    use super::super::isa::Isa;
     use super::*;
     use crate::formats::int8;
 

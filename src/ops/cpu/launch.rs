@@ -5,16 +5,17 @@
 
 use std::ops::Range;
 
-use super::kv_rows::{EncodeRow, QuantizeRow};
+use super::isa::Isa;
+use super::kv_rows::Slots;
 use super::rows::{Convert, GatedActivation, LayerNorm, Norm, Rotate, SoftCap};
 use super::share::Parts;
 use super::simd::Float;
-use super::{CpuOps, sample, with_float};
+use super::{CpuOps, sample};
 use crate::formats::PackedMatrix;
-use crate::ops::args::{GatedActivationArgs, RopeArgs, SampleArgs};
+use crate::ops::args::{GatedActivationArgs, RopeArgs, RopeKvArgs, RopeStyle, SampleArgs};
 use crate::ops::kv_tensor::KvViewMut;
 use crate::output::SampledToken;
-use crate::tensor::{DType, Fp8, View};
+use crate::tensor::View;
 
 /// Elements per task of a row-wise operation: a few microseconds.
 pub(super) const TASK_ELEMENTS: usize = 16_384;
@@ -106,27 +107,35 @@ impl CpuOps {
     }
 
     pub(super) fn rotate_tokens(&self, args: RopeArgs<'_>) {
-        let RopeArgs { q, k, positions, cos, sin, style } = args;
-        let half = cos.size(1);
-        let (cos, sin) = (cos.as_slice::<f32>(), sin.as_slice::<f32>());
-        let positions = positions.as_slice::<u32>();
-        for heads in [q, k] {
-            let (head_dim, width) = (heads.size(2), heads.size(1) * heads.size(2));
-            let heads = Parts::new(heads.into_mut_slice::<f32>());
-            self.for_rows(positions.len(), width, |tokens| {
-                for token in tokens {
-                    let at = positions[token] as usize * half;
-                    self.isa.run(Rotate {
-                        // SAFETY: tasks have different tokens.
-                        heads: unsafe { heads.part(token * width..(token + 1) * width) },
-                        head_dim,
-                        cos: &cos[at..at + half],
-                        sin: &sin[at..at + half],
-                        style,
-                    });
+        let (width, num_tokens) = (args.q.size(1) * args.q.size(2), args.positions.size(0));
+        let rotation = Rotation::of(self.isa, args);
+        self.for_rows(num_tokens, width, |tokens| {
+            for token in tokens {
+                // SAFETY: tasks have different tokens.
+                unsafe { rotation.rotate(token) };
+            }
+        });
+    }
+
+    /// Rotates and stores in one pass: a token's heads are in the nearest cache then.
+    pub(super) fn rotate_and_write(&self, args: RopeKvArgs<'_>) {
+        args.check();
+        let RopeKvArgs { rope, v, k_cache, v_cache, slot_mapping } = args;
+        let (k_slots, v_slots) = (Slots::of(k_cache), Slots::of(v_cache));
+        let (width, kv_width) = (rope.q.size(1) * rope.q.size(2), v_slots.token_len());
+        let (v, slots) = (v.as_slice::<f32>(), slot_mapping.as_slice::<u32>());
+        let rotation = Rotation::of(self.isa, rope);
+        self.for_rows(slots.len(), width + 2 * kv_width, |tokens| {
+            for token in tokens {
+                let v = &v[token * kv_width..(token + 1) * kv_width];
+                // SAFETY: tasks have different tokens, and these different slots.
+                unsafe {
+                    let k = rotation.rotate(token);
+                    k_slots.write(self.isa, slots[token], k);
+                    v_slots.write(self.isa, slots[token], v);
                 }
-            });
-        }
+            }
+        });
     }
 
     pub(super) fn activate(&self, args: GatedActivationArgs<'_>) {
@@ -152,35 +161,17 @@ impl CpuOps {
         });
     }
 
-    /// Stores `new [num_tokens, num_kv_heads, head_dim]` in the tokens' slots. On one thread: it
-    /// is a few rows, and slots come from the caller.
+    /// Stores the vectors of all heads of tokens in their slots, which are different.
     pub(super) fn write_slots(&self, cache: KvViewMut<'_>, new: View<'_>, slots: &[u32]) {
-        let (new, head_dim) = (new.as_slice::<f32>(), cache.size(3));
-        let sizes = (cache.size(1), cache.size(2), head_dim);
-        match cache.data.dtype() {
-            DType::I8 => {
-                let scales = cache.scales.expect("a checked cache of bytes has scales");
-                let scales = scales.into_mut_slice::<f32>();
-                let codes = cache.data.into_mut_slice::<i8>();
-                for_slots(new, slots, sizes, |row, from| {
-                    let codes = &mut codes[row * head_dim..][..head_dim];
-                    self.isa.run(QuantizeRow { codes, scale: &mut scales[row], from });
-                });
+        let (new, cache) = (new.as_slice::<f32>(), Slots::of(cache));
+        let width = cache.token_len();
+        self.for_rows(slots.len(), width, |tokens| {
+            for token in tokens {
+                let vectors = &new[token * width..(token + 1) * width];
+                // SAFETY: tasks have different tokens, and these different slots.
+                unsafe { cache.write(self.isa, slots[token], vectors) };
             }
-            DType::Fp8 => {
-                let codes = cache.data.into_mut_slice::<Fp8>();
-                for_slots(new, slots, sizes, |row, from| {
-                    self.isa
-                        .run(EncodeRow { codes: &mut codes[row * head_dim..][..head_dim], from });
-                });
-            }
-            dtype => with_float!(dtype, E => {
-                let elements = cache.data.into_mut_slice::<E>();
-                for_slots(new, slots, sizes, |row, from| {
-                    self.isa.run(Convert { out: &mut elements[row * head_dim..][..head_dim], from });
-                });
-            }),
-        }
+        });
     }
 
     pub(super) fn sample_rows(&self, args: SampleArgs<'_>) -> Vec<SampledToken> {
@@ -201,17 +192,58 @@ impl CpuOps {
     }
 }
 
-/// Calls `write` with the cache row and the values of every new vector.
-fn for_slots(
-    new: &[f32],
-    slots: &[u32],
-    (num_kv_heads, block_size, head_dim): (usize, usize, usize),
-    mut write: impl FnMut(usize, &[f32]),
-) {
-    for (token, &slot) in new.chunks_exact(num_kv_heads * head_dim).zip(slots) {
-        let (block, offset) = (slot as usize / block_size, slot as usize % block_size);
-        for (head, from) in token.chunks_exact(head_dim).enumerate() {
-            write((block * num_kv_heads + head) * block_size + offset, from);
+/// Heads of queries and keys, and their angles.
+struct Rotation<'a> {
+    isa: Isa,
+    heads: [Parts<'a, f32>; 2],
+    /// Elements of a token of each.
+    widths: [usize; 2],
+    head_dim: usize,
+    positions: &'a [u32],
+    cos: &'a [f32],
+    sin: &'a [f32],
+    /// Angles of a position.
+    half: usize,
+    style: RopeStyle,
+}
+
+impl<'a> Rotation<'a> {
+    fn of(isa: Isa, args: RopeArgs<'a>) -> Rotation<'a> {
+        let RopeArgs { q, k, positions, cos, sin, style } = args;
+        let (head_dim, half) = (q.size(2), cos.size(1));
+        let widths = [q.size(1) * head_dim, k.size(1) * head_dim];
+        Rotation {
+            isa,
+            heads: [q, k].map(|heads| Parts::new(heads.into_mut_slice())),
+            widths,
+            head_dim,
+            positions: positions.as_slice(),
+            cos: cos.as_slice(),
+            sin: sin.as_slice(),
+            half,
+            style,
         }
+    }
+
+    /// Rotates a token's heads; returns its keys.
+    ///
+    /// # Safety
+    /// No other task may have the token.
+    unsafe fn rotate(&self, token: usize) -> &[f32] {
+        let at = self.positions[token] as usize * self.half;
+        let [_, k] = [0, 1].map(|i| {
+            let part = token * self.widths[i]..(token + 1) * self.widths[i];
+            // SAFETY: the caller's contract.
+            let heads = unsafe { self.heads[i].part(part) };
+            self.isa.run(Rotate {
+                heads: &mut *heads,
+                head_dim: self.head_dim,
+                cos: &self.cos[at..at + self.half],
+                sin: &self.sin[at..at + self.half],
+                style: self.style,
+            });
+            &*heads
+        });
+        k
     }
 }

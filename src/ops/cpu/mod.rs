@@ -349,6 +349,10 @@ impl Ops for CpuOps {
         }
     }
 
+    fn rope_and_write_kv(&self, args: RopeKvArgs<'_>) {
+        self.rotate_and_write(args);
+    }
+
     fn attention(&self, args: AttentionArgs<'_>) {
         args.check();
         self.attend(args);

@@ -32,6 +32,8 @@ pub const FEW_ROWS: usize = 4;
 const PASS_ROWS: usize = 6;
 /// Rows whose activations of a slice (128 KiB) stay in the second-level cache while blocks pass.
 const ROW_BLOCK: usize = 128;
+/// Steps that the first rows multiply at a time: whole groups.
+const PART_STEPS: usize = 2;
 /// Blocks whose sums of these rows (64 KiB) stay there too: they share what it takes to prepare
 /// activations.
 const BLOCKS: usize = 8;
@@ -80,12 +82,13 @@ fn run<C: Codes>(avx2: Avx2, task: &ByteTask<'_>, blocks: Range<usize>, scratch:
                 let slice = Slice { x, first_row, steps, group_lines, rows: rows_x, weights };
                 prepare_rows::<C>(avx2, &slice, rows.clone(), rows_x);
                 let mut sums = sums.as_mut_ptr().cast::<u8>();
-                for block in group.clone() {
-                    for half in [Some(&task.main), task.up.as_ref()].into_iter().flatten() {
-                        prepare_block::<C>(avx2, &slice, (half, block), weights);
-                        multiply_rows::<C>(avx2, &slice, (half, block), rows.clone(), sums);
-                        sums = sums.wrapping_add(4 * half_words);
-                    }
+                let halves = Halves { task, halves, group: group.clone(), end: blocks.end };
+                for i in 0..halves.len() {
+                    let half = halves.half(i);
+                    prepare_block::<C>(avx2, &slice, half, weights);
+                    let next = halves.after::<C>(i, &slice);
+                    multiply_rows::<C>(avx2, &slice, half, rows.clone(), (sums, next));
+                    sums = sums.wrapping_add(4 * half_words);
                 }
             }
             let mut sums = sums.chunks_exact(half_words);
@@ -95,6 +98,46 @@ fn run<C: Codes>(avx2: Avx2, task: &ByteTask<'_>, blocks: Range<usize>, scratch:
                 write(avx2, task, block, rows.clone(), main, up);
             }
         }
+    }
+}
+
+/// The blocks of a group and what they are multiplied by, in turn.
+struct Halves<'a> {
+    task: &'a ByteTask<'a>,
+    /// Matrices: two where products are gated.
+    halves: usize,
+    group: Range<usize>,
+    /// The block behind the last group.
+    end: usize,
+}
+
+impl<'a> Halves<'a> {
+    fn len(&self) -> usize {
+        self.group.len() * self.halves
+    }
+
+    #[inline(always)]
+    fn half(&self, i: usize) -> (&'a ByteWeights<'a>, usize) {
+        let block = self.group.start + i / self.halves;
+        match &self.task.up {
+            Some(up) if i % self.halves == 1 => (up, block),
+            _ => (&self.task.main, block),
+        }
+    }
+
+    /// Codes that are prepared after half `i`: the next of this slice, the first of the next slice,
+    /// or the first of the next group.
+    #[inline(always)]
+    fn after<C: Codes>(&self, i: usize, slice: &Slice<'_>) -> *const u8 {
+        let (steps, first) = (&slice.steps, self.group.start);
+        let (next, step) = if i + 1 < self.len() {
+            (self.half(i + 1), steps.start)
+        } else if steps.end < slice.x.lines.steps {
+            ((&self.task.main, first), steps.end)
+        } else {
+            ((&self.task.main, self.group.end.min(self.end - 1)), 0)
+        };
+        next.0.blocks.block(next.1).wrapping_add(step * C::STEP_BYTES)
     }
 }
 
@@ -132,34 +175,54 @@ fn prepare_block<C: Codes>(
     }
 }
 
-/// Adds the products of a slice of a block with all rows to their sums.
+/// Adds the products of a slice of a block with all rows to their sums. The first rows pass over it
+/// in parts, beside which the codes that are prepared next are asked for.
 #[inline(always)]
 fn multiply_rows<C: Codes>(
     avx2: Avx2,
     slice: &Slice<'_>,
     weights: (&ByteWeights<'_>, usize),
     rows: Range<usize>,
-    sums: *mut u8,
+    (sums, next): (*mut u8, *const u8),
 ) {
     let per_pass = rows.len().div_ceil(rows.len().div_ceil(PASS_ROWS));
+    let all = slice.steps.len();
     for row in rows.clone().step_by(per_pass) {
         let sums = sums.wrapping_add((row - rows.start) * 4 * BLOCK_ROWS);
-        // SAFETY: both are prepared; every row has sums.
-        unsafe {
-            match per_pass.min(rows.end - row) {
-                1 => add_products::<C, 1>(avx2, slice, weights, row, sums),
-                2 => add_products::<C, 2>(avx2, slice, weights, row, sums),
-                3 => add_products::<C, 3>(avx2, slice, weights, row, sums),
-                4 => add_products::<C, 4>(avx2, slice, weights, row, sums),
-                5 => add_products::<C, 5>(avx2, slice, weights, row, sums),
-                6 => add_products::<C, 6>(avx2, slice, weights, row, sums),
-                rows => unreachable!("{rows} rows do not share registers"),
+        let is_first = row == rows.start;
+        let steps_per_part = if is_first { PART_STEPS } else { SLICE_STEPS };
+        for first in (0..all).step_by(steps_per_part) {
+            let steps = first..all.min(first + steps_per_part);
+            if is_first {
+                let asked = steps.start * C::STEP_BYTES..steps.end * C::STEP_BYTES;
+                asked.step_by(LINE_BYTES).for_each(|at| prefetch(next.wrapping_add(at)));
+            }
+            let lines = steps.start * LINES..steps.end * LINES;
+            // SAFETY: both are prepared; every row has sums.
+            unsafe {
+                match per_pass.min(rows.end - row) {
+                    1 => add_products::<C, 1>(avx2, slice, weights, (row, lines), sums),
+                    2 => add_products::<C, 2>(avx2, slice, weights, (row, lines), sums),
+                    3 => add_products::<C, 3>(avx2, slice, weights, (row, lines), sums),
+                    4 => add_products::<C, 4>(avx2, slice, weights, (row, lines), sums),
+                    5 => add_products::<C, 5>(avx2, slice, weights, (row, lines), sums),
+                    6 => add_products::<C, 6>(avx2, slice, weights, (row, lines), sums),
+                    rows => unreachable!("{rows} rows do not share registers"),
+                }
             }
         }
     }
 }
 
-/// Adds the products of a slice of a block with `R` rows to their sums.
+/// Asks the second-level cache for the line at an address, which may be anything.
+#[inline(always)]
+fn prefetch(address: *const u8) {
+    // SAFETY: a prefetch never faults.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+}
+
+/// Adds the products of some lines of a slice of a block, in whole groups unless they are its last,
+/// with `R` rows to their sums.
 ///
 /// # Safety
 /// The slice must be prepared, and the rows have sixteen sums each.
@@ -168,14 +231,13 @@ unsafe fn add_products<C: Codes, const R: usize>(
     avx2: Avx2,
     slice: &Slice<'_>,
     (weights, block): (&ByteWeights<'_>, usize),
-    row: usize,
+    (row, lines): (usize, Range<usize>),
     to: *mut u8,
 ) {
-    let all = slice.steps.len() * LINES;
     let ByteScales::Groups(scales) = weights.scales else {
         // SAFETY: the same contract.
         unsafe {
-            let sums = C::sums::<R>(avx2, slice, row, 0..all);
+            let sums = C::sums::<R>(avx2, slice, row, lines);
             for (i, &sums) in sums.iter().enumerate() {
                 let to = to.add(i * 4 * BLOCK_ROWS);
                 store(to, avx2.add_ints(load(to), sums));
@@ -184,12 +246,13 @@ unsafe fn add_products<C: Codes, const R: usize>(
         return;
     };
     let x_scales = slice.row::<C>(row).wrapping_add(Slice::codes_bytes::<C>());
-    for (j, group) in slice.groups().enumerate() {
-        let first = j * slice.group_lines;
-        let scales = scales.scales(block, group).load(avx2);
+    let first_group = slice.groups().start;
+    for first in lines.clone().step_by(slice.group_lines) {
+        let j = first / slice.group_lines;
+        let scales = scales.scales(block, first_group + j).load(avx2);
         // SAFETY: the same contract; every row has scales for all groups of the slice.
         unsafe {
-            let lines = first..all.min(first + slice.group_lines);
+            let lines = first..lines.end.min(first + slice.group_lines);
             let sums = C::sums::<R>(avx2, slice, row, lines);
             for (i, &sums) in sums.iter().enumerate() {
                 let x_scale = x_scales.add(i * Slice::x_bytes::<C>()).cast::<f32>().add(j).read();
@@ -216,6 +279,8 @@ fn write(
     for (i, row) in rows.enumerate() {
         let at = i * BLOCK_ROWS;
         let main = result(avx2, task.x, row, (&task.main, block), &main[at..]);
+        // In a closure, which is not always inlined, every intrinsic would be a call.
+        #[allow(clippy::manual_map)]
         let up = match up {
             Some((up, sums)) => Some(result(avx2, task.x, row, (up, block), &sums[at..])),
             None => None,
