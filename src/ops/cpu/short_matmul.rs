@@ -25,8 +25,8 @@ use super::short_codes::{
 use super::weight_blocks::GroupCodes;
 use crate::formats::blocks::{BLOCK_ROWS, WORD_BYTES};
 
-/// Up to this many rows, vectors of bytes read weights at the memory's speed.
-pub const FEW_ROWS: usize = 4;
+/// Up to this many rows, preparing weights takes longer than it saves.
+pub const FEW_ROWS: usize = 8;
 /// Most rows of a pass: twelve sums, two vectors of weights, one of activations and one of
 /// products are all registers.
 const PASS_ROWS: usize = 6;
