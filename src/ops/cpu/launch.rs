@@ -125,6 +125,7 @@ impl CpuOps {
         let (width, kv_width) = (rope.q.size(1) * rope.q.size(2), v_slots.token_len());
         let (v, slots) = (v.as_slice::<f32>(), slot_mapping.as_slice::<u32>());
         let rotation = Rotation::of(self.isa, rope);
+        assert_different(slots);
         self.for_rows(slots.len(), width + 2 * kv_width, |tokens| {
             for token in tokens {
                 let v = &v[token * kv_width..(token + 1) * kv_width];
@@ -165,6 +166,7 @@ impl CpuOps {
     pub(super) fn write_slots(&self, cache: KvViewMut<'_>, new: View<'_>, slots: &[u32]) {
         let (new, cache) = (new.as_slice::<f32>(), Slots::of(cache));
         let width = cache.token_len();
+        assert_different(slots);
         self.for_rows(slots.len(), width, |tokens| {
             for token in tokens {
                 let vectors = &new[token * width..(token + 1) * width];
@@ -189,6 +191,16 @@ impl CpuOps {
             result[0] = token;
         });
         tokens
+    }
+}
+
+/// Panics unless all slots are different: tasks write them at the same time.
+fn assert_different(slots: &[u32]) {
+    let ascend = |slots: &[u32]| slots.is_sorted_by(|a, b| a < b);
+    if !ascend(slots) {
+        let mut sorted = slots.to_vec();
+        sorted.sort_unstable();
+        assert!(ascend(&sorted), "write_kv: a slot is written twice");
     }
 }
 
@@ -245,5 +257,20 @@ impl<'a> Rotation<'a> {
             &*heads
         });
         k
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_slot_is_written_by_two_tasks() {
+        for slots in [&[][..], &[3], &[1, 2, 9], &[9, 1, 2]] {
+            assert_different(slots);
+        }
+        for slots in [&[3, 3][..], &[1, 2, 2], &[9, 1, 9]] {
+            assert!(std::panic::catch_unwind(|| assert_different(slots)).is_err(), "{slots:?}");
+        }
     }
 }
