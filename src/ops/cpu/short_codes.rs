@@ -290,7 +290,7 @@ impl<C: FoldedCodes> Codes for Folded<C> {
     unsafe fn prepare(avx2: Avx2, part: &Part<'_>, i: usize, to: *mut u8) {
         let codes = part.codes::<Self>(i);
         let first = 2 * (part.first + i);
-        let zeros = [first, first + 1].map(|group| Self::zeros(avx2, part, group));
+        let zeros = [Self::zeros(avx2, part, first), Self::zeros(avx2, part, first + 1)];
         let mut starts = [avx2.ints(0); 2];
         // SAFETY: the same contract; the token proves that the instructions exist.
         unsafe {

@@ -32,11 +32,12 @@ pub const FEW_ROWS: usize = 8;
 const PASS_ROWS: usize = 6;
 /// Rows whose activations of a slice (128 KiB) stay in the second-level cache while blocks pass.
 const ROW_BLOCK: usize = 128;
-/// Steps that the first rows multiply at a time: whole groups.
-const PART_STEPS: usize = 2;
 /// Blocks whose sums of these rows (64 KiB) stay there too: they share what it takes to prepare
 /// activations.
 const BLOCKS: usize = 8;
+/// Steps that the first rows multiply at a time: whole groups.
+const PART_STEPS: usize = 2;
+
 /// Computes some blocks of a task for all rows.
 pub fn multiply(avx2: Avx2, task: &ByteTask<'_>, blocks: Range<usize>, scratch: &mut Scratch) {
     // SAFETY: the token proves that the instructions exist.
@@ -257,9 +258,10 @@ unsafe fn add_products<C: Codes, const R: usize>(
             for (i, &sums) in sums.iter().enumerate() {
                 let x_scale = x_scales.add(i * Slice::x_bytes::<C>()).cast::<f32>().add(j).read();
                 let to = to.add(i * 4 * BLOCK_ROWS);
-                let acc = load(to).map(|half| _mm256_castsi256_ps(half));
-                let acc = avx2.add_scaled(acc, sums, x_scale, scales);
-                store(to, acc.map(|half| _mm256_castps_si256(half)));
+                let [low, high] = load(to);
+                let acc = [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)];
+                let [low, high] = avx2.add_scaled(acc, sums, x_scale, scales);
+                store(to, [_mm256_castps_si256(low), _mm256_castps_si256(high)]);
             }
         }
     }
