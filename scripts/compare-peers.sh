@@ -273,16 +273,17 @@ measure() {
         { echo "case $name failed; the end of $logs/bench.log:" >&2; tail -n 5 "$logs/bench.log" >&2; return 1; }
 }
 
-# run_case CASE: its record or records.
+# run_case CASE: its record or records. Cases have seeds of their own: with the same one, prompts of
+# one case would begin with those of another, which are cached.
 run_case() {
     local prefix=("--num-prompts" 16 "--max-concurrency" 16 "--prefix-len" 1024 "--input-len" 32 "--output-len" 32
         "--num-warmups" 0 "--prefix-seed" "$((1000 + round))")
     case $1 in
         a) measure a "decode tok/s" "$round" --num-prompts 3 --max-concurrency 1 --input-len 128 --output-len 128 ;;
-        b) measure b "prefill tok/s" "$round" --num-prompts 3 --max-concurrency 1 --input-len 1024 --output-len 1 ;;
-        c) measure c "output tok/s" "$round" --num-prompts 48 --max-concurrency 16 --input-len 128 --output-len 128 ;;
+        b) measure b "prefill tok/s" "$((100000 + round))" --num-prompts 3 --max-concurrency 1 --input-len 1024 --output-len 1 ;;
+        c) measure c "output tok/s" "$((200000 + round))" --num-prompts 48 --max-concurrency 16 --input-len 128 --output-len 128 ;;
         d)
-            measure "d cold" seconds "$round" "${prefix[@]}" &&
+            measure "d cold" seconds "$((300000 + round))" "${prefix[@]}" &&
                 measure "d warm" seconds "$((1000000 + round))" "${prefix[@]}"
             ;;
     esac
