@@ -12,10 +12,12 @@
 //! Of FP8 it multiplies codes by codes, both row-major, with a factor of 1: `fp8` brings
 //! activations there and scales the sums. These are f32 sums, not the faster ones that keep fewer
 //! bits (`FAST_ACCUM`). Whether this version does it on this GPU is asked once, when it is opened.
+//! Of bytes it multiplies codes by codes too, with sums of 32 bits: what our own products of INT8 are
+//! measured against.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
@@ -67,6 +69,35 @@ impl Shape {
     fn bucket(self) -> Shape {
         Shape { rows: self.rows.next_power_of_two(), ..self }
     }
+
+    /// Whether sums are integers.
+    fn has_integers(self) -> bool {
+        self.operands == DType::I8
+    }
+
+    /// The bits of a factor of 1, in the type of the sums.
+    fn one(self) -> u32 {
+        if self.has_integers() { 1 } else { 1f32.to_bits() }
+    }
+}
+
+/// Algorithms that were asked for; `None` where there is none, or it was refused.
+struct Choices<A>(HashMap<Shape, Option<A>>);
+
+impl<A: Copy> Choices<A> {
+    /// The algorithm of the shape's bucket and the shape that it was asked for; where there is none,
+    /// that of the shape itself.
+    fn of(&mut self, shape: Shape, ask: impl Fn(Shape) -> Option<A>) -> Option<(Shape, A)> {
+        [shape.bucket(), shape].into_iter().find_map(|key| {
+            let found = *self.0.entry(key).or_insert_with(|| ask(key));
+            found.map(|algorithm| (key, algorithm))
+        })
+    }
+
+    /// The algorithm that was found for this shape is not asked for again.
+    fn refuse(&mut self, shape: Shape) {
+        self.0.insert(shape, None);
+    }
 }
 
 /// cuBLASLt on one stream.
@@ -77,8 +108,7 @@ pub struct CublasLt {
     /// A factor of 1 on the GPU, for codes.
     one: Tensor,
     multiplies_codes: bool,
-    /// `None` where cuBLASLt has none.
-    algorithms: Mutex<HashMap<Shape, Option<sys::cublasLtMatmulAlgo_t>>>,
+    algorithms: Mutex<Choices<sys::cublasLtMatmulAlgo_t>>,
 }
 
 // SAFETY: a handle may be used from any thread; what changes is behind locks.
@@ -114,7 +144,7 @@ impl CublasLt {
             workspace: Mutex::new(workspace),
             one,
             multiplies_codes: false,
-            algorithms: Mutex::default(),
+            algorithms: Mutex::new(Choices(HashMap::new())),
         };
         let probe = library.call(PROBE, None).and_then(|call| call.fastest(library.handle));
         library.multiplies_codes = probe.is_ok();
@@ -127,36 +157,39 @@ impl CublasLt {
         Call::new(shape, bias, self.one.view().address().cast())
     }
 
-    /// The fastest algorithm, asked for once.
-    fn algorithm(&self, shape: Shape, call: &Call) -> Option<sys::cublasLtMatmulAlgo_t> {
-        let mut algorithms = self.algorithms.lock().unwrap_or_else(PoisonError::into_inner);
-        let bucket = shape.bucket();
-        *algorithms.entry(bucket).or_insert_with(|| {
-            // The bias is only looked at by a product, so that any address will do here.
-            let bucketed = self.call(bucket, call.bias);
-            let found = bucketed.and_then(|call| call.fastest(self.handle));
-            let found = found.inspect_err(|error| {
-                tracing::warn!(?bucket, %error, "cuBLASLt has no algorithm: ours multiply");
-            });
-            found.ok()
-        })
+    fn choices(&self) -> MutexGuard<'_, Choices<sys::cublasLtMatmulAlgo_t>> {
+        self.algorithms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn run(
+    /// The fastest algorithm for these shapes; the bias is only looked at by a product, so that any
+    /// address will do here.
+    fn fastest(
         &self,
         shape: Shape,
+        bias: Option<*const c_void>,
+    ) -> Option<sys::cublasLtMatmulAlgo_t> {
+        let found = self.call(shape, bias).and_then(|call| call.fastest(self.handle));
+        let found = found.inspect_err(|error| {
+            tracing::warn!(?shape, %error, "cuBLASLt has no algorithm for products of this shape");
+        });
+        found.ok()
+    }
+
+    /// Runs a product with an algorithm.
+    fn run(
+        &self,
+        (shape, algorithm): (Shape, &sys::cublasLtMatmulAlgo_t),
         mut out: ViewMut<'_>,
         x: View<'_>,
         weight: View<'_>,
-        bias: Option<View<'_>>,
-    ) -> Result<bool, CublasError> {
-        let call = self.call(shape, bias.map(|bias| bias.address().cast()))?;
-        let Some(algorithm) = self.algorithm(shape, &call) else { return Ok(false) };
+        bias: Option<*const c_void>,
+    ) -> Result<(), CublasError> {
+        let call = self.call(shape, bias)?;
         let mut workspace = self.workspace.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = workspace.size_bytes();
-        let (one, zero, to) = (1f32, 0f32, out.address().cast::<c_void>());
+        let (one, zero, to) = (shape.one(), 0_u32, out.address().cast::<c_void>());
         // SAFETY: the layouts are those of the views, which lie in memory of the stream's GPU, out
-        // and the workspace borrowed exclusively; factors are f32, as the call's scale type says.
+        // and the workspace borrowed exclusively; factors have the bits of the call's scale type.
         unsafe {
             result::matmul(
                 self.handle,
@@ -171,13 +204,12 @@ impl CublasLt {
                 call.out.0,
                 to,
                 call.out.0,
-                &raw const algorithm,
+                std::ptr::from_ref(algorithm),
                 workspace.view_mut().address().cast(),
                 bytes,
                 self.stream,
             )
-        }?;
-        Ok(true)
+        }
     }
 }
 
@@ -188,19 +220,26 @@ impl DenseProducts for CublasLt {
 
     fn multiply(
         &self,
-        out: ViewMut<'_>,
+        mut out: ViewMut<'_>,
         x: View<'_>,
         weight: View<'_>,
         bias: Option<View<'_>>,
     ) -> bool {
         let shape = Shape::of(&out, x, weight, bias);
-        self.run(shape, out, x, weight, bias).unwrap_or_else(|error| {
-            // Faults of the device show again in whatever runs next; the rest our kernels can do.
-            tracing::warn!(?shape, %error, "cuBLASLt refused a product");
-            let mut algorithms = self.algorithms.lock().unwrap_or_else(PoisonError::into_inner);
-            algorithms.insert(shape.bucket(), None);
-            false
-        })
+        let bias = bias.map(|bias| bias.address().cast());
+        // What an algorithm of a bucket refuses of a smaller shape, the shape's own may do.
+        loop {
+            let chosen = self.choices().of(shape, |shape| self.fastest(shape, bias));
+            let Some((key, algorithm)) = chosen else { return false };
+            match self.run((shape, &algorithm), out.reborrow(), x, weight, bias) {
+                Ok(()) => return true,
+                // Faults of the device show again in whatever runs next; the rest our kernels can do.
+                Err(error) => {
+                    tracing::warn!(?shape, ?key, %error, "cuBLASLt refused a product");
+                    self.choices().refuse(key);
+                }
+            }
+        }
     }
 }
 
@@ -221,7 +260,7 @@ impl Drop for Layout {
     }
 }
 
-/// What is computed: f32 sums of transposed weights times activations, and perhaps a bias.
+/// What is computed: sums of transposed weights times activations, and perhaps a bias.
 struct Product(sys::cublasLtMatmulDesc_t);
 
 impl Product {
@@ -275,7 +314,6 @@ struct Call {
     weight: Layout,
     x: Layout,
     out: Layout,
-    bias: Option<*const c_void>,
 }
 
 impl Call {
@@ -287,8 +325,12 @@ impl Call {
     ) -> Result<Call, CublasError> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let Shape { rows, columns, k, operands, out, .. } = shape;
-        let sums = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
-        let product = Product(result::create_matmul_desc(sums, cuda_type(DType::F32))?);
+        let (sums, factors) = if shape.has_integers() {
+            (sys::cublasComputeType_t::CUBLAS_COMPUTE_32I, DType::U32)
+        } else {
+            (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, DType::F32)
+        };
+        let product = Product(result::create_matmul_desc(sums, cuda_type(factors))?);
         product.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
         if operands == DType::Fp8 {
             product.set(Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &one)?;
@@ -305,7 +347,6 @@ impl Call {
             weight: Layout::new(operands, k, columns)?,
             x: Layout::new(operands, k, rows)?,
             out: Layout::new(out, columns, rows)?,
-            bias,
         })
     }
 
@@ -324,7 +365,7 @@ impl Call {
         ] {
             preference.set(operand, &MIN_ALIGNMENT)?;
         }
-        let Call { product, weight, x, out, .. } = self;
+        let Call { product, weight, x, out } = self;
         // SAFETY: all descriptions are alive.
         let found = unsafe {
             let (weight, x, out, by) = (weight.0, x.0, out.0, preference.0);
@@ -340,6 +381,9 @@ fn cuda_type(dtype: DType) -> sys::cudaDataType {
         DType::BF16 => sys::cudaDataType::CUDA_R_16BF,
         DType::F16 => sys::cudaDataType::CUDA_R_16F,
         DType::Fp8 => sys::cudaDataType::CUDA_R_8F_E4M3,
+        DType::I8 => sys::cudaDataType::CUDA_R_8I,
+        // Sums of bytes have a sign; no tensor of ours has elements of that type.
+        DType::U32 => sys::cudaDataType::CUDA_R_32I,
         other => panic!("a dense product of {other}"),
     }
 }
@@ -370,6 +414,37 @@ mod tests {
         assert_eq!(logits, Shape { out: DType::F32, ..expected });
         let with_bias = shape(&bf16([40, 64]), &bf16([32, 64]), DType::BF16, Some(&bias));
         assert_eq!(with_bias, Shape { bias: Some(DType::F32), ..dense });
+    }
+
+    #[test]
+    fn a_refused_bucket_leaves_shapes_their_own_algorithms() {
+        let shape = |rows| Shape {
+            rows,
+            columns: 64,
+            k: 64,
+            operands: DType::I8,
+            out: DType::U32,
+            bias: None,
+        };
+        let asked = std::cell::RefCell::new(Vec::new());
+        let ask = |shape: Shape| {
+            asked.borrow_mut().push(shape.rows);
+            (shape.rows != 37).then_some(shape.rows)
+        };
+        let mut choices = Choices(HashMap::new());
+        assert_eq!(choices.of(shape(40), ask), Some((shape(64), 64)));
+        assert_eq!(choices.of(shape(50), ask), Some((shape(64), 64)));
+        choices.refuse(shape(64));
+        assert_eq!(choices.of(shape(40), ask), Some((shape(40), 40)));
+        assert_eq!(choices.of(shape(37), ask), None, "there is none");
+        choices.refuse(shape(40));
+        assert_eq!(choices.of(shape(40), ask), None, "neither of both");
+        assert_eq!(choices.of(shape(64), ask), None);
+        assert_eq!(*asked.borrow(), [64, 40, 37], "everything is asked for once");
+        assert_eq!(
+            (shape(1).one(), Shape { operands: DType::Fp8, ..shape(1) }.one()),
+            (1, 0x3f80_0000)
+        );
     }
 
     #[test]
