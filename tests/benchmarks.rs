@@ -183,6 +183,160 @@ fn steps_are_measured_and_drawn() {
 }
 
 #[test]
+fn a_prompt_can_be_a_step() {
+    let folder = tempfile::tempdir().unwrap();
+    let sizes = ["--batch-sizes", "1", "--batch-context-len", "16", "--context-lens", "16"];
+    let prompts = ["--prompt-lens", "24,48", "--num-iters", "1"];
+    let args = [&["bench", "steps"], &sizes[..], &prompts, SMALL].concat();
+    let (record, path) = record(&args, &folder, "steps.json");
+    let rows = record["results"]["rows"].as_array().unwrap();
+    assert_eq!((&rows[3]["sweep"], &rows[3]["context_len"]), (&"prompt".into(), &48.into()));
+    let flops = |row: usize| rows[row]["flops"].as_f64().unwrap();
+    assert!(flops(3) > 1.9 * flops(2) && flops(2) > 12.0 * flops(0), "one token needs logits");
+    let report = run(&["bench", "report", path.to_str().unwrap()]);
+    let report = String::from_utf8(report.stdout).unwrap();
+    assert!(report.contains("prompts\n\n| tokens | step p50 ms |"), "{report}");
+}
+
+#[test]
+fn products_and_attention_are_measured_beside_this_machines_limits() {
+    let folder = tempfile::tempdir().unwrap();
+    let sizes = "bench kernels --device cpu --threads 1 --hidden-size 64 --intermediate-size 96 \
+         --num-heads 2 --num-kv-heads 1 --head-dim 32 --context-len 40 --batch-size 2 \
+         --copy-size 1M --weights-size 1M --milliseconds 0 --no-limits";
+    let args: Vec<&str> = sizes.split_whitespace().collect();
+    let limits = folder.path().join("limits.json");
+    let limit = |limit: &str, unit: &str| serde_json::json!({"threads": 1, "limit": limit, "unit": unit, "value": 1e6});
+    let all = [limit("memory read", "GB/s"), limit("f32 FMA, AVX2", "GFLOP/s")];
+    std::fs::write(&limits, serde_json::json!({"limits": all}).to_string()).unwrap();
+    let args = [&args[..], &["--limits-json", limits.to_str().unwrap()]].concat();
+    let (record, _) = record(&args, &folder, "k.json");
+    assert_eq!(record["benchmark"], "kernels");
+    let rows = record["results"]["rows"].as_array().unwrap();
+    let row = |case: &str| rows.iter().find(|row| row["case"] == case).unwrap();
+    let int4 = row("int4, 2048 rows");
+    let allowed = int4["flops"].as_f64().unwrap() / 1e15 * 1e6;
+    let fraction = allowed / int4["microseconds"].as_f64().unwrap();
+    assert!((int4["fraction"].as_f64().unwrap() / fraction - 1.0).abs() < 1e-6, "{int4}");
+    assert!(rows[0]["fraction"].is_null(), "a copy is a limit itself");
+}
+
+/// Writes a record that looks like one of a GPU's.
+fn gpu_record(folder: &TempDir, name: &str, kind: &str, model: Value, results: Value) -> String {
+    let limit = |limit: &str, unit: &str, value: f64| serde_json::json!({"limit": limit, "unit": unit, "value": value});
+    let record = serde_json::json!({
+        "benchmark": kind, "date": "2026-12-01T10:00:00+00:00", "tokenmill": "0.1.0",
+        "machine": {"cpu": "Xeon", "num_cpus": 16, "memory_bytes": 1, "gpus": ["NVIDIA H200"]},
+        "metadata": {"device": "cuda (0 NVIDIA H200)"}, "model": model, "options": {},
+        "limits": [
+            limit("memory copy", "GB/s", 4000.0), limit("bf16 matmul", "GFLOP/s", 800_000.0),
+            limit("fp8 matmul", "GFLOP/s", 1_600_000.0)
+        ],
+        "results": results
+    });
+    let path = folder.path().join(format!("{name}.json"));
+    std::fs::write(&path, record.to_string()).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// What `bench report --out` makes of records: the report, and the names of all files.
+fn report_of(folder: &TempDir, records: &[String]) -> (String, Vec<String>) {
+    let out = folder.path().join("report");
+    let records: Vec<&str> = records.iter().map(String::as_str).collect();
+    let args = [&["bench", "report", "--out", out.to_str().unwrap()], &records[..]].concat();
+    let output = run(&args);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let names = std::fs::read_dir(&out).unwrap();
+    let names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    (std::fs::read_to_string(out.join("report.md")).unwrap(), names.collect())
+}
+
+#[test]
+fn steps_of_a_gpu_stand_beside_the_limits_of_the_gpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = serde_json::json!({
+        "name": "llama", "backend": "cuda (0 NVIDIA H200)", "threads": 16, "quantization": "fp8"
+    });
+    let spread =
+        |ms: f64| serde_json::json!({"mean": ms, "p50": ms, "p90": ms, "p99": ms, "max": ms});
+    let row = |sweep: &str, ms: f64, bytes: u64, flops: u64| {
+        serde_json::json!({
+            "sweep": sweep, "batch_size": 1, "context_len": 1024, "step_ms": spread(ms),
+            "tokens_per_s": 1e3 / ms, "read_bytes": bytes, "flops": flops
+        })
+    };
+    // 8 GB at 4,000 GB/s are 2 ms; 16 TFLOP at 1,600 are 10.
+    let rows = [row("batch", 2.5, 8_000_000_000, 1), row("prompt", 20.0, 1, 16_000_000_000_000)];
+    let steps = gpu_record(&folder, "steps-fp8", "steps", model, serde_json::json!({"rows": rows}));
+    let (report, files) = report_of(&folder, &[steps]);
+    assert!(report.contains("- NVIDIA H200, 2026-12-01, tokenmill 0.1.0: steps-fp8"), "{report}");
+    assert!(report.contains("| 1 | 1024 | 2.50 | 400 | 0.00 | 2.00 | 80 % |"), "{report}");
+    assert!(report.contains("| 1024 | 20.0 | 50.0 | 800 | 10.0 | 50 % |"), "{report}");
+    assert!(files.contains(&"steps-fp8-batch.svg".to_owned()), "{files:?}");
+    assert!(files.contains(&"steps-fp8-prompt.svg".to_owned()), "{files:?}");
+}
+
+#[test]
+fn kernels_stand_beside_pytorch_and_checks_are_tables() {
+    let folder = tempfile::tempdir().unwrap();
+    let kernel = |rows: usize, fraction: f64| {
+        serde_json::json!({
+            "operation": "matmul", "case": format!("bf16, {rows} rows"), "format": "bf16", "rows": rows,
+            "microseconds": 30.0, "bytes": 1.2e8, "flops": 1e8, "fraction": fraction
+        })
+    };
+    let results = serde_json::json!({"rows": [kernel(1, 0.9), kernel(2048, 0.7)]});
+    let backend = serde_json::json!({"backend": "cuda (0 NVIDIA H200)"});
+    let case = |error: f64| {
+        serde_json::json!({
+            "operation": "rope", "case": "halves", "error": error, "limit": 0.03, "passed": error < 0.03
+        })
+    };
+    let cases = serde_json::json!({"cases": [case(0.001), case(0.1)]});
+    let records = [
+        gpu_record(&folder, "kernels", "kernels", backend.clone(), results),
+        gpu_record(&folder, "verify", "verify", backend, cases),
+    ];
+    // What scripts measure is kept by the program itself.
+    let keep = |kind: &str, results: Value| {
+        let results_path = folder.path().join(format!("{kind}-results.json"));
+        std::fs::write(&results_path, results.to_string()).unwrap();
+        let path = folder.path().join(format!("{kind}.json")).to_str().unwrap().to_owned();
+        let args = ["bench", "record", kind, results_path.to_str().unwrap()];
+        let device = ["--metadata", "device=cuda (0 NVIDIA H200)", "--output-json", &path];
+        let output = run(&[&args[..], &device].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        path
+    };
+    let torch =
+        serde_json::json!({"operation": "matmul", "case": "bf16, 1 rows", "microseconds": 28.5});
+    let golden = serde_json::json!({"passed": 319, "prompts": 370, "accuracy": 0.862, "least": 0.85, "tasks": {"facts": 1.0}});
+    let start = serde_json::json!({"ready_ms": 1234.0, "token_ms": 1300.0});
+    let kept = [
+        keep("torch", serde_json::json!({"torch": "2.9", "rows": [torch]})),
+        keep("golden", serde_json::json!({"int8": golden})),
+        keep("start", serde_json::json!({"first": start})),
+    ];
+    let (report, files) = report_of(&folder, &[&records[..], &kept].concat());
+    for row in [
+        "| matmul | bf16, 1 rows | 30.0 | 4000 | 3.33 | 90 % | 28.5 |",
+        "| matmul | bf16, 2048 rows | 30.0 | 4000 | 3.33 | 70 % |  |",
+        "| rope | 1 of 2 | 0.10000 of 0.03 | halves |",
+        "| int8 | 319 of 370 | 86.2 % | 85.0 % | facts 100 % |",
+        "| first | 1234 | 1300 |",
+    ] {
+        assert!(report.contains(row), "{row} in\n{report}");
+    }
+    assert!(report.contains("golden (NVIDIA H200)"), "{report}");
+    assert!(files.contains(&"kernels-matmul.svg".to_owned()), "{files:?}");
+
+    let wrong = folder.path().join("wrong.json");
+    std::fs::write(&wrong, "{\"rows\": 3}").unwrap();
+    let error = refusal(&["bench", "record", "torch", wrong.to_str().unwrap()]);
+    assert!(error.contains("wrong.json holds no such results"), "{error}");
+}
+
+#[test]
 fn what_cannot_be_measured_is_refused_with_its_flag() {
     let small = |args: &[&str]| refusal(&[&["bench"], args, SMALL].concat());
     let error = small(&["latency", "--input-len", "5000"]);

@@ -247,9 +247,10 @@ pub trait Ops: Send + Sync {
         gated_in_steps(self, args);
     }
 
-    /// `out = x · weightᵀ` of E4M3 codes as they are: what products of FP8 are measured against.
-    /// False, and nothing done, where a device does not multiply FP8 by FP8.
-    fn multiply_fp8(&self, out: ViewMut<'_>, x: View<'_>, weight: View<'_>) -> bool {
+    /// `out = x · weightᵀ` of codes as they are, what products of them are measured against: E4M3 with
+    /// sums in `out`'s dtype, or bytes with sums of 32 bits, whose bits a `u32` holds. False, and
+    /// nothing done, where a device's library has no such product.
+    fn multiply_codes(&self, out: ViewMut<'_>, x: View<'_>, weight: View<'_>) -> bool {
         let _ = (out, x, weight);
         false
     }

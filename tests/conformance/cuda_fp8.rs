@@ -263,6 +263,30 @@ pub fn check_choice() {
         let [mut out, x, weight] =
             [DType::BF16, DType::Fp8, DType::Fp8].map(|dtype| ops.zeros(dtype, [16, 16].into()));
         let (out, x, weight) = (out.as_mut().unwrap(), x.unwrap(), weight.unwrap());
-        assert!(!ops.multiply_fp8(out.view_mut(), x.view(), weight.view()));
+        assert!(!ops.multiply_codes(out.view_mut(), x.view(), weight.view()));
+    }
+    check_bytes(&able);
+    let [mut out, x, weight] = [DType::U32, DType::I8, DType::I8].map(|dtype| {
+        let none = on((9, 0), None);
+        none.zeros(dtype, [16, 16].into()).unwrap()
+    });
+    let none = on((9, 0), None);
+    assert!(!none.multiply_codes(out.view_mut(), x.view(), weight.view()), "without a library");
+}
+
+/// Bytes times bytes are a library's too, with sums of 32 bits.
+fn check_bytes(ops: &CudaOps<Shim>) {
+    let codes: Vec<i8> = (0..16 * 32).map(|i| (i * 7 % 255) as i8).collect();
+    let place = |codes: &[i8]| ops.place(Tensor::from_slice(codes, [16, 32])).unwrap();
+    let mut out = ops.zeros(DType::U32, [16, 16].into()).unwrap();
+    let operand = place(&codes);
+    assert!(ops.multiply_codes(out.view_mut(), operand.view(), operand.view()));
+    let mut bytes = vec![0; out.size_bytes()];
+    ops.download(&mut bytes, out.view());
+    ops.synchronize().unwrap();
+    let row = |row: usize| codes[32 * row..][..32].iter().map(|&code| i32::from(code));
+    for (i, sum) in bytes.as_chunks::<4>().0.iter().enumerate() {
+        let expected: i32 = row(i / 16).zip(row(i % 16)).map(|(a, b)| a * b).sum();
+        assert_eq!(i32::from_le_bytes(*sum), expected, "{i}");
     }
 }

@@ -8,14 +8,17 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 
 use super::load::{Outcome, Pace, RequestTrace, drive};
+use super::record::Measured;
 use super::steps::prompt_flops;
 use crate::checkpoint::ExpectedTensor;
 use crate::cli::open::{self, Opened};
-use crate::config::EngineConfig;
+use crate::config::{DeviceChoice, EngineConfig};
 use crate::engine::Engine;
 use crate::model::kv_cache::KvCache;
 use crate::model::spec::{MlpSpec, ModelSpec, MoeSpec};
 use crate::ops::cpu::physical_cores;
+use crate::ops::cuda::KERNELS;
+use crate::ops::cuda::driver::Survey;
 use crate::output::FinishReason;
 use crate::request::{GenerateRequest, Prompt, RequestId, SamplingParams, StopConditions};
 use crate::runner::MemoryPlan;
@@ -77,6 +80,18 @@ impl InProcess {
         self.runtime.block_on(self.opened.engine.drain(DRAIN_TIME));
         self.facts
     }
+}
+
+/// Whose limits bound a run: those of the device that will be opened.
+pub(super) fn measured(config: &EngineConfig) -> Measured {
+    let on_gpu = match (config.device.choice, config.device.cpu_only_flag) {
+        (DeviceChoice::Cuda(_), _) => true,
+        (DeviceChoice::Auto, None) if !KERNELS.is_empty() => {
+            Survey::take().is_ok_and(|survey| survey.usable(0).is_ok())
+        }
+        _ => false,
+    };
+    if on_gpu { Measured::Gpu } else { Measured::Host { threads: num_threads(config) } }
 }
 
 /// Threads that compute.

@@ -5,7 +5,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::figures::{BatchFigures, Spread, median, ms, print_spreads};
-use super::in_process::{InProcess, num_threads};
+use super::in_process::{InProcess, measured};
 use super::load::{Pace, RequestTrace};
 use super::record::{Kind, RecordArgs, Recorder};
 use super::workload::token_ids;
@@ -53,7 +53,8 @@ struct LatencyFigures {
     most_prefill_tflops: Option<f64>,
     decode_tokens_per_s: Option<f64>,
     decode_steps_per_s: Option<f64>,
-    /// Weights read per second by decode steps, of the memory bandwidth read in the same run.
+    /// Weights read per second by decode steps, of the memory bandwidth: read in the same run, of a
+    /// GPU what it copies.
     weights_read_fraction: Option<f64>,
     iterations: Vec<BatchFigures>,
 }
@@ -69,7 +70,7 @@ pub fn run(args: LatencyArgs) -> anyhow::Result<()> {
         "--batch-size is {batch_size}, but --max-num-seqs lets {limit} run at once; raise it"
     );
     config.scheduler.max_num_queued_requests = batch_size;
-    let mut recorder = Recorder::begin(args.record, Some(num_threads(&config)))?;
+    let mut recorder = Recorder::begin(args.record, measured(&config))?;
     let engine = InProcess::open(&config, input_len + output_len)?;
     let mut batches = Vec::with_capacity(args.num_iters);
     for batch in 0..args.num_iters_warmup + args.num_iters {
@@ -84,7 +85,7 @@ pub fn run(args: LatencyArgs) -> anyhow::Result<()> {
     recorder.end();
     let weights_bytes = engine.step_weights_bytes(batch_size) as f64;
     let flops = engine.prompt_flops(input_len) as f64 / input_len as f64;
-    let figures = figures(&batches, (weights_bytes, flops), recorder.memory_read());
+    let figures = figures(&batches, (weights_bytes, flops), recorder.bandwidth());
     figures.print();
     let options = json!({
         "input_len": input_len, "output_len": output_len, "batch_size": batch_size,
@@ -96,7 +97,7 @@ pub fn run(args: LatencyArgs) -> anyhow::Result<()> {
 fn figures(
     batches: &[Vec<RequestTrace>],
     (weights_bytes, token_flops): (f64, f64),
-    memory_read: Option<f64>,
+    bandwidth: Option<f64>,
 ) -> LatencyFigures {
     let traces = || batches.iter().flatten();
     let iterations: Vec<BatchFigures> =
@@ -121,7 +122,7 @@ fn figures(
         decode_tokens_per_s: medians(|batch| batch.decode_tokens_per_s),
         decode_steps_per_s,
         weights_read_fraction: decode_steps_per_s
-            .zip(memory_read)
+            .zip(bandwidth)
             .map(|(steps, bandwidth)| weights_bytes * steps / bandwidth),
         iterations,
     }
@@ -144,7 +145,7 @@ impl LatencyFigures {
             println!("decode:  {tokens:.1} tokens/s in {steps:.1} steps/s");
         }
         if let Some(fraction) = self.weights_read_fraction {
-            println!("weights read by decode steps: {:.0} % of memory read", fraction * 100.0);
+            println!("weights read by decode steps: {:.0} % of memory bandwidth", fraction * 100.0);
         }
     }
 }

@@ -26,12 +26,17 @@ const PASSES: usize = 7;
 
 /// [`Limit::limit`] of [`memory_read`].
 pub const MEMORY_READ: &str = "memory read";
+/// [`Limit::limit`] of how fast a GPU copies within its memory: bytes read and bytes written.
+pub const MEMORY_COPY: &str = "memory copy";
+/// [`Limit::unit`] of arithmetic.
+pub const ARITHMETIC_UNIT: &str = "GFLOP/s";
 
 /// One limit of this machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Limit {
-    /// Threads that worked at once.
-    pub threads: usize,
+    /// Threads that worked at once; none where a whole GPU did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
     /// What they did.
     pub limit: String,
     /// Unit of `value`.
@@ -59,7 +64,7 @@ pub fn memory_read(threads: usize) -> Limit {
         black_box(sum(buffers[thread].as_slice()));
     });
     Limit {
-        threads,
+        threads: Some(threads),
         limit: MEMORY_READ.to_owned(),
         unit: "GB/s".to_owned(),
         value: (threads * bytes) as f64 / seconds / 1e9,
@@ -70,13 +75,70 @@ pub fn memory_read(threads: usize) -> Limit {
 /// Arithmetic on all threads at once, each in its registers; one limit per kind of instruction.
 pub fn arithmetic(threads: usize) -> Vec<Limit> {
     let limit = |(name, operations, work): Arithmetic| Limit {
-        threads,
+        threads: Some(threads),
         limit: name.to_owned(),
-        unit: "GFLOP/s".to_owned(),
+        unit: ARITHMETIC_UNIT.to_owned(),
         value: threads as f64 * operations / best_time(threads, |_| work()) / 1e9,
         when: None,
     };
     peak_arithmetic().into_iter().map(limit).collect()
+}
+
+/// What an instruction multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Operands {
+    Floats,
+    Fp8,
+    Bytes,
+    FourBits,
+}
+
+impl Operands {
+    /// Those of a limit of arithmetic, whose name begins with them.
+    fn of_limit(limit: &str) -> Operands {
+        let named = |name: &str| limit.starts_with(name);
+        match () {
+            () if named("int4") => Operands::FourBits,
+            () if named("int8") => Operands::Bytes,
+            () if named("fp8") => Operands::Fp8,
+            () => Operands::Floats,
+        }
+    }
+
+    /// What weights of a format are multiplied as: a GPU multiplies codes of four bits, and others
+    /// whose activations keep their precision, as floats.
+    fn of_format(format: &str, on_gpu: bool) -> &'static [Operands] {
+        match (format, on_gpu) {
+            ("int8", _) | ("q8_0", false) => &[Operands::Bytes],
+            ("int4" | "int4-g64" | "int4-g128" | "q4_0" | "mxfp4", false) => {
+                &[Operands::FourBits, Operands::Bytes]
+            }
+            ("fp8", true) => &[Operands::Fp8, Operands::Floats],
+            _ => &[Operands::Floats],
+        }
+    }
+}
+
+/// The fastest arithmetic for weights of a format, a value of `--quantization` or `bf16`, in
+/// operations per second; where a machine has none of its kind, that of floats. Of limits read in the
+/// run that the record is of, if there are any.
+pub fn peak(limits: &[Limit], format: &str, on_gpu: bool) -> Option<f64> {
+    let fastest = |operands: &[Operands]| {
+        let fits = |limit: &&Limit| {
+            limit.unit == ARITHMETIC_UNIT && operands.contains(&Operands::of_limit(&limit.limit))
+        };
+        best(limits.iter().filter(fits))
+    };
+    fastest(Operands::of_format(format, on_gpu)).or_else(|| fastest(&[Operands::Floats]))
+}
+
+/// The largest of limits in their units times 10⁹, of those read in the run itself if there are any.
+pub(super) fn best<'a>(limits: impl Iterator<Item = &'a Limit> + Clone) -> Option<f64> {
+    let largest = |limits: &mut dyn Iterator<Item = &'a Limit>| {
+        limits.map(|limit| limit.value * 1e9).max_by(f64::total_cmp)
+    };
+    largest(&mut limits.clone().filter(|limit| limit.when.is_some()))
+        .or_else(|| largest(&mut limits.clone()))
 }
 
 /// The best wall time of `work` running on all threads at once.
@@ -153,9 +215,43 @@ mod tests {
         let printed = format!("threads  limit\n      2  bf16 AMX\n{{\"limits\": [{row}]}}\n");
         for text in [record, printed] {
             let limits = parse(&text).unwrap();
-            assert_eq!((limits.len(), limits[0].threads, limits[0].value), (1, 2, 3.5));
+            assert_eq!((limits.len(), limits[0].threads, limits[0].value), (1, Some(2), 3.5));
         }
         assert_eq!(parse("threads  limit\n"), None);
+    }
+
+    #[test]
+    fn weights_are_held_to_what_multiplies_their_format() {
+        let limits = |names: &[(&str, f64)]| -> Vec<Limit> {
+            let limit = |&(name, value): &(&str, f64)| Limit {
+                threads: None,
+                limit: name.to_owned(),
+                unit: ARITHMETIC_UNIT.to_owned(),
+                value,
+                when: None,
+            };
+            names.iter().map(limit).collect()
+        };
+        let avx2 = limits(&[("f32 FMA, AVX2", 1.0), ("int8, AVX2", 2.0), ("int4, AVX2", 4.0)]);
+        let giga = |limits: &[Limit], format, on_gpu| peak(limits, format, on_gpu).map(|x| x / 1e9);
+        for (format, expected) in [
+            ("bf16", 1.0),
+            ("w8a16", 1.0),
+            ("fp8", 1.0),
+            ("int8", 2.0),
+            ("q8_0", 2.0),
+            ("mxfp4", 4.0),
+        ] {
+            assert_eq!(giga(&avx2, format, false), Some(expected), "{format}");
+        }
+        let amx = limits(&[("bf16 AMX", 8.0), ("int8 AMX", 16.0), ("int4, AVX2", 4.0)]);
+        assert_eq!(giga(&amx, "int4", false), Some(16.0), "four bits are multiplied as bytes");
+        let gpu = limits(&[("bf16 matmul", 8.0), ("fp8 matmul", 16.0), ("int8 matmul", 15.0)]);
+        for (format, expected) in [("bf16", 8.0), ("int4", 8.0), ("fp8", 16.0), ("int8", 15.0)] {
+            assert_eq!(giga(&gpu, format, true), Some(expected), "{format}");
+        }
+        assert_eq!(giga(&gpu[..1], "int8", true), Some(8.0), "floats, where there is nothing else");
+        assert_eq!(peak(&[], "bf16", false), None);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! | `steps` | single forward passes over a range of batches and contexts |
 //! | `kernels` | single operations of a device beside its ceilings |
 //! | `report` | records to a table and plots |
+//! | `keep` | what a script measured, as a record |
 //! | `workload`, `load`, `figures` | prompts, how they are sent, what is computed from the answers |
 //! | `limits`, `record` | what the machine can do; the JSON that a run leaves |
 //! | `client` | HTTP/1.1 and SSE for `serve` |
@@ -17,6 +18,7 @@
 mod client;
 mod figures;
 mod in_process;
+pub mod keep;
 pub mod kernels;
 pub mod latency;
 pub mod limits;
@@ -55,6 +57,8 @@ pub enum Benchmark {
     Steps(Box<steps::StepsArgs>),
     /// Single operations of a device, beside how fast it copies and multiplies
     Kernels(Box<kernels::KernelsArgs>),
+    /// Keep what a script measured as a record of this machine
+    Record(keep::KeepArgs),
     /// A Markdown table and SVG plots from the records of the other commands
     Report(report::ReportArgs),
 }
@@ -68,6 +72,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         Benchmark::Serve(args) => serve::run(&args),
         Benchmark::Steps(args) => steps::run(*args),
         Benchmark::Kernels(args) => kernels::run(&args),
+        Benchmark::Record(args) => keep::run(args),
         Benchmark::Report(args) => report::run(&args),
     }
 }

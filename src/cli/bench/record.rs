@@ -8,7 +8,8 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::limits::{self, Limit, MEMORY_READ};
+use super::limits::{self, Limit, MEMORY_COPY, MEMORY_READ};
+use crate::ops::cuda::driver::Survey;
 
 /// Flags about the record that a run leaves.
 #[derive(Clone, Debug, Args)]
@@ -18,7 +19,8 @@ pub struct RecordArgs {
     #[arg(long, value_name = "FILE")]
     pub output_json: Option<PathBuf>,
 
-    /// Note this in the record; repeat for several (`bench report` groups by `engine` and `case`)
+    /// Note this in the record; repeat for several (`bench report` groups by `engine` and `case`, and
+    /// `device` is what a server computes on, in the words of `doctor`)
     #[arg(long, value_name = "KEY=VALUE", value_parser = parse_pair)]
     pub metadata: Vec<(String, String)>,
 
@@ -30,6 +32,13 @@ pub struct RecordArgs {
     /// Do not read memory bandwidth and peak arithmetic before and after the run
     #[arg(long)]
     pub no_limits: bool,
+}
+
+impl RecordArgs {
+    /// Whether `--metadata device=…` says that a server computes on a GPU.
+    pub(super) fn names_gpu(&self) -> bool {
+        self.metadata.iter().any(|(key, value)| key == "device" && value.starts_with("cuda"))
+    }
 }
 
 /// Which command made a record.
@@ -46,6 +55,14 @@ pub enum Kind {
     Steps,
     /// `bench kernels`.
     Kernels,
+    /// `doctor --verify`.
+    Verify,
+    /// `scripts/golden.py`, kept by `bench record`.
+    Golden,
+    /// PyTorch's times of what `bench kernels` measures, kept by `bench record`.
+    Torch,
+    /// How long a server takes to start, kept by `bench record`.
+    Start,
 }
 
 /// One run.
@@ -72,6 +89,30 @@ pub struct Record {
     pub results: Value,
 }
 
+impl Record {
+    /// What computed, in its own words: `cuda (0 NVIDIA H200)`.
+    fn backend(&self) -> &str {
+        let noted = self.metadata.get("device").map(String::as_str);
+        self.model["backend"].as_str().or(noted).unwrap_or_default()
+    }
+
+    /// Whether a GPU computed.
+    pub(super) fn is_of_gpu(&self) -> bool {
+        self.backend().starts_with("cuda")
+    }
+
+    /// The name of the GPU that computed, else of the processor.
+    pub(super) fn hardware(&self) -> &str {
+        let gpu = self.backend().strip_prefix("cuda (").and_then(|rest| rest.strip_suffix(')'));
+        gpu.map_or(&self.machine.cpu, |gpu| gpu.split_once(' ').map_or(gpu, |(_, name)| name))
+    }
+
+    /// The weights' format: a value of `--quantization`, or `bf16`.
+    pub(super) fn format(&self) -> &str {
+        self.model["quantization"].as_str().unwrap_or("bf16")
+    }
+}
+
 /// The machine, as far as it tells.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
@@ -81,6 +122,9 @@ pub struct Machine {
     pub num_cpus: usize,
     /// Bytes of memory.
     pub memory_bytes: u64,
+    /// Names of the GPUs that a driver tells of, used or not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpus: Vec<String>,
 }
 
 impl Machine {
@@ -89,11 +133,13 @@ impl Machine {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let memory = field(&read("/proc/meminfo"), "MemTotal");
         let kib = memory.and_then(|text| text.split_whitespace().next()?.parse::<u64>().ok());
+        let gpus = Survey::take().map(|survey| survey.gpus).unwrap_or_default();
         Machine {
             cpu: field(&read("/proc/cpuinfo"), "model name")
                 .unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
             num_cpus: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             memory_bytes: kib.map_or(0, |kib| kib * 1024),
+            gpus: gpus.into_iter().map(|gpu| gpu.name).collect(),
         }
     }
 }
@@ -104,24 +150,35 @@ fn field(text: &str, name: &str) -> Option<String> {
     Some(line.split_once(':')?.1.trim().to_owned())
 }
 
+/// What a run measures, and so whose limits bound it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Measured {
+    /// This machine's processor.
+    Host {
+        /// Threads that compute.
+        threads: usize,
+    },
+    /// A GPU, whose limits `bench kernels` reads.
+    Gpu,
+    /// Another machine, or none.
+    Elsewhere,
+}
+
 /// A record in the making.
 pub(super) struct Recorder {
     args: RecordArgs,
-    /// Threads that read memory; `None` reads nothing.
-    threads: Option<usize>,
+    measured: Measured,
     limits: Vec<Limit>,
 }
 
 impl Recorder {
-    /// Refuses what could not be written later, then reads the limits a first time. `threads` is
-    /// `None` when this machine's limits say nothing about what is measured.
-    pub fn begin(args: RecordArgs, threads: Option<usize>) -> anyhow::Result<Recorder> {
+    /// Refuses what could not be written later, then reads the limits a first time.
+    pub fn begin(args: RecordArgs, measured: Measured) -> anyhow::Result<Recorder> {
         if let Some(path) = &args.output_json {
             check_folder(path)?;
         }
         let limits = args.limits_json.as_deref().map(limits::read_file).transpose()?;
-        let threads = threads.filter(|_| !args.no_limits);
-        let mut recorder = Recorder { args, threads, limits: limits.unwrap_or_default() };
+        let mut recorder = Recorder { args, measured, limits: limits.unwrap_or_default() };
         recorder.read_limits("before");
         Ok(recorder)
     }
@@ -132,16 +189,30 @@ impl Recorder {
     }
 
     fn read_limits(&mut self, when: &str) {
-        if let Some(threads) = self.threads {
+        if let (Measured::Host { threads }, false) = (self.measured, self.args.no_limits) {
             let read = std::iter::once(limits::memory_read(threads));
             let now = |limit| Limit { when: Some(when.to_owned()), ..limit };
             self.limits.extend(read.chain(limits::arithmetic(threads)).map(now));
         }
     }
 
-    /// The memory bandwidth in bytes per second, the better of before and after.
-    pub fn memory_read(&self) -> Option<f64> {
-        self.best_of(MEMORY_READ).map(|gigabytes| gigabytes * 1e9)
+    /// Adds limits that the run itself read.
+    pub fn add_limits(&mut self, limits: impl IntoIterator<Item = Limit>) {
+        self.limits.extend(limits);
+    }
+
+    /// All limits so far, of this run and of `--limits-json`.
+    pub fn limits(&self) -> &[Limit] {
+        &self.limits
+    }
+
+    /// The memory bandwidth in bytes per second: of the host the better of before and after, of a GPU
+    /// what is known, since it has no neighbours.
+    pub fn bandwidth(&self) -> Option<f64> {
+        match self.measured {
+            Measured::Gpu => limits::best(self.limits.iter().filter(|l| l.limit == MEMORY_COPY)),
+            _ => self.best_of(MEMORY_READ).map(|gigabytes| gigabytes * 1e9),
+        }
     }
 
     /// What was read of a limit in this run, the better of before and after.
@@ -172,8 +243,8 @@ impl Recorder {
         options: Value,
         results: &impl Serialize,
     ) -> anyhow::Result<()> {
-        if let Some(bandwidth) = self.memory_read() {
-            println!("memory read in the same run: {:.1} GB/s", bandwidth / 1e9);
+        if let Some(bandwidth) = self.best_of(MEMORY_READ) {
+            println!("memory read in the same run: {bandwidth:.1} GB/s");
         }
         self.print_arithmetic();
         let record = Record {
@@ -232,6 +303,24 @@ mod tests {
         assert!(check_folder(folder.path()).is_err());
         let error = check_folder(&folder.path().join("absent/run.json")).unwrap_err();
         assert!(error.to_string().contains("--output-json"), "{error}");
+    }
+
+    #[test]
+    fn a_record_names_the_gpu_that_computed() {
+        let record = |model: &str, metadata: &str| -> Record {
+            let text = format!(
+                r#"{{"benchmark": "serve", "date": "", "tokenmill": "", "model": {model},
+                     "machine": {{"cpu": "EPYC", "num_cpus": 2, "memory_bytes": 1}},
+                     "metadata": {metadata}, "options": {{}}, "limits": [], "results": {{}}}}"#
+            );
+            serde_json::from_str(&text).unwrap()
+        };
+        let gpu = record(r#"{"backend": "cuda (0 NVIDIA H200)", "quantization": "fp8"}"#, "{}");
+        assert_eq!((gpu.is_of_gpu(), gpu.hardware(), gpu.format()), (true, "NVIDIA H200", "fp8"));
+        let served = record("{}", r#"{"device": "cuda (1 NVIDIA L4)"}"#);
+        assert_eq!((served.is_of_gpu(), served.hardware()), (true, "NVIDIA L4"));
+        let cpu = record(r#"{"backend": "cpu (avx2, 2 threads)", "quantization": null}"#, "{}");
+        assert_eq!((cpu.is_of_gpu(), cpu.hardware(), cpu.format()), (false, "EPYC", "bf16"));
     }
 
     #[test]

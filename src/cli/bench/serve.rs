@@ -16,7 +16,7 @@ use super::client::{BaseUrl, ClientError, EventStream};
 use super::figures::LoadFigures;
 use super::load::{Pace, RequestTrace, drive};
 use super::parse_count;
-use super::record::{Kind, RecordArgs, Recorder};
+use super::record::{Kind, Measured, RecordArgs, Recorder};
 use super::throughput::{options, refuse_failures};
 use super::workload::WorkloadArgs;
 use crate::ops::cpu::physical_cores;
@@ -59,8 +59,12 @@ pub struct ServeBenchArgs {
 /// Measures.
 pub fn run(args: &ServeBenchArgs) -> anyhow::Result<()> {
     // Limits of this machine say nothing about a server on another one.
-    let threads = args.base_url.is_loopback().then(physical_cores);
-    let mut recorder = Recorder::begin(args.record.clone(), threads)?;
+    let measured = match args.base_url.is_loopback() {
+        true if args.record.names_gpu() => Measured::Gpu,
+        true => Measured::Host { threads: physical_cores() },
+        false => Measured::Elsewhere,
+    };
+    let mut recorder = Recorder::begin(args.record.clone(), measured)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -1,4 +1,5 @@
-//! `tokenmill bench steps`: the time of one decode step over batch sizes and context lengths.
+//! `tokenmill bench steps`: the time of one decode step over batch sizes and context lengths, and of
+//! steps that compute a whole prompt.
 //!
 //! Steps go straight to the runner, past scheduler and sampler's noise: the same step again
 //! and again, at the same positions, beside the bytes that it must read and the operations that
@@ -13,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::figures::Spread;
-use super::in_process::{headline, model_facts, num_threads, step_weights_bytes};
+use super::in_process::{headline, measured, model_facts, step_weights_bytes};
 use super::record::{Kind, RecordArgs, Recorder};
 use super::{EngineArgs, parse_count};
 use crate::cli::open::{self, Loaded};
@@ -43,6 +44,9 @@ pub struct StepsArgs {
     /// Batch size of these
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = parse_count)]
     pub context_batch_size: usize,
+    /// Lengths of prompts that are computed in one step each; none by default
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = parse_count)]
+    pub prompt_lens: Vec<usize>,
     /// Readings of each step, after one that does not count
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = parse_count)]
     pub num_iters: usize,
@@ -59,6 +63,8 @@ pub(super) enum Sweep {
     Batch,
     /// The context length.
     Context,
+    /// The length of a prompt that is one step.
+    Prompt,
 }
 
 /// One measured step.
@@ -66,13 +72,13 @@ pub(super) enum Sweep {
 pub(super) struct StepRow {
     /// What is varied.
     pub sweep: Sweep,
-    /// Sequences that each compute one token.
+    /// Sequences that each compute one token, or a prompt.
     pub batch_size: usize,
     /// Tokens that each of them sees, its own included.
     pub context_len: usize,
     /// The time of the step.
     pub step_ms: Spread,
-    /// Tokens per second at the median.
+    /// Computed tokens per second at the median.
     pub tokens_per_s: f64,
     /// Bytes of weights and of keys and values that the step must read.
     pub read_bytes: usize,
@@ -91,7 +97,7 @@ pub(super) struct StepFigures {
 pub fn run(mut args: StepsArgs) -> anyhow::Result<()> {
     let mut config = args.engine.clone().resolve()?;
     make_room(&mut config, &args);
-    let mut recorder = Recorder::begin(args.record.clone(), Some(num_threads(&config)))?;
+    let mut recorder = Recorder::begin(args.record.clone(), measured(&config))?;
     let Loaded { runner, spec, plan, backend } = open::open_runner(&config)?;
     let facts = model_facts(&config, &spec, &plan, &backend);
     println!("{}", headline(&facts));
@@ -124,10 +130,11 @@ pub fn run(mut args: StepsArgs) -> anyhow::Result<()> {
 /// A step may be as large as was asked for.
 fn make_room(config: &mut EngineConfig, args: &StepsArgs) {
     let typed = args.batch_sizes.iter().flatten().copied().max().unwrap_or(1);
+    let longest = args.prompt_lens.iter().copied().max().unwrap_or(1);
     let scheduler = &mut config.scheduler;
     scheduler.max_num_seqs = scheduler.max_num_seqs.max(typed).max(args.context_batch_size);
-    scheduler.max_num_batched_tokens =
-        scheduler.max_num_batched_tokens.max(scheduler.max_num_seqs).max(config.cache.block_size);
+    let least = scheduler.max_num_seqs.max(config.cache.block_size).max(longest);
+    scheduler.max_num_batched_tokens = scheduler.max_num_batched_tokens.max(least);
 }
 
 /// One step to measure.
@@ -139,6 +146,11 @@ struct Cell {
 }
 
 impl Cell {
+    /// Tokens that each sequence computes.
+    fn num_tokens(&self) -> usize {
+        if self.sweep == Sweep::Prompt { self.context_len } else { 1 }
+    }
+
     fn num_blocks(&self, block_size: usize) -> usize {
         self.batch_size * self.context_len.div_ceil(block_size)
     }
@@ -165,6 +177,8 @@ fn cells(args: &mut StepsArgs, plan: &MemoryPlan) -> anyhow::Result<Vec<Cell>> {
         Some(lens) => cells.extend(lens.into_iter().map(by_context)),
         None => cells.extend(powers(7..=14).map(by_context).filter(|cell| cell.fits(plan))),
     }
+    let by_prompt = |context_len| Cell { sweep: Sweep::Prompt, batch_size: 1, context_len };
+    cells.extend(args.prompt_lens.iter().copied().map(by_prompt));
     for cell in &cells {
         anyhow::ensure!(
             cell.fits(plan),
@@ -204,21 +218,26 @@ impl StepBench {
 
     fn measure(&mut self, cell: Cell, num_iters: usize) -> anyhow::Result<StepRow> {
         let Cell { sweep, batch_size, context_len } = cell;
-        let batch = self.batch(batch_size, 1, context_len);
+        let num_tokens = cell.num_tokens();
+        let batch = self.batch(batch_size, num_tokens, context_len);
         self.execute(&batch)?;
         let readings: anyhow::Result<Vec<f64>> =
             (0..num_iters).map(|_| self.execute(&batch)).collect();
         let step_ms = Spread::of(readings?).context("a step has readings")?;
         let cost = StepCost::of(&self.spec, self.plan.kv_dtype, context_len);
-        let weights_bytes = step_weights_bytes(&self.spec, &self.plan, batch_size);
+        let weights_bytes = step_weights_bytes(&self.spec, &self.plan, batch_size * num_tokens);
+        let flops = match sweep {
+            Sweep::Prompt => prompt_flops(&self.spec, self.plan.kv_dtype, context_len),
+            Sweep::Batch | Sweep::Context => cost.flops,
+        };
         Ok(StepRow {
             sweep,
             batch_size,
             context_len,
             step_ms,
-            tokens_per_s: batch_size as f64 / step_ms.p50 * 1e3,
+            tokens_per_s: (batch_size * num_tokens) as f64 / step_ms.p50 * 1e3,
             read_bytes: weights_bytes + batch_size * cost.kv_bytes,
-            flops: batch_size * cost.flops,
+            flops: batch_size * flops,
         })
     }
 
@@ -268,13 +287,16 @@ pub fn uniform_batch(
 
 /// What one token costs beside the reading of weights, which all tokens of a step share.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct StepCost {
-    kv_bytes: usize,
-    flops: usize,
+pub struct StepCost {
+    /// Bytes of keys and values that it reads.
+    pub kv_bytes: usize,
+    /// Multiplications and additions.
+    pub flops: usize,
 }
 
 impl StepCost {
-    fn of(spec: &ModelSpec, kv_dtype: DType, context_len: usize) -> StepCost {
+    /// Of a token that sees `context_len` tokens and needs logits.
+    pub fn of(spec: &ModelSpec, kv_dtype: DType, context_len: usize) -> StepCost {
         let output = spec.lm_head.num_weights();
         let mut cost = StepCost { kv_bytes: 0, flops: 2 * output };
         for layer in &spec.layers {
@@ -302,7 +324,7 @@ impl StepCost {
 
 /// Multiplications and additions of a prompt of which the last token alone needs logits. Tokens see
 /// half of the prompt on average.
-pub(super) fn prompt_flops(spec: &ModelSpec, kv_dtype: DType, len: usize) -> usize {
+pub fn prompt_flops(spec: &ModelSpec, kv_dtype: DType, len: usize) -> usize {
     let output = 2 * spec.lm_head.num_weights();
     len * (StepCost::of(spec, kv_dtype, len.div_ceil(2)).flops - output) + output
 }

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::EngineArgs;
 use super::figures::LoadFigures;
-use super::in_process::{InProcess, num_threads};
+use super::in_process::{InProcess, measured};
 use super::load::{Outcome, Pace};
 use super::record::{Kind, RecordArgs, Recorder};
 use super::workload::WorkloadArgs;
@@ -32,7 +32,7 @@ pub fn run(args: ThroughputArgs) -> anyhow::Result<()> {
     // All requests may wait: a refusal would say nothing about throughput.
     config.scheduler.max_num_queued_requests =
         workload.num_prompts.max(workload.num_warmups).max(1);
-    let mut recorder = Recorder::begin(record, Some(num_threads(&config)))?;
+    let mut recorder = Recorder::begin(record, measured(&config))?;
     let engine = InProcess::open(&config, workload.request_len())?;
     let vocab_size = engine.vocab_size();
     let warmup = workload.warmup_prompts(vocab_size, seed);

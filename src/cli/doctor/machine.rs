@@ -62,7 +62,7 @@ struct GpuReport {
 impl Machine {
     /// Looks.
     pub fn here() -> Machine {
-        let record::Machine { cpu, num_cpus, memory_bytes } = record::Machine::here();
+        let record::Machine { cpu, num_cpus, memory_bytes, .. } = record::Machine::here();
         Machine {
             cpu: Cpu {
                 name: cpu,

@@ -31,7 +31,8 @@ const PREPARE_THREADS: usize = 256;
 const PLAIN_COLUMNS: usize = 4;
 
 /// A library's dense products: `out = x · weightᵀ (+ bias)` of row-major operands of one dtype,
-/// bf16 or f16, and with f32 sums.
+/// bf16 or f16, and with f32 sums. Of bytes, with sums of 32 bits and no bias, it may have products that
+/// nothing but a measurement asks for.
 pub trait DenseProducts: Send + Sync {
     /// Whether operands may be FP8 E4M3, which stand for themselves, without a bias; rows of
     /// weights and of `x` are multiples of sixteen then, and so is the number of columns.

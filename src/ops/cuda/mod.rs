@@ -255,10 +255,10 @@ impl<L: Launcher> Ops for CudaOps<L> {
         self.multiply_gated(args);
     }
 
-    fn multiply_fp8(&self, out: ViewMut<'_>, x: View<'_>, weight: View<'_>) -> bool {
+    fn multiply_codes(&self, out: ViewMut<'_>, x: View<'_>, weight: View<'_>) -> bool {
         let library = self.dense_products();
-        fp8::is_multiplied(self.facts(), library)
-            && library.is_some_and(|library| library.multiply(out, x, weight, None))
+        let is_had = x.dtype() != DType::Fp8 || fp8::is_multiplied(self.facts(), library);
+        is_had && library.is_some_and(|library| library.multiply(out, x, weight, None))
     }
 
     fn route_experts(&self, args: RouteExpertsArgs<'_>) {

@@ -62,6 +62,9 @@ impl DenseProducts for HostLibrary {
         self.asked.lock().unwrap_or_else(PoisonError::into_inner).push(asked);
         assert_eq!((x.dtype(), k), (weight.dtype(), weight.size(1)), "operands of one kind");
         assert_eq!(out.shape().sizes(), [rows, columns], "room for results");
+        if x.dtype() == DType::I8 {
+            assert!(bias.is_none() && out.dtype() == DType::U32, "sums of bytes have 32 bits");
+        }
         if x.dtype() == DType::Fp8 {
             check_codes(&mut out, x, weight, bias);
             if self.skill == Skill::RefusesCodes {
@@ -99,6 +102,7 @@ fn floats(view: &View<'_>) -> Vec<f32> {
     let words = bytes.as_chunks::<2>().0.iter().map(|word| u16::from_le_bytes(*word));
     match view.dtype() {
         DType::Fp8 => bytes.iter().map(|&code| fp8::decode(code)).collect(),
+        DType::I8 => bytes.iter().map(|&code| f32::from(code.cast_signed())).collect(),
         DType::BF16 => words.map(|bits| bf16::from_bits(bits).to_f32()).collect(),
         DType::F16 => words.map(|bits| f16::from_bits(bits).to_f32()).collect(),
         DType::F32 => bytes.as_chunks().0.iter().map(|word| f32::from_le_bytes(*word)).collect(),
@@ -111,6 +115,7 @@ fn write(out: &mut ViewMut<'_>, results: impl Iterator<Item = f32>) {
         DType::BF16 => results.flat_map(|x| bf16::from_f32(x).to_le_bytes()).collect(),
         DType::F16 => results.flat_map(|x| f16::from_f32(x).to_le_bytes()).collect(),
         DType::F32 => results.flat_map(f32::to_le_bytes).collect(),
+        DType::U32 => results.flat_map(|x| (x as i32).to_le_bytes()).collect(),
         other => panic!("results of {other}"),
     };
     memory::bytes_mut(out).copy_from_slice(&bytes);

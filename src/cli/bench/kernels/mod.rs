@@ -1,27 +1,38 @@
-//! `tokenmill bench kernels`: single operations of a device, each beside the ceiling that was read
-//! in the same run: how fast it copies memory, and how fast it multiplies dense matrices, or codes of
-//! FP8 where it multiplies those.
+//! `tokenmill bench kernels`: single operations of a device, each beside the limits that were read
+//! in the same run: of a GPU how fast it copies memory, and how fast its library multiplies dense
+//! matrices and, where it does, codes of FP8 and of bytes; of a processor those of `limits`.
 //!
-//! An operation is asked for again and again and waited for once, so that launching overlaps
-//! with computing as it does in a step.
+//! | file | what |
+//! |---|---|
+//! | `operands` | random numbers, and weights that take turns |
+//! | `attention` | attention over a cache |
+//! | `figures` | rows, and the fraction of what limits allow |
+//!
+//! An operation is asked for again and again and waited for once, so that launching overlaps with
+//! computing; where steps are recorded it is recorded many times and replayed, as in a step.
 
-use std::time::Instant;
+mod attention;
+mod figures;
+mod operands;
+
+use std::time::{Duration, Instant};
 
 use clap::Args;
-use serde::Serialize;
 use serde_json::json;
 
 use super::parse_count;
-use super::record::{Kind, RecordArgs, Recorder};
+use super::record::{Kind, Measured, RecordArgs, Recorder};
 use crate::config::{DeviceArgs, Quantization};
 use crate::device::RankContext;
-use crate::formats::{PackedMatrix, dense, fp8};
-use crate::ops::args::{AttentionArgs, CopyBlocksArgs, MatmulArgs, Projection};
+use crate::formats::fp8;
+use crate::ops::args::{CopyBlocksArgs, MatmulArgs, Projection};
 use crate::ops::cpu::physical_cores;
 use crate::ops::kv_tensor::KvTensor;
 use crate::ops::{Ops, OpsError, StepLimits};
-use crate::tensor::{DType, Fp8, Tensor};
-use crate::weights;
+use crate::tensor::DType;
+use figures::{CODES, COPY, limits_of_gpu, set_fractions};
+pub(super) use figures::{KernelFigures, KernelRow, MATMUL};
+use operands::Normals;
 
 /// Flags of `bench kernels`. The sizes are those of an 8 B Llama.
 #[derive(Clone, Debug, Args)]
@@ -53,6 +64,9 @@ pub struct KernelsArgs {
     /// Bytes that are copied to read the memory's speed (accepts 512M)
     #[arg(long, default_value = "1G", value_parser = crate::config::parse_bytes)]
     pub copy_size: u64,
+    /// Bytes of copies of a weight that products take turns with: more than any cache holds
+    #[arg(long, default_value = "512M", value_parser = crate::config::parse_bytes)]
+    pub weights_size: u64,
     /// Milliseconds for which an operation is repeated
     #[arg(long, default_value_t = 200)]
     pub milliseconds: u64,
@@ -61,75 +75,43 @@ pub struct KernelsArgs {
     pub record: RecordArgs,
 }
 
-/// Rows of activations that weights are multiplied by; the last reads the arithmetic ceiling.
+/// Rows of activations that weights are multiplied by.
 const ROWS: [usize; 4] = [1, 8, 64, 2048];
+/// Rows of the products that read a GPU's peaks: enough to fill it for a millisecond.
+const PEAK_ROWS: usize = 8192;
 /// Formats of weights.
-const FORMATS: [(&str, Option<Quantization>); 6] = [
+const FORMATS: [(&str, Option<Quantization>); 7] = [
     ("bf16", None),
     ("int8", Some(Quantization::Int8)),
     ("w8a16", Some(Quantization::W8A16)),
+    ("q8_0", Some(Quantization::Q8_0)),
     ("int4", Some(Quantization::Int4)),
     ("mxfp4", Some(Quantization::Mxfp4)),
     ("fp8", Some(Quantization::Fp8)),
 ];
-/// Products of FP8 codes alone, which no scale is applied to.
-const CODES: &str = "codes";
 /// Dtypes of a cache.
 const CACHES: [DType; 3] = [DType::BF16, DType::Fp8, DType::I8];
 /// Tokens of a KV block.
 const BLOCK_SIZE: usize = 16;
-
-/// One operation.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct KernelRow {
-    /// Which.
-    operation: &'static str,
-    /// Of what.
-    case: String,
-    /// Microseconds of one.
-    microseconds: f64,
-    /// Bytes of memory that it must read and write.
-    bytes: f64,
-    /// Multiplications and additions.
-    flops: f64,
-    /// The time that the ceilings would allow, over the time that it took.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    fraction: Option<f64>,
-}
-
-impl KernelRow {
-    fn gb_per_s(&self) -> f64 {
-        self.bytes / self.microseconds / 1e3
-    }
-
-    fn tflops(&self) -> f64 {
-        self.flops / self.microseconds / 1e6
-    }
-
-    fn print(&self) {
-        let fraction = self.fraction.map_or(String::new(), |f| format!("  {:.0} %", 100.0 * f));
-        println!(
-            "{:<12} {:<28} {:>10.1} µs {:>8.0} GB/s {:>8.2} TFLOP/s{fraction}",
-            self.operation,
-            self.case,
-            self.microseconds,
-            self.gb_per_s(),
-            self.tflops()
-        );
-    }
-}
+/// Fewest operations that are recorded at once.
+const RECORDED: usize = 16;
 
 /// Measures.
 pub fn run(args: &KernelsArgs) -> anyhow::Result<()> {
     let config = args.device.clone().resolve([])?;
     let rank = RankContext::open(&config)?;
-    let on_host = rank.ops.device_memory()?.is_none();
-    let threads = on_host.then(|| config.threads.unwrap_or_else(physical_cores));
-    let mut recorder = Recorder::begin(args.record.clone(), threads)?;
+    let on_gpu = rank.ops.device_memory()?.is_some();
+    let threads = config.threads.unwrap_or_else(physical_cores);
+    let measured = if on_gpu { Measured::Gpu } else { Measured::Host { threads } };
+    let mut recorder = Recorder::begin(args.record.clone(), measured)?;
     println!("{}", rank.ops.name());
-    let rows = measure(&*rank.ops, args)?;
-    rows.iter().for_each(KernelRow::print);
+    let mut rows = measure(&*rank.ops, args, on_gpu)?;
     recorder.end();
+    if on_gpu {
+        recorder.add_limits(limits_of_gpu(&rows));
+    }
+    set_fractions(&mut rows, recorder.limits(), on_gpu);
+    rows.iter().for_each(KernelRow::print);
     let options = json!({
         "hidden_size": args.hidden_size,
         "intermediate_size": args.intermediate_size,
@@ -138,14 +120,16 @@ pub fn run(args: &KernelsArgs) -> anyhow::Result<()> {
         "head_dim": args.head_dim,
         "context_len": args.context_len,
         "batch_size": args.batch_size,
+        "recorded": rank.ops.can_record(),
     });
     let model = json!({"backend": rank.ops.name()});
-    recorder.write(Kind::Kernels, model, options, &json!({"rows": rows}))
+    recorder.write(Kind::Kernels, model, options, &KernelFigures { rows })
 }
 
-fn measure(ops: &dyn Ops, args: &KernelsArgs) -> Result<Vec<KernelRow>, OpsError> {
+fn measure(ops: &dyn Ops, args: &KernelsArgs, on_gpu: bool) -> Result<Vec<KernelRow>, OpsError> {
+    let most_rows = if on_gpu { PEAK_ROWS } else { ROWS[3] };
     ops.reserve(&StepLimits {
-        max_num_tokens: ROWS[3].max(args.context_len).max(args.batch_size),
+        max_num_tokens: most_rows.max(args.context_len).max(args.batch_size),
         max_num_seqs: args.batch_size,
         max_context_len: args.context_len,
         max_width: args.hidden_size,
@@ -158,56 +142,69 @@ fn measure(ops: &dyn Ops, args: &KernelsArgs) -> Result<Vec<KernelRow>, OpsError
         experts_per_token: 0,
         expert_width: 0,
     })?;
-    let bench = Bench { ops, milliseconds: args.milliseconds };
-    let mut rows = vec![bench.copy(args.copy_size as usize)?];
+    let normals = Normals::new();
+    let time = Duration::from_millis(args.milliseconds);
+    let bench = Bench { ops, args, normals, time };
+    let mut rows = vec![bench.copy()?];
     for (name, format) in FORMATS {
-        rows.extend(bench.matmuls(name, format, [args.intermediate_size, args.hidden_size])?);
+        let peak_rows = (on_gpu && format.is_none()).then_some(PEAK_ROWS);
+        rows.extend(bench.matmuls(name, format, ROWS.into_iter().chain(peak_rows))?);
     }
-    rows.extend(bench.codes([args.intermediate_size, args.hidden_size])?);
+    for (name, dtype, sums) in [("fp8", DType::Fp8, DType::BF16), ("int8", DType::I8, DType::U32)] {
+        rows.extend(bench.codes(name, dtype, sums)?);
+    }
     for dtype in CACHES {
-        rows.push(bench.attention("decode", args, dtype, args.batch_size, 1)?);
-        rows.push(bench.attention("prefill", args, dtype, 1, args.context_len)?);
+        rows.push(bench.attention("decode", dtype, args.batch_size, 1)?);
+        rows.push(bench.attention("prefill", dtype, 1, args.context_len)?);
     }
-    set_fractions(&mut rows);
     Ok(rows)
-}
-
-/// Holds every row to the ceilings among them: the first row's bandwidth, and the best arithmetic of
-/// dense products, for FP8 that of codes where there is any.
-fn set_fractions(rows: &mut [KernelRow]) {
-    let bandwidth = rows[0].gb_per_s();
-    let best = |is_of: &dyn Fn(&KernelRow) -> bool| {
-        let tflops = rows.iter().filter(|row| is_of(row)).map(KernelRow::tflops);
-        tflops.fold(0.0, f64::max)
-    };
-    let dense = best(&|row| row.operation == "matmul" && row.case.starts_with("bf16"));
-    let codes = best(&|row| row.operation == CODES).max(dense);
-    for row in &mut rows[1..] {
-        let is_fp8 = row.operation == "matmul" && row.case.starts_with("fp8");
-        let peak = if is_fp8 || row.operation == CODES { codes } else { dense };
-        let allowed = (row.bytes / bandwidth / 1e3).max(row.flops / peak / 1e6);
-        row.fraction = Some(allowed / row.microseconds);
-    }
 }
 
 /// What measures.
 struct Bench<'a> {
     ops: &'a dyn Ops,
-    milliseconds: u64,
+    args: &'a KernelsArgs,
+    normals: Normals,
+    /// For how long an operation is repeated.
+    time: Duration,
 }
 
 impl Bench<'_> {
-    /// Microseconds of one operation, after one that does not count.
-    fn time(&self, mut operation: impl FnMut()) -> Result<f64, OpsError> {
-        operation();
+    /// Microseconds of one operation, which takes turns with so many operands and is told whose turn
+    /// it is.
+    fn time(&self, num_turns: usize, mut operation: impl FnMut(usize)) -> Result<f64, OpsError> {
+        // Kernels may be loaded at their first use, which cannot be recorded.
+        operation(0);
         self.ops.synchronize()?;
+        let num_recorded = RECORDED.next_multiple_of(num_turns);
+        let mut record =
+            || self.ops.record(&mut || (0..num_recorded).for_each(|i| operation(i % num_turns)));
+        let recording = if self.ops.can_record() { record() } else { None };
+        let mut turn = 0;
+        let mut pass = || match &recording {
+            Some(recording) => self.ops.replay(recording),
+            None => {
+                operation(turn % num_turns);
+                turn += 1;
+            }
+        };
+        if self.ops.runs_beside_host() {
+            // Clocks rise with work.
+            self.repeat(self.time / 4, &mut pass)?;
+        }
+        let microseconds = self.repeat(self.time, &mut pass)?;
+        Ok(microseconds / recording.as_ref().map_or(1.0, |_| num_recorded as f64))
+    }
+
+    /// Microseconds of a pass, of as many as take so long.
+    fn repeat(&self, time: Duration, pass: &mut dyn FnMut()) -> Result<f64, OpsError> {
         let (mut count, mut batch, started) = (0_u32, 1, Instant::now());
         loop {
-            (0..batch).for_each(|_| operation());
+            (0..batch).for_each(|_| pass());
             self.ops.synchronize()?;
             count += batch;
             let elapsed = started.elapsed();
-            if elapsed.as_millis() >= u128::from(self.milliseconds) {
+            if elapsed >= time {
                 return Ok(elapsed.as_secs_f64() * 1e6 / f64::from(count));
             }
             // As many as were done so far: waiting becomes rare.
@@ -215,153 +212,101 @@ impl Bench<'_> {
         }
     }
 
-    /// Half of some blocks over the other half.
-    fn copy(&self, bytes: usize) -> Result<KernelRow, OpsError> {
-        let num_blocks = (bytes / 2 / (64 << 10)).max(2).next_multiple_of(2);
-        let shape = [num_blocks, 8, BLOCK_SIZE, 128];
-        let zeros = || KvTensor::zeros_on(self.ops, DType::BF16, shape);
-        let (mut k, mut v) = (zeros()?, zeros()?);
-        let half = num_blocks as u32 / 2;
-        let pairs: Vec<(u32, u32)> = (0..half).map(|block| (block, half + block)).collect();
-        let microseconds = self.time(|| {
-            let (k_cache, v_cache) = (k.view_mut(), Some(v.view_mut()));
-            self.ops.copy_blocks(CopyBlocksArgs { k_cache, v_cache, pairs: &pairs });
+    /// Half of a cache over the other half, in one piece.
+    fn copy(&self) -> Result<KernelRow, OpsError> {
+        let row_bytes = 2 * 8 * 128 * DType::BF16.size_bytes();
+        let num_rows = (self.args.copy_size as usize / row_bytes).max(1);
+        let mut cache = KvTensor::zeros_on(self.ops, DType::BF16, [2, 8, num_rows, 128])?;
+        // Pages that nobody wrote would all be one page of zeros, in a processor's cache.
+        let half = self.normals.bf16([1, 8, num_rows, 128]);
+        self.ops.upload(cache.data.view_mut().into_rows(0..1), half.view());
+        let microseconds = self.time(1, |_| {
+            let (k_cache, v_cache) = (cache.view_mut(), None);
+            self.ops.copy_blocks(CopyBlocksArgs { k_cache, v_cache, pairs: &[(0, 1)] });
         })?;
-        let bytes = 2.0 * k.data.size_bytes() as f64;
-        let case = format!("{:.2} GB read and written", bytes / 2e9);
-        let (flops, fraction) = (0.0, None);
-        Ok(KernelRow { operation: "copy", case, microseconds, bytes, flops, fraction })
+        let bytes = cache.data.size_bytes() as f64;
+        Ok(KernelRow {
+            operation: COPY.to_owned(),
+            case: format!("{:.2} GB read and written", bytes / 2e9),
+            format: None,
+            rows: None,
+            microseconds,
+            bytes,
+            flops: 0.0,
+            fraction: None,
+        })
     }
 
+    /// Activations of several numbers of rows times weights of one format.
     fn matmuls(
         &self,
         name: &str,
         format: Option<Quantization>,
-        [out_features, in_features]: [usize; 2],
+        rows: impl Iterator<Item = usize>,
     ) -> Result<Vec<KernelRow>, OpsError> {
-        let weight = self.weight(format, [out_features, in_features])?;
-        let weight_bytes = weight.size_bytes();
+        let &KernelsArgs { hidden_size, intermediate_size, weights_size, .. } = self.args;
+        let shape = [intermediate_size, hidden_size];
+        let weights = self.normals.weights(self.ops, format, shape, weights_size as usize)?;
         let row = |rows: usize| {
+            let x = self.normals.activations(self.ops, [rows, hidden_size])?;
             let dtype = self.ops.activation_dtype();
-            let x = self.ops.zeros(dtype, [rows, in_features].into())?;
-            let mut out = self.ops.zeros(dtype, [rows, out_features].into())?;
-            let microseconds = self.time(|| {
-                let projection = Projection { out: out.view_mut(), weight: &weight, bias: None };
+            let mut out = self.ops.zeros(dtype, [rows, intermediate_size].into())?;
+            let microseconds = self.time(weights.len(), |turn| {
+                let weight = &weights[turn];
+                let projection = Projection { out: out.view_mut(), weight, bias: None };
                 self.ops.matmul(MatmulArgs { x: x.view(), projections: vec![projection] });
             })?;
-            Ok(KernelRow {
-                operation: "matmul",
-                case: format!("{name}, {rows} rows"),
-                microseconds,
-                bytes: (weight_bytes + x.size_bytes() + out.size_bytes()) as f64,
-                flops: 2.0 * (rows * in_features * out_features) as f64,
-                fraction: None,
-            })
+            let bytes = weights[0].size_bytes() + x.size_bytes() + out.size_bytes();
+            Ok(self.product(MATMUL, name, rows, microseconds, bytes))
         };
-        ROWS.into_iter().map(row).collect()
+        rows.map(row).collect()
     }
 
-    /// FP8 codes times FP8 codes, with many rows; nothing where the device has no such products.
-    fn codes(&self, [out_features, in_features]: [usize; 2]) -> Result<Vec<KernelRow>, OpsError> {
+    /// Codes times codes, with many rows; nothing where the device has no such products.
+    fn codes(&self, name: &str, dtype: DType, sums: DType) -> Result<Vec<KernelRow>, OpsError> {
+        let &KernelsArgs { hidden_size, intermediate_size, .. } = self.args;
         let mut measured = Vec::new();
-        if [out_features, in_features].iter().any(|size| !size.is_multiple_of(fp8::ROWS_UNIT)) {
+        let is_whole = |size: &usize| size.is_multiple_of(fp8::ROWS_UNIT);
+        if ![intermediate_size, hidden_size].iter().all(is_whole) {
             return Ok(measured);
         }
-        let codes = |shape: [usize; 2]| {
-            let code = |i| Fp8(fp8::encode(number(i)));
-            let codes: Vec<Fp8> = (0..shape[0] * shape[1]).map(code).collect();
-            self.ops.place(Tensor::from_slice(&codes, shape))
-        };
-        let weight = codes([out_features, in_features])?;
-        for rows in [ROWS[2], ROWS[3]] {
-            let x = codes([rows, in_features])?;
-            let mut out = self.ops.zeros(DType::BF16, [rows, out_features].into())?;
-            let mut multiply = || self.ops.multiply_fp8(out.view_mut(), x.view(), weight.view());
+        let weight = self.normals.codes(self.ops, dtype, [intermediate_size, hidden_size])?;
+        for rows in [ROWS[2], ROWS[3], PEAK_ROWS] {
+            let x = self.normals.codes(self.ops, dtype, [rows, hidden_size])?;
+            let mut out = self.ops.zeros(sums, [rows, intermediate_size].into())?;
+            let mut multiply = || self.ops.multiply_codes(out.view_mut(), x.view(), weight.view());
             if !multiply() {
                 return Ok(measured);
             }
-            let microseconds = self.time(|| {
+            let microseconds = self.time(1, |_| {
                 multiply();
             })?;
-            measured.push(KernelRow {
-                operation: CODES,
-                case: format!("fp8, {rows} rows"),
-                microseconds,
-                bytes: (weight.size_bytes() + x.size_bytes() + out.size_bytes()) as f64,
-                flops: 2.0 * (rows * in_features * out_features) as f64,
-                fraction: None,
-            });
+            let bytes = weight.size_bytes() + x.size_bytes() + out.size_bytes();
+            measured.push(self.product(CODES, name, rows, microseconds, bytes));
         }
         Ok(measured)
     }
 
-    /// Weights that are not all alike: some machines multiply zeros faster.
-    fn weight(
+    fn product(
         &self,
-        format: Option<Quantization>,
-        shape: [usize; 2],
-    ) -> Result<PackedMatrix, OpsError> {
-        let value = |i| half::bf16::from_f32(number(i));
-        let values: Vec<half::bf16> = (0..shape[0] * shape[1]).map(value).collect();
-        let plain = dense::pack(Tensor::from_slice(&values, shape));
-        self.ops.arrange(weights::quantized(plain, format, physical_cores()))
-    }
-
-    /// Attention of `num_queries` new tokens of each of `num_seqs` sequences.
-    fn attention(
-        &self,
-        operation: &'static str,
-        args: &KernelsArgs,
-        dtype: DType,
-        num_seqs: usize,
-        num_queries: usize,
-    ) -> Result<KernelRow, OpsError> {
-        let &KernelsArgs { num_heads, num_kv_heads, head_dim, context_len, .. } = args;
-        let width = context_len.div_ceil(BLOCK_SIZE);
-        let cache_shape = [num_seqs * width, num_kv_heads, BLOCK_SIZE, head_dim];
-        let k_cache = KvTensor::zeros_on(self.ops, dtype, cache_shape)?;
-        let v_cache = KvTensor::zeros_on(self.ops, dtype, cache_shape)?;
-        let integers =
-            |values: Vec<u32>, shape: &[usize]| self.ops.place(Tensor::from_slice(&values, shape));
-        let tables = integers((0..(num_seqs * width) as u32).collect(), &[num_seqs, width])?;
-        let cu_seqlens = (0..=num_seqs).map(|seq| (seq * num_queries) as u32).collect();
-        let cu_seqlens = integers(cu_seqlens, &[num_seqs + 1])?;
-        let context_lens = integers(vec![context_len as u32; num_seqs], &[num_seqs])?;
-        let shape = [num_seqs * num_queries, num_heads, head_dim];
-        let activations = || self.ops.zeros(self.ops.activation_dtype(), shape.into());
-        let (q, mut out) = (activations()?, activations()?);
-        let microseconds = self.time(|| {
-            self.ops.attention(AttentionArgs {
-                out: out.view_mut(),
-                q: q.view(),
-                k_cache: k_cache.view(),
-                v_cache: v_cache.view(),
-                block_tables: tables.view(),
-                cu_seqlens_q: cu_seqlens.view(),
-                context_lens: context_lens.view(),
-                scale: 1.0 / (head_dim as f32).sqrt(),
-                sliding_window: None,
-                softcap: None,
-                sinks: None,
-            });
-        })?;
-        let vectors = 2 * num_seqs * context_len * num_kv_heads;
-        // A query of a prompt sees half of it on average.
-        let seen = if num_queries == 1 { context_len } else { context_len.div_ceil(2) };
-        Ok(KernelRow {
-            operation,
-            case: format!("{dtype} cache, {num_seqs} × {context_len}"),
+        operation: &str,
+        format: &str,
+        rows: usize,
+        microseconds: f64,
+        bytes: usize,
+    ) -> KernelRow {
+        let num_weights = self.args.hidden_size * self.args.intermediate_size;
+        KernelRow {
+            operation: operation.to_owned(),
+            case: format!("{format}, {rows} rows"),
+            format: Some(format.to_owned()),
+            rows: Some(rows),
             microseconds,
-            bytes: (vectors * KvTensor::vector_bytes(dtype, head_dim) + 2 * q.size_bytes()) as f64,
-            flops: 4.0 * (num_seqs * num_queries * seen * num_heads * head_dim) as f64,
+            bytes: bytes as f64,
+            flops: 2.0 * (rows * num_weights) as f64,
             fraction: None,
-        })
+        }
     }
-}
-
-/// The element of this index of an operand, between -1 and 1.
-fn number(i: usize) -> f32 {
-    ((i * 37 % 251) as f32 - 125.0) / 125.0
 }
 
 #[cfg(test)]
@@ -373,39 +318,21 @@ mod tests {
     use crate::ops::cpu::CpuOps;
 
     #[test]
-    fn every_operation_is_timed_beside_the_ceilings() {
+    fn every_operation_is_timed() {
         let command = KernelsArgs::augment_args(clap::Command::new("kernels"));
         let sizes = "kernels --hidden-size 64 --intermediate-size 96 --num-heads 2 \
              --num-kv-heads 1 --head-dim 32 --context-len 40 --batch-size 2 --copy-size 1M \
-             --milliseconds 0";
+             --weights-size 64K --milliseconds 0";
         let matches = command.get_matches_from(sizes.split_whitespace());
         let args = KernelsArgs::from_arg_matches(&matches).expect("the flags are known");
         let ops = CpuOps::new(Some(1), CpuIsa::Auto).expect("there is a CPU");
-        let rows = measure(&ops, &args).expect("a CPU does not fail");
+        let rows = measure(&ops, &args, false).expect("a CPU does not fail");
         assert_eq!(rows.len(), 1 + FORMATS.len() * ROWS.len() + 2 * CACHES.len());
         assert!(rows.iter().all(|row| row.microseconds > 0.0 && row.bytes > 0.0));
-        assert!(rows[1..].iter().all(|row| row.fraction.is_some_and(|f| f > 0.0)));
+        assert_eq!(
+            (rows[0].bytes, rows[0].case.as_str()),
+            (f64::from(1 << 20), "0.00 GB read and written")
+        );
         assert_eq!(rows[1].flops, 2.0 * 64.0 * 96.0);
-    }
-
-    #[test]
-    fn fp8_is_held_to_the_speed_of_its_codes_where_they_are_multiplied() {
-        let row = |operation: &'static str, case: &str, microseconds: f64, flops: f64| {
-            let (case, bytes) = (case.to_owned(), 1.0);
-            KernelRow { operation, case, microseconds, bytes, flops, fraction: None }
-        };
-        let mut rows = vec![
-            row("copy", "", 1e-6, 0.0),
-            row("matmul", "bf16, 2048 rows", 1.0, 1e6),
-            row("matmul", "int8, 2048 rows", 0.5, 1e6),
-            row("matmul", "fp8, 2048 rows", 0.8, 1e6),
-        ];
-        let fractions = |rows: &mut Vec<KernelRow>| -> Vec<f64> {
-            set_fractions(rows);
-            rows[1..].iter().map(|row| row.fraction.unwrap_or_default()).collect()
-        };
-        assert_eq!(fractions(&mut rows), [1.0, 2.0, 1.25]);
-        rows.push(row(CODES, "fp8, 2048 rows", 0.5, 1e6));
-        assert_eq!(fractions(&mut rows), [1.0, 2.0, 0.625, 1.0]);
     }
 }

@@ -12,7 +12,8 @@ const PLOT: (f64, f64, f64, f64) = (70.0, 60.0, 700.0, 380.0);
 /// Text around its point; other text begins there.
 const MIDDLE: &str = "text-anchor=\"middle\"";
 /// Readable on white and on black, and apart for colour-blind eyes (Okabe and Ito 2008).
-const COLOURS: &[&str] = &["#0072b2", "#d55e00", "#009e73", "#cc79a7"];
+const COLOURS: &[&str] =
+    &["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555"];
 
 /// A curve. Its points lie above zero.
 pub(super) struct Series {

@@ -1,10 +1,13 @@
 //! `tokenmill bench report`: records to a Markdown table and SVG plots.
 
 mod chart;
+pub(super) mod checks;
 mod compare;
+pub(super) mod kernels;
 mod roofline;
 mod table;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -47,6 +50,10 @@ pub fn run(args: &ReportArgs) -> anyhow::Result<()> {
             write(name, &svg)?;
         }
     }
+    for named in records.iter().filter(|named| named.record.benchmark == Kind::Kernels) {
+        let (name, svg) = kernels::plot(named)?;
+        write(name, &svg)?;
+    }
     Ok(())
 }
 
@@ -61,14 +68,27 @@ fn read(path: &PathBuf) -> anyhow::Result<Named> {
 
 /// Every table that the records fill.
 fn markdown(records: &[Named]) -> anyhow::Result<String> {
-    let mut parts = Vec::new();
+    let mut parts = vec![provenance(records)];
     parts.extend(compare::table(records)?);
     parts.extend(table::latency(records)?);
     parts.extend(table::load(records)?);
     for named in records.iter().filter(|named| named.record.benchmark == Kind::Steps) {
         parts.push(roofline::table(named)?);
     }
+    parts.extend(kernels::tables(records)?);
+    parts.extend(checks::tables(records)?);
     Ok(parts.join("\n"))
+}
+
+/// Which hardware the records are of, and when they were taken.
+fn provenance(records: &[Named]) -> String {
+    let mut names: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    for Named { name, record } in records {
+        let day = record.date.split_once('T').map_or(record.date.as_str(), |(day, _)| day);
+        let on = format!("{}, {day}, tokenmill {}", record.hardware(), record.tokenmill);
+        names.entry(on).or_default().push(name);
+    }
+    names.into_iter().map(|(on, names)| format!("- {on}: {}\n", names.join(", "))).collect()
 }
 
 /// A Markdown table.
@@ -87,6 +107,11 @@ fn short(value: f64) -> String {
         size if size >= 10.0 => format!("{value:.1}"),
         _ => format!("{value:.2}"),
     }
+}
+
+/// A share.
+fn percent(fraction: f64) -> String {
+    format!("{:.0} %", fraction * 100.0)
 }
 
 /// The same, or nothing.

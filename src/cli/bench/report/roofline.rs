@@ -3,11 +3,11 @@
 
 use anyhow::Context;
 
-use super::super::limits::{Limit, MEMORY_READ};
+use super::super::limits::{self, Limit, MEMORY_COPY, MEMORY_READ};
 use super::super::record::Record;
 use super::super::steps::{StepFigures, StepRow, Sweep};
 use super::chart::{Chart, Series};
-use super::{Named, markdown_table, short, table};
+use super::{Named, markdown_table, short, short_or_blank, table};
 
 /// What bounds a step, as far as the record knows.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -19,19 +19,17 @@ struct Roof {
 }
 
 impl Roof {
-    /// The limits of as many threads as the model ran on; of arithmetic, the fastest of the record.
+    /// The limits of as many threads as the model ran on, or of the GPU; of arithmetic, what
+    /// multiplies weights of the model's format.
     fn of(record: &Record) -> Roof {
-        let threads = record.model["threads"].as_u64();
-        let same_threads = |limit: &&Limit| Some(limit.threads as u64) == threads;
-        let best = |unit: &str, wanted: &dyn Fn(&Limit) -> bool| {
-            let limits = record.limits.iter().filter(same_threads);
-            let values = limits.filter(|limit| limit.unit == unit && wanted(limit));
-            values.map(|limit| limit.value * 1e9).max_by(f64::total_cmp)
-        };
-        let in_this_run = best("GB/s", &|limit| limit.limit == MEMORY_READ && limit.when.is_some());
+        let on_gpu = record.is_of_gpu();
+        let threads = record.model["threads"].as_u64().filter(|_| !on_gpu);
+        let is_of_device = |limit: &&Limit| limit.threads.map(|threads| threads as u64) == threads;
+        let limits: Vec<Limit> = record.limits.iter().filter(is_of_device).cloned().collect();
+        let memory = if on_gpu { MEMORY_COPY } else { MEMORY_READ };
         Roof {
-            bandwidth: in_this_run.or_else(|| best("GB/s", &|limit| limit.limit == MEMORY_READ)),
-            peak: best("GFLOP/s", &|_| true),
+            bandwidth: limits::best(limits.iter().filter(|limit| limit.limit == memory)),
+            peak: limits::peak(&limits, record.format(), on_gpu),
         }
     }
 
@@ -43,24 +41,45 @@ impl Roof {
     }
 }
 
-/// A row per step.
+/// Operations per second that bound weights of the record's format.
+pub(super) fn peak(record: &Record) -> Option<f64> {
+    Roof::of(record).peak
+}
+
+/// A row per step: decode steps, then prompts.
 pub(super) fn table(named: &Named) -> anyhow::Result<String> {
     let roof = Roof::of(&named.record);
-    let row = |row: &StepRow| {
+    let rows = figures(named)?.rows;
+    let row = |row: &StepRow, size: Vec<String>| {
         let bound = roof.bound_ms(row);
-        vec![
-            row.batch_size.to_string(),
-            row.context_len.to_string(),
+        let figures = [
             short(row.step_ms.p50),
             short(row.tokens_per_s),
-            bound.map(short).unwrap_or_default(),
+            short(row.flops as f64 / row.step_ms.p50 / 1e9),
+            short_or_blank(bound),
             bound.map(|ms| format!("{:.0} %", ms / row.step_ms.p50 * 100.0)).unwrap_or_default(),
-        ]
+        ];
+        size.into_iter().chain(figures).collect::<Vec<_>>()
     };
-    let heading = format!("{} ({}), decode steps\n\n", named.name, table::model(&named.record));
-    let header = ["batch", "context", "step p50 ms", "tok/s", "roofline ms", "of the roofline"];
-    let rows: Vec<_> = figures(named)?.rows.iter().map(row).collect();
-    Ok(heading + &markdown_table(&header, &rows))
+    let (prompts, steps): (Vec<_>, Vec<_>) =
+        rows.iter().partition(|row| row.sweep == Sweep::Prompt);
+    let steps: Vec<_> = steps
+        .into_iter()
+        .map(|step| row(step, vec![step.batch_size.to_string(), step.context_len.to_string()]))
+        .collect();
+    let prompts: Vec<_> =
+        prompts.into_iter().map(|step| row(step, vec![step.context_len.to_string()])).collect();
+    let columns = ["step p50 ms", "tok/s", "TFLOP/s", "roofline ms", "of the roofline"];
+    let part = |what: &str, size: &[&str], rows: &[Vec<String>]| {
+        let header: Vec<&str> = size.iter().chain(&columns).copied().collect();
+        let model = table::model(&named.record);
+        format!("{} ({model}), {what}\n\n{}", named.name, markdown_table(&header, rows))
+    };
+    let parts = [
+        (!steps.is_empty()).then(|| part("decode steps", &["batch", "context"], &steps)),
+        (!prompts.is_empty()).then(|| part("prompts", &["tokens"], &prompts)),
+    ];
+    Ok(parts.into_iter().flatten().collect::<Vec<_>>().join("\n"))
 }
 
 /// File names and pictures: one plot per sweep that has steps.
@@ -73,17 +92,22 @@ pub(super) fn plots(named: &Named) -> anyhow::Result<Vec<(String, String)>> {
         let (suffix, x_label, fixed) = match sweep {
             Sweep::Batch => ("batch", "batch size", format!("context {}", first.context_len)),
             Sweep::Context => ("context", "context length", format!("batch {}", first.batch_size)),
+            Sweep::Prompt => ("prompt", "tokens", String::new()),
         };
         let x = |row: &StepRow| match sweep {
             Sweep::Batch => row.batch_size as f64,
-            Sweep::Context => row.context_len as f64,
+            Sweep::Context | Sweep::Prompt => row.context_len as f64,
         };
         let measured = rows.iter().map(|row| (x(row), row.step_ms.p50)).collect();
         let bound: Vec<_> =
             rows.iter().filter_map(|row| Some((x(row), roof.bound_ms(row)?))).collect();
+        let what = match sweep {
+            Sweep::Batch | Sweep::Context => format!("decode step at {fixed}"),
+            Sweep::Prompt => "prompts".to_owned(),
+        };
         let chart = Chart {
-            title: format!("{}: decode step at {fixed}", table::model(&named.record)),
-            subtitle: format!("{}, {}", named.record.machine.cpu, named.record.date),
+            title: format!("{}: {what}", table::model(&named.record)),
+            subtitle: format!("{}, {}", named.record.hardware(), named.record.date),
             x_label: x_label.to_owned(),
             y_label: "milliseconds".to_owned(),
             series: vec![
@@ -93,7 +117,7 @@ pub(super) fn plots(named: &Named) -> anyhow::Result<Vec<(String, String)>> {
         };
         Some((format!("{}-{suffix}.svg", named.name), chart.svg()))
     };
-    Ok([Sweep::Batch, Sweep::Context].into_iter().filter_map(plot).collect())
+    Ok([Sweep::Batch, Sweep::Context, Sweep::Prompt].into_iter().filter_map(plot).collect())
 }
 
 impl Roof {
@@ -127,7 +151,7 @@ mod tests {
         let record = json!({
             "benchmark": "steps", "date": "2026-01-01T00:00:00+00:00", "tokenmill": "0.1.0",
             "machine": {"cpu": "x < y", "num_cpus": 2, "memory_bytes": 1},
-            "model": {"name": "m", "threads": 2}, "options": {},
+            "model": {"name": "m", "threads": 2, "backend": "cpu (amx)"}, "options": {},
             "limits": [
                 limit(2, "memory read", "GB/s", 40.0, None),
                 limit(2, "memory read", "GB/s", 10.0, Some("before")),
@@ -150,7 +174,32 @@ mod tests {
         assert_eq!(roof.bound_ms(&rows[0]), Some(10.0));
         assert_eq!(roof.bound_ms(&rows[1]), Some(64.0));
         let text = table(&named).unwrap();
-        assert!(text.contains("| 64 | 256 | 128 | 1.00 | 64.0 | 50 % |"), "{text}");
+        assert!(text.contains("| 64 | 256 | 128 | 1.00 | 0.50 | 64.0 | 50 % |"), "{text}");
+    }
+
+    #[test]
+    fn the_peak_is_that_of_the_weights_format() {
+        let mut named = named();
+        let limit = |threads: Option<usize>, name: &str, unit: &str, value: f64| Limit {
+            threads,
+            limit: name.to_owned(),
+            unit: unit.to_owned(),
+            value,
+            when: None,
+        };
+        named.record.limits.push(limit(Some(2), "int8 AMX", "GFLOP/s", 2000.0));
+        assert_eq!(Roof::of(&named.record).peak, Some(1e12), "bf16 has no use for bytes");
+        named.record.model["quantization"] = json!("int8");
+        assert_eq!(Roof::of(&named.record).peak, Some(2e12));
+        // A GPU has limits of its own, whatever its host can do.
+        named.record.model["backend"] = json!("cuda (0 NVIDIA H200)");
+        assert_eq!(Roof::of(&named.record), Roof { bandwidth: None, peak: None });
+        named.record.limits.push(limit(None, MEMORY_COPY, "GB/s", 4000.0));
+        named.record.limits.push(limit(None, "bf16 matmul", "GFLOP/s", 800_000.0));
+        named.record.limits.push(limit(None, "int8 matmul", "GFLOP/s", 1_500_000.0));
+        let roof = Roof { bandwidth: Some(4e12), peak: Some(1.5e15) };
+        assert_eq!(Roof::of(&named.record), roof);
+        assert!(plots(&named).unwrap()[0].1.contains("NVIDIA H200"));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::super::figures::{LoadFigures, Spread};
 use super::super::record::{Kind, Record};
-use super::{Named, markdown_table, short_or_blank};
+use super::{Named, markdown_table, percent, roofline, short_or_blank};
 
 /// One row per `latency` record; `None` without any.
 pub(super) fn latency(records: &[Named]) -> anyhow::Result<Option<String>> {
@@ -14,6 +14,7 @@ pub(super) fn latency(records: &[Named]) -> anyhow::Result<Option<String>> {
         let figure = |key: &str| short_or_blank(record.results[key].as_f64());
         let times = |key: &str| spread(&record.results[key]).map(|spread| times(&spread));
         let fraction = record.results["weights_read_fraction"].as_f64();
+        let arithmetic = record.results["most_prefill_tflops"].as_f64();
         vec![
             name.clone(),
             model(record),
@@ -21,9 +22,13 @@ pub(super) fn latency(records: &[Named]) -> anyhow::Result<Option<String>> {
             lengths(record),
             times("ttft_ms").unwrap_or_default(),
             figure("prefill_tokens_per_s"),
+            arithmetic.map(super::short).unwrap_or_default(),
+            arithmetic
+                .and_then(|tflops| Some(percent(tflops * 1e12 / roofline::peak(record)?)))
+                .unwrap_or_default(),
             times("itl_ms").unwrap_or_default(),
             figure("decode_tokens_per_s"),
-            fraction.map(|fraction| format!("{:.0} %", fraction * 100.0)).unwrap_or_default(),
+            fraction.map(percent).unwrap_or_default(),
         ]
     };
     let header = [
@@ -33,9 +38,11 @@ pub(super) fn latency(records: &[Named]) -> anyhow::Result<Option<String>> {
         "in/out",
         "TTFT p50/p99 ms",
         "prefill tok/s",
+        "prefill TFLOP/s",
+        "of the peak",
         "ITL p50/p99 ms",
         "decode tok/s",
-        "weights read, of memory read",
+        "weights read, of bandwidth",
     ];
     let rows: Vec<_> = of_kinds(records, &[Kind::Latency]).map(row).collect();
     Ok((!rows.is_empty()).then(|| markdown_table(&header, &rows)))
