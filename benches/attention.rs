@@ -1,12 +1,16 @@
 //! Paged attention with the heads of a 0.5 B model: decode at several contexts, and prefill.
 //!
-//! Beside criterion's times it prints GB/s of keys and values, and GFLOP/s, of the best call.
+//! Beside criterion's times it prints GB/s of keys and values, and GFLOP/s, of the best call, and the
+//! fraction of what bounds it: the memory's limit or that of products of floats, read at the start.
+//! `machine` says which variables choose threads and instructions.
+
+mod machine;
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use tokenmill::config::CpuIsa;
+use machine::Limits;
 use tokenmill::ops::Ops;
 use tokenmill::ops::args::AttentionArgs;
 use tokenmill::ops::cpu::CpuOps;
@@ -36,10 +40,12 @@ const CASES: [(&str, usize, usize, usize); 11] = [
 ];
 
 fn attention(criterion: &mut Criterion) {
-    let ops = CpuOps::new(None, CpuIsa::Auto).expect("the machine has a thread");
+    let device = machine::device();
+    let ops = CpuOps::new(device.threads, device.cpu_isa).expect("the machine has what was asked");
     println!("{}", ops.name());
+    let limits = Limits::read(&device);
     for dtype in [DType::BF16, DType::I8, DType::Fp8] {
-        attention_over(criterion, &ops, dtype);
+        attention_over(criterion, &ops, &limits, dtype);
     }
 }
 
@@ -72,7 +78,7 @@ fn filled_cache(dtype: DType, num_blocks: usize) -> KvTensor {
 }
 
 /// Cases that the command line's filter leaves out are not even filled.
-fn attention_over(criterion: &mut Criterion, ops: &CpuOps, dtype: DType) {
+fn attention_over(criterion: &mut Criterion, ops: &CpuOps, limits: &Limits, dtype: DType) {
     let filter = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_default();
     for (name, seqs, queries, context) in CASES {
         let name = format!("attention {name} {dtype}");
@@ -117,11 +123,13 @@ fn attention_over(criterion: &mut Criterion, ops: &CpuOps, dtype: DType) {
         });
         let seconds = best.get().as_secs_f64();
         let visible: usize = (context - queries + 1..=context).sum();
+        let flops = 4 * seqs * visible * HEADS * HEAD_DIM;
         println!(
-            "    best {:.3} ms: {:.1} GB/s of keys and values, {:.1} GFLOP/s",
+            "    best {:.3} ms: {:.1} GB/s of keys and values, {:.1} GFLOP/s, {:.0} % of the limit",
             seconds * 1e3,
             cache_bytes as f64 / seconds / 1e9,
-            (4 * seqs * visible * HEADS * HEAD_DIM) as f64 / seconds / 1e9,
+            flops as f64 / seconds / 1e9,
+            limits.seconds("bf16", cache_bytes, flops) / seconds * 100.0,
         );
     }
 }

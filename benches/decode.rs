@@ -1,18 +1,27 @@
 //! Whole forward passes: decode steps and prefills of the bundled model and of real shapes.
 //!
-//! Criterion prints tokens per second. A step is executed again and again at the same
-//! positions, so that its cost does not drift while it is measured. Real shapes have random
-//! weights: `bench-0.5b` is Qwen2.5-0.5B's geometry and `bench-1b` Llama-3.2-1B's, both with a
-//! tied vocabulary of 32,768.
+//! Criterion prints tokens per second; beside them stand, of the best step, bytes that it must read and
+//! operations that it must do per second, and the fraction of what bounds it, read at the start. A step
+//! is executed again and again at the same positions, so that its cost does not drift while it is
+//! measured. Real shapes have random weights: `bench-0.5b` is Qwen2.5-0.5B's geometry and `bench-1b`
+//! Llama-3.2-1B's, both with a tied vocabulary of 32,768. `machine` says which variables choose threads
+//! and instructions.
 
+mod machine;
+
+use std::cell::Cell;
 use std::hint::black_box;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::measurement::WallTime;
+use criterion::{
+    BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
+};
+use machine::Limits;
 use tokenmill::checkpoint::dummy::DummySource;
-use tokenmill::cli::bench::steps::uniform_batch;
+use tokenmill::cli::bench::steps::{StepCost, prompt_flops, uniform_batch};
 use tokenmill::config::{
-    CacheConfig, DeviceConfig, KvCacheDtype, Quantization, SchedulerConfig, SchedulingPolicy,
+    CacheConfig, KvCacheDtype, Quantization, SchedulerConfig, SchedulingPolicy,
 };
 use tokenmill::device::RankContext;
 use tokenmill::model::decoder::Decoder;
@@ -20,6 +29,7 @@ use tokenmill::model::spec::ModelSpec;
 use tokenmill::ops::cpu::physical_cores;
 use tokenmill::runner::{MemoryDemand, MemoryPlan, ModelRunner, StepRunner};
 use tokenmill::scheduler::batch::ScheduledBatch;
+use tokenmill::tensor::DType;
 use tokenmill::weights::Loader;
 
 const TINY: &str = include_str!("../models/tiny/config.json");
@@ -48,8 +58,18 @@ const BLOCK_SIZE: usize = 16;
 const MAX_NUM_SEQS: usize = 64;
 const MAX_CONTEXT: usize = 1024;
 
-/// A runner with random weights of the shapes that `config_json` gives, and their bytes.
-fn runner(config_json: &str, quantization: Option<Quantization>) -> (ModelRunner, usize) {
+/// A model with random weights.
+struct Model {
+    runner: ModelRunner,
+    spec: ModelSpec,
+    /// Of which every step reads all: there are no experts, and tables are output heads too.
+    weights_bytes: usize,
+    kv_dtype: DType,
+    format: String,
+}
+
+/// A model of the shapes that `config_json` gives.
+fn model(config_json: &str, quantization: Option<Quantization>, format: &str) -> Model {
     let spec = ModelSpec::from_config(config_json).expect("the config is supported");
     let cache = CacheConfig {
         memory_bytes: None,
@@ -67,7 +87,7 @@ fn runner(config_json: &str, quantization: Option<Quantization>) -> (ModelRunner
     };
     let expected = spec.expected_tensors();
     let source = DummySource::new(expected.clone(), spec.dtype);
-    let rank = RankContext::cpu(&DeviceConfig::cpu(None)).expect("this machine has a CPU");
+    let rank = RankContext::cpu(&machine::device()).expect("the machine has what was asked");
     let loader =
         Loader::new(&source).quantized(quantization, physical_cores()).arranged(&*rank.ops);
     let weights_bytes = loader.size_bytes(&expected);
@@ -82,7 +102,9 @@ fn runner(config_json: &str, quantization: Option<Quantization>) -> (ModelRunner
     plan.num_blocks = MAX_NUM_SEQS * MAX_CONTEXT / BLOCK_SIZE;
     let decoder = Decoder::load(&spec, &loader, MAX_CONTEXT).expect("dummy weights fit");
     let runner = ModelRunner::new(decoder, &spec, rank.clone(), &plan);
-    (runner.expect("the machine has room"), weights_bytes)
+    let runner = runner.expect("the machine has room");
+    let (kv_dtype, format) = (plan.kv_dtype, format.to_owned());
+    Model { runner, spec, weights_bytes, kv_dtype, format }
 }
 
 /// Steps of sequences alike; token ids exist in every vocabulary here.
@@ -92,42 +114,95 @@ fn batch(num_seqs: usize, num_tokens: usize, context_len: usize) -> ScheduledBat
 
 /// Benches one model in every format; formats that the command line's filter leaves out are not
 /// even loaded.
-fn bench_model(c: &mut Criterion, name: &str, config_json: &str, formats: &[Option<Quantization>]) {
+fn bench_model(
+    c: &mut Criterion,
+    limits: &Limits,
+    (name, config_json): (&str, &str),
+    formats: &[Option<Quantization>],
+) {
     let filter = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_default();
     for &format in formats {
         let format_name = format.map_or("bf16".to_owned(), |f| format!("{f:?}").to_lowercase());
         let name = format!("{name} {format_name}");
         if name.contains(filter.split('/').next().unwrap_or_default()) {
-            bench_steps(c, &name, runner(config_json, format));
+            bench_steps(c, limits, &name, model(config_json, format, &format_name));
         }
     }
 }
 
-fn bench_steps(c: &mut Criterion, name: &str, (mut runner, weights_bytes): (ModelRunner, usize)) {
-    println!("{name}: {:.1} MB of weights", weights_bytes as f64 / 1e6);
+fn bench_steps(c: &mut Criterion, limits: &Limits, name: &str, mut model: Model) {
+    println!("{name}: {:.1} MB of weights", model.weights_bytes as f64 / 1e6);
     let mut group = c.benchmark_group(name);
     group.sample_size(10).measurement_time(Duration::from_secs(4));
     for num_seqs in [1, 16, 64] {
         let batch = batch(num_seqs, 1, 256);
-        group.throughput(Throughput::Elements(num_seqs as u64));
-        group.bench_function(BenchmarkId::new("decode at context 256, batch", num_seqs), |b| {
-            b.iter(|| runner.execute(black_box(&batch)).expect("the step succeeds"));
-        });
+        let cost = StepCost::of(&model.spec, model.kv_dtype, 256);
+        let step = Step {
+            id: BenchmarkId::new("decode at context 256, batch", num_seqs),
+            num_tokens: num_seqs,
+            bytes: model.weights_bytes + num_seqs * cost.kv_bytes,
+            flops: num_seqs * cost.flops,
+        };
+        bench_step(&mut group, limits, &mut model, step, &batch);
     }
     for prompt_len in [128, 1024] {
         let batch = batch(1, prompt_len, prompt_len);
-        group.throughput(Throughput::Elements(prompt_len as u64));
-        group.bench_function(BenchmarkId::new("prefill", prompt_len), |b| {
-            b.iter(|| runner.execute(black_box(&batch)).expect("the step succeeds"));
-        });
+        let step = Step {
+            id: BenchmarkId::new("prefill", prompt_len),
+            num_tokens: prompt_len,
+            bytes: model.weights_bytes,
+            flops: prompt_flops(&model.spec, model.kv_dtype, prompt_len),
+        };
+        bench_step(&mut group, limits, &mut model, step, &batch);
     }
     group.finish();
 }
 
+/// A step, and what it must do.
+struct Step {
+    id: BenchmarkId,
+    num_tokens: usize,
+    bytes: usize,
+    flops: usize,
+}
+
+fn bench_step(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    limits: &Limits,
+    model: &mut Model,
+    step: Step,
+    batch: &ScheduledBatch,
+) {
+    let Step { id, num_tokens, bytes, flops } = step;
+    let best = Cell::new(Duration::MAX);
+    group.throughput(Throughput::Elements(num_tokens as u64));
+    group.bench_function(id, |bencher| {
+        bencher.iter(|| {
+            let start = Instant::now();
+            let results = model.runner.execute(black_box(batch)).expect("the step succeeds");
+            best.set(best.get().min(start.elapsed()));
+            results
+        });
+    });
+    // Left out by the command line's filter.
+    if best.get() == Duration::MAX {
+        return;
+    }
+    let seconds = best.get().as_secs_f64();
+    println!(
+        "    best {:.3} ms: {:.1} GB/s, {:.1} GFLOP/s, {:.0} % of the limit",
+        seconds * 1e3,
+        bytes as f64 / seconds / 1e9,
+        flops as f64 / seconds / 1e9,
+        limits.seconds(&model.format, bytes, flops) / seconds * 100.0,
+    );
+}
+
 fn forward_passes(c: &mut Criterion) {
-    bench_model(c, "tiny", TINY, &FORMATS[..1]);
-    bench_model(c, "bench-0.5b", BENCH_0_5B, &FORMATS);
-    bench_model(c, "bench-1b", BENCH_1B, &FORMATS);
+    let limits = Limits::read(&machine::device());
+    bench_model(c, &limits, ("tiny", TINY), &FORMATS[..1]);
+    bench_model(c, &limits, ("bench-0.5b", BENCH_0_5B), &FORMATS);
+    bench_model(c, &limits, ("bench-1b", BENCH_1B), &FORMATS);
 }
 
 criterion_group!(benches, forward_passes);

@@ -12,6 +12,7 @@ fn main() {
     let limits: Vec<Limit> = (1..=physical_cores()).flat_map(limits).collect();
     println!("{:>7}  {:<16} {:>9}", "threads", "limit", "best");
     for Limit { threads, limit, value, unit, .. } in &limits {
+        let threads = threads.unwrap_or_default();
         println!("{threads:>7}  {limit:<16} {value:>9.1} {unit}");
     }
     println!("{}", json!({ "limits": limits }));

@@ -3,19 +3,21 @@
 //! Every call takes the next of several copies of the weights, more than the caches hold, as a
 //! step through a model's layers does. Beside criterion's times it prints the best call: on a
 //! machine with neighbours, short calls hit undisturbed moments and means do not. Each line ends
-//! with the fraction of what bounds it, the memory's or the arithmetic's limit, read at the start
-//! in the same way. `TOKENMILL_BENCH_THREADS` sets the number of threads.
+//! with the fraction of what bounds it: the memory's limit, or that of the arithmetic which multiplies
+//! the format, read at the start in the same way. `machine` says which variables choose threads and
+//! instructions.
+
+mod machine;
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use tokenmill::cli::bench::limits::{best_time, memory_read};
-use tokenmill::config::CpuIsa;
+use machine::Limits;
 use tokenmill::formats::{PackedMatrix, dense, fp8, int4, int8, mxfp4, q8, quantize};
 use tokenmill::ops::Ops;
 use tokenmill::ops::args::{Activation, GatedMatmulArgs, GatedMlpArgs, MatmulArgs, Projection};
-use tokenmill::ops::cpu::{Arithmetic, CpuOps, peak_arithmetic};
+use tokenmill::ops::cpu::CpuOps;
 use tokenmill::tensor::{DType, Tensor};
 
 const HIDDEN: usize = 896;
@@ -28,35 +30,6 @@ const FORMATS: [&str; 7] = ["bf16", "int8", "int4", "mxfp4", "q8_0", "w8a16", "f
 /// All copies of one matrix together.
 const WEIGHTS_BYTES: usize = 400 << 20;
 
-/// What bounds a product, read when the bench starts.
-struct Limits {
-    memory_gb_s: f64,
-    /// Best rate of the machine's instructions, by name.
-    gflop_s: Vec<(&'static str, f64)>,
-}
-
-impl Limits {
-    fn read(threads: usize) -> Limits {
-        let rate = |(name, flops, work): Arithmetic| {
-            (name, threads as f64 * flops / best_time(threads, |_| work()) / 1e9)
-        };
-        Limits {
-            memory_gb_s: memory_read(threads).value,
-            gflop_s: peak_arithmetic().into_iter().map(rate).collect(),
-        }
-    }
-
-    /// Seconds that memory and arithmetic need: INT8 products have a faster instruction.
-    fn seconds(&self, format: &str, bytes: usize, flops: usize) -> f64 {
-        let is_int = !matches!(format, "bf16" | "w8a16" | "fp8");
-        let fits = |name: &str| is_int || !name.starts_with("int8");
-        let rates = self.gflop_s.iter().filter(|(name, _)| fits(name)).map(|(_, rate)| *rate);
-        let peak = rates.fold(0.0, f64::max);
-        let compute = if peak > 0.0 { flops as f64 / peak / 1e9 } else { 0.0 };
-        compute.max(bytes as f64 / self.memory_gb_s / 1e9)
-    }
-}
-
 fn matrix(ops: &CpuOps, format: &str, cols: usize, k: usize) -> PackedMatrix {
     let value = |row: usize, at: usize| ((row * k + at) % 97) as f32 / 97.0 - 0.5;
     let read = |row: usize, to: &mut [f32]| {
@@ -65,7 +38,7 @@ fn matrix(ops: &CpuOps, format: &str, cols: usize, k: usize) -> PackedMatrix {
     let (shape, threads) = ([cols, k], ops.threads());
     match format {
         "int8" => quantize(&int8::PerRow, shape, threads, read),
-        "int4" => quantize(&int4::Grouped(64), shape, threads, read),
+        "int4" => quantize(&int4::Grouped(32), shape, threads, read),
         "mxfp4" => quantize(&mxfp4::Mxfp4, shape, threads, read),
         "q8_0" => quantize(&q8::Q8_0, shape, threads, read),
         "w8a16" => quantize(&q8::W8A16, shape, threads, read),
@@ -109,7 +82,7 @@ impl Bench<'_> {
         });
         let seconds = best.get().as_secs_f64();
         println!(
-            "    best {:.3} ms: {:.0} GFLOP/s, {:.0} % of the limit",
+            "    best {:.3} ms: {:.1} GFLOP/s, {:.0} % of the limit",
             seconds * 1e3,
             flops as f64 / seconds / 1e9,
             limit / seconds * 100.0,
@@ -179,12 +152,10 @@ impl Bench<'_> {
 }
 
 fn products(criterion: &mut Criterion) {
-    let threads = std::env::var("TOKENMILL_BENCH_THREADS").ok();
-    let threads = threads.map(|text| text.parse().expect("a number of threads"));
-    let ops = CpuOps::new(threads, CpuIsa::Auto).expect("the machine has a thread");
-    let limits = Limits::read(ops.threads());
-    println!("{}: {:.1} GB/s", ops.name(), limits.memory_gb_s);
-    limits.gflop_s.iter().for_each(|(name, rate)| println!("{name}: {rate:.0} GFLOP/s"));
+    let device = machine::device();
+    let ops = CpuOps::new(device.threads, device.cpu_isa).expect("the machine has what was asked");
+    println!("{}", ops.name());
+    let limits = Limits::read(&device);
     let filter = std::env::args().skip(1).find(|arg| !arg.starts_with('-')).unwrap_or_default();
     let mut bench = Bench { criterion, ops, limits, filter };
     for format in FORMATS {
