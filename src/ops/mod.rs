@@ -99,6 +99,11 @@ pub trait Ops: Send + Sync {
     /// Name for logs, for example `cpu (avx512, 2 threads)`.
     fn name(&self) -> String;
 
+    /// For people: what computes what on this device, and up to which sizes.
+    fn choices(&self) -> Vec<(&'static str, String)> {
+        Vec::new()
+    }
+
     /// The dtype of activations on this device.
     fn activation_dtype(&self) -> DType;
 

@@ -12,7 +12,7 @@ use super::limits::{self, Limit, MEMORY_COPY, MEMORY_READ};
 use crate::ops::cuda::driver::Survey;
 
 /// Flags about the record that a run leaves.
-#[derive(Clone, Debug, Args)]
+#[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Record")]
 pub struct RecordArgs {
     /// Write the run as JSON
@@ -152,7 +152,7 @@ fn field(text: &str, name: &str) -> Option<String> {
 
 /// What a run measures, and so whose limits bound it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Measured {
+pub(in crate::cli) enum Measured {
     /// This machine's processor.
     Host {
         /// Threads that compute.
@@ -165,7 +165,7 @@ pub(super) enum Measured {
 }
 
 /// A record in the making.
-pub(super) struct Recorder {
+pub(in crate::cli) struct Recorder {
     args: RecordArgs,
     measured: Measured,
     limits: Vec<Limit>,

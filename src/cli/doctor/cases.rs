@@ -1,16 +1,13 @@
 //! A handful of cases of every operation, in sizes that are no multiples of anything.
 
-use crate::config::Quantization;
-use crate::formats::{PackedMatrix, dense};
+use super::attention::attention;
+use super::latent::latent_attention;
+use super::sampling::{recorded, sample};
+use super::verify::{COMPUTED, MOVED, OF_FP8, Side};
+use super::weights::{FP8, Named, OTHERS, formats, matrix};
 use crate::ops::args::*;
 use crate::ops::kv_tensor::KvTensor;
 use crate::ops::{OpsError, StepLimits};
-use crate::request::SamplingParams;
-use crate::tensor::{DType, Tensor};
-use crate::weights;
-
-use super::latent::latent_attention;
-use super::verify::{COMPUTED, MOVED, OF_FP8, Side};
 
 type Run = fn(&mut Side<'_>) -> Result<(), OpsError>;
 
@@ -24,6 +21,7 @@ pub(super) const ALL: &[(&str, f64, Run)] = &[
     ("matmul", OF_FP8, matmul_fp8),
     ("gated_matmul", COMPUTED, gated_matmul),
     ("gated_matmul", OF_FP8, gated_matmul_fp8),
+    ("route_experts", COMPUTED, route_experts),
     ("experts", COMPUTED, experts),
     ("attention", COMPUTED, attention),
     ("latent_attention", COMPUTED, latent_attention),
@@ -31,46 +29,18 @@ pub(super) const ALL: &[(&str, f64, Run)] = &[
     ("gather_rows", MOVED, gather_rows),
     ("soft_cap", COMPUTED, soft_cap),
     ("sample", MOVED, sample),
+    ("recorded", COMPUTED, recorded),
 ];
 
-/// Rows of activations: decode, a few sequences, a prompt.
-const ROWS: [usize; 3] = [1, 7, 70];
+/// Rows of activations of products: each kernel of a GPU takes some of them.
+const ROWS: [usize; 7] = [1, 4, 8, 13, 40, 130, 300];
+/// Rows of activations of experts: decode, a few sequences, a prompt.
+const EXPERT_ROWS: [usize; 3] = [1, 7, 70];
 
-/// A format's name, and how weights become it.
-type Named = (&'static str, Option<Quantization>);
-/// Weights in FP8.
-const FP8: Named = ("fp8", Some(Quantization::Fp8));
-/// Weights as they are, and in every other format that weights can be quantized to.
-const OTHERS: [Named; 7] = [
-    ("bf16", None),
-    ("int8", Some(Quantization::Int8)),
-    ("w8a16", Some(Quantization::W8A16)),
-    ("q8_0", Some(Quantization::Q8_0)),
-    ("int4", Some(Quantization::Int4)),
-    ("int4-g64", Some(Quantization::Int4G64)),
-    ("mxfp4", Some(Quantization::Mxfp4)),
-];
-
-/// All of them.
-fn formats() -> impl Iterator<Item = Named> {
-    OTHERS.into_iter().chain([FP8])
-}
-
-/// Random weights, placed.
-fn matrix(
-    side: &mut Side<'_>,
-    quantization: Option<Quantization>,
-    [rows, cols]: [usize; 2],
-) -> Result<PackedMatrix, OpsError> {
-    let values: Vec<half::bf16> =
-        side.numbers(rows * cols).into_iter().map(half::bf16::from_f32).collect();
-    let plain = dense::pack(Tensor::from_slice(&values, [rows, cols]));
-    side.ops.arrange(weights::quantized(plain, quantization, 1))
-}
-
-fn reserve(side: &Side<'_>) -> Result<(), OpsError> {
+/// Room for every case of products and experts.
+pub(super) fn reserve(side: &Side<'_>) -> Result<(), OpsError> {
     side.ops.reserve(&StepLimits {
-        max_num_tokens: 128,
+        max_num_tokens: 512,
         max_num_seqs: 8,
         max_context_len: 512,
         max_width: 512,
@@ -79,8 +49,8 @@ fn reserve(side: &Side<'_>) -> Result<(), OpsError> {
         max_logit_rows: 8,
         vocab_size: 1000,
         hidden_size: 192,
-        num_experts: 8,
-        experts_per_token: 3,
+        num_experts: 16,
+        experts_per_token: 4,
         expert_width: 80,
     })
 }
@@ -221,6 +191,44 @@ fn gated_matmul_of(
     Ok(())
 }
 
+/// Four of sixteen experts, also those of the best two of four groups only.
+fn route_experts(side: &mut Side<'_>) -> Result<(), OpsError> {
+    reserve(side)?;
+    let grouped = |scoring, renormalize| {
+        let (num_groups, num_chosen_groups) = (4, 2);
+        let scale = 2.5;
+        Routing::Grouped(GroupedRouting {
+            scoring,
+            num_groups,
+            num_chosen_groups,
+            renormalize,
+            scale,
+        })
+    };
+    for (name, routing, has_bias) in [
+        ("softmax", Routing::Softmax { renormalize: false }, false),
+        ("softmax, renormalized", Routing::Softmax { renormalize: true }, false),
+        ("groups by softmax", grouped(Scoring::Softmax, false), false),
+        ("groups by sigmoid", grouped(Scoring::Sigmoid, true), false),
+        ("groups by sigmoid, a bias", grouped(Scoring::Sigmoid, true), true),
+    ] {
+        let logits = side.floats([37, 16])?;
+        let bias = if has_bias { Some(side.floats([16])?) } else { None };
+        let mut expert_ids = side.integers(&[0; 37 * 4], [37, 4])?;
+        let mut weights = side.floats([37, 4])?;
+        side.ops.route_experts(RouteExpertsArgs {
+            expert_ids: expert_ids.view_mut(),
+            weights: weights.view_mut(),
+            logits: logits.view(),
+            bias: bias.as_ref().map(|bias| bias.view()),
+            routing,
+        });
+        side.note(name, &weights);
+        side.note(format!("{name}, experts"), &expert_ids);
+    }
+    Ok(())
+}
+
 /// Tokens choose three of eight experts by themselves.
 fn experts(side: &mut Side<'_>) -> Result<(), OpsError> {
     reserve(side)?;
@@ -231,7 +239,7 @@ fn experts(side: &mut Side<'_>) -> Result<(), OpsError> {
         };
         let experts = (0..8).map(|_| expert()).collect::<Result<_, OpsError>>()?;
         let experts = side.ops.index_experts(experts)?;
-        for rows in ROWS {
+        for rows in EXPERT_ROWS {
             mix(side, &experts, rows, &format!("{name}, {rows} rows"))?;
         }
     }
@@ -271,78 +279,6 @@ fn mix(side: &mut Side<'_>, experts: &Experts, rows: usize, case: &str) -> Resul
     Ok(())
 }
 
-const BLOCK_SIZE: usize = 16;
-const NUM_BLOCKS: usize = 40;
-
-/// Keys and values of three sequences are written and attended to: a prompt, a chunk after a
-/// cached prefix, and a decode step.
-fn attention(side: &mut Side<'_>) -> Result<(), OpsError> {
-    reserve(side)?;
-    for dtype in [DType::BF16, DType::F16, DType::I8, DType::Fp8] {
-        for head_dim in [64, 128] {
-            attend(side, dtype, head_dim, None)?;
-        }
-    }
-    attend(side, DType::BF16, 64, Some(21))
-}
-
-fn attend(
-    side: &mut Side<'_>,
-    dtype: DType,
-    head_dim: usize,
-    sliding_window: Option<usize>,
-) -> Result<(), OpsError> {
-    let (num_heads, num_kv_heads) = (8, 2);
-    let contexts = [33_u32, 50, 200];
-    let queries = [33_u32, 9, 1];
-    let shape = [NUM_BLOCKS, num_kv_heads, BLOCK_SIZE, head_dim];
-    let mut k_cache = KvTensor::zeros_on(side.ops, dtype, shape)?;
-    let mut v_cache = KvTensor::zeros_on(side.ops, dtype, shape)?;
-    // Blocks in descending order, so that a table is needed; the last sequence needs thirteen.
-    let width = 13;
-    let block = |seq: u32, i: u32| NUM_BLOCKS as u32 - 1 - (seq * width as u32 + i);
-    let tables: Vec<u32> =
-        (0..3).flat_map(|seq| (0..width as u32).map(move |i| block(seq, i))).collect();
-    let slot = |seq: u32, position: u32| {
-        block(seq, position / BLOCK_SIZE as u32) * BLOCK_SIZE as u32 + position % BLOCK_SIZE as u32
-    };
-    let slots: Vec<u32> = (0..3_u32)
-        .flat_map(|seq| (0..contexts[seq as usize]).map(move |position| slot(seq, position)))
-        .collect();
-    let kv_shape = [slots.len(), num_kv_heads, head_dim];
-    let (k, v) = (side.activations(kv_shape)?, side.activations(kv_shape)?);
-    let slot_mapping = side.integers(&slots, [slots.len()])?;
-    side.ops.write_kv(WriteKvArgs {
-        k_cache: k_cache.view_mut(),
-        v_cache: v_cache.view_mut(),
-        k: k.view(),
-        v: v.view(),
-        slot_mapping: slot_mapping.view(),
-    });
-    let num_queries = queries.iter().sum::<u32>() as usize;
-    let q = side.activations([num_queries, num_heads, head_dim])?;
-    let mut out = side.room([num_queries, num_heads, head_dim])?;
-    let tables = side.integers(&tables, [3, width])?;
-    let cu_seqlens = side.integers(&[0, 33, 42, 43], [4])?;
-    let context_lens = side.integers(&contexts, [3])?;
-    side.ops.attention(AttentionArgs {
-        out: out.view_mut(),
-        q: q.view(),
-        k_cache: k_cache.view(),
-        v_cache: v_cache.view(),
-        block_tables: tables.view(),
-        cu_seqlens_q: cu_seqlens.view(),
-        context_lens: context_lens.view(),
-        scale: 1.0 / (head_dim as f32).sqrt(),
-        sliding_window,
-        softcap: None,
-        sinks: None,
-    });
-    let window = sliding_window.map_or(String::new(), |window| format!(", window {window}"));
-    side.note(format!("{dtype} cache, heads of {head_dim}{window}"), &out);
-    Ok(())
-}
-
 fn copy_blocks(side: &mut Side<'_>) -> Result<(), OpsError> {
     let shape = [6, 2, 8, 64];
     let mut k_cache = KvTensor { data: side.activations(shape)?, scales: None };
@@ -366,46 +302,9 @@ fn gather_rows(side: &mut Side<'_>) -> Result<(), OpsError> {
     Ok(())
 }
 
-/// The chosen tokens and their log-probabilities, as numbers.
 fn soft_cap(side: &mut Side<'_>) -> Result<(), OpsError> {
     let mut logits = side.floats([3, 1003])?;
     side.ops.soft_cap(SoftCapArgs { x: logits.view_mut(), cap: 0.5 });
     side.note("by 0.5", &logits);
-    Ok(())
-}
-
-fn sample(side: &mut Side<'_>) -> Result<(), OpsError> {
-    reserve(side)?;
-    let greedy = SamplingParams { logprobs: Some(3), ..SamplingParams::greedy() };
-    let random =
-        SamplingParams { temperature: 0.7, logprobs: Some(0), ..SamplingParams::default() };
-    let narrow = SamplingParams { top_k: 20, top_p: 0.9, ..random.clone() };
-    let penalised = SamplingParams { repetition_penalty: 1.3, ..greedy.clone() };
-    for (name, params) in [
-        ("greedy", &greedy),
-        ("random", &random),
-        ("top-k, top-p", &narrow),
-        ("penalty", &penalised),
-    ] {
-        let values: Vec<f32> = side.numbers(4 * 1000).into_iter().map(|x| 8.0 * x).collect();
-        let mut logits = side.ops.place(Tensor::from_slice(&values, [4, 1000]))?;
-        let row = |i: u32| SampleRow {
-            task: RowTask::Sample,
-            params,
-            seed: 7 + u64::from(i),
-            position: 11 * i,
-            prompt_token_ids: &[1, 2, 3],
-            output_token_ids: &[4, 5],
-            banned_token_ids: &[],
-            bitmask: None,
-        };
-        let rows: Vec<_> = (0..4).map(row).collect();
-        let sampled = side.ops.sample(SampleArgs { logits: logits.view_mut(), rows: &rows });
-        let numbers = sampled.iter().flat_map(|token| {
-            let logprob = token.logprobs.as_ref().map_or(0.0, |logprobs| logprobs.logprob);
-            [token.token_id as f32, logprob]
-        });
-        side.note_numbers(name, numbers.collect());
-    }
     Ok(())
 }

@@ -3,20 +3,31 @@
 //! | file | what |
 //! |---|---|
 //! | `machine` | processor, memory, driver, GPUs, as facts |
+//! | `chosen` | the device that the flags mean, and what computes there |
 //! | `verify` | a handful of cases of every operation against the referee |
-//! | `cases` | those cases |
+//! | `cases`, `attention`, `latent`, `sampling` | those cases |
+//! | `weights` | the formats that products are tried with |
 
+mod attention;
 mod cases;
+mod chosen;
 mod latent;
 mod machine;
+mod sampling;
 mod verify;
+mod weights;
+
+use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use clap::Args;
 use serde::Serialize;
+use serde_json::json;
 
-use crate::config::{DeviceArgs, DeviceConfig};
+use super::bench::record::{Kind, Measured, RecordArgs, Recorder};
+use crate::config::DeviceArgs;
 use crate::device::RankContext;
+use chosen::Chosen;
 use machine::Machine;
 use verify::Verdict;
 
@@ -34,6 +45,10 @@ pub struct DoctorArgs {
     /// Print JSON instead of text
     #[arg(long)]
     pub json: bool,
+
+    /// Write what was verified as a record for `bench report`
+    #[arg(long, value_name = "FILE", requires = "verify")]
+    pub output_json: Option<PathBuf>,
 }
 
 /// All that is reported.
@@ -47,22 +62,13 @@ struct Report {
     verify: Option<Vec<Verdict>>,
 }
 
-/// What the device flags mean here.
-#[derive(Debug, Serialize)]
-struct Chosen {
-    /// The device's name, when there is one.
-    device: Option<String>,
-    /// Why it is not the one that was asked for, or not a GPU.
-    reason: Option<String>,
-}
-
 /// Reports; an error when the device cannot be used or computes wrongly.
 pub fn run(args: DoctorArgs) -> anyhow::Result<()> {
-    let DoctorArgs { device, verify, json } = args;
+    let DoctorArgs { device, verify, json, output_json } = args;
     let config = device.resolve([])?;
     let machine = Machine::here();
     let rank = RankContext::open(&config);
-    let chosen = chosen(&config, &machine, &rank);
+    let chosen = Chosen::new(&config, machine.why_no_gpu(), &rank)?;
     let verdicts = match (&rank, verify) {
         (Ok(rank), true) => Some(verify::verify(&*rank.ops).context("the device failed")?),
         _ => None,
@@ -74,31 +80,29 @@ pub fn run(args: DoctorArgs) -> anyhow::Result<()> {
         print!("{}", report.text());
     }
     rank?;
+    if let Some(path) = output_json {
+        write(path, &report)?;
+    }
     let verdicts = report.verify.unwrap_or_default();
     let wrong = verdicts.iter().filter(|verdict| !verdict.passed).count();
     ensure!(wrong == 0, "{wrong} of {} cases are wrong on this device", verdicts.len());
     Ok(())
 }
 
-fn chosen<E: std::fmt::Display>(
-    config: &DeviceConfig,
-    machine: &Machine,
-    rank: &Result<RankContext, E>,
-) -> Chosen {
-    let reason = match rank {
-        Err(error) => Some(error.to_string()),
-        Ok(_) => config.why_cpu().or_else(|| machine.why_no_gpu()),
-    };
-    Chosen { device: rank.as_ref().ok().map(|rank| rank.ops.name()), reason }
+/// Keeps the cases, and on what they ran.
+fn write(path: PathBuf, report: &Report) -> anyhow::Result<()> {
+    let args = RecordArgs { output_json: Some(path), ..RecordArgs::default() };
+    let model = json!({"backend": report.chosen.device});
+    let results =
+        json!({"cases": report.verify, "machine": report.machine, "chosen": report.chosen});
+    Recorder::begin(args, Measured::Elsewhere)?.write(Kind::Verify, model, json!({}), &results)
 }
 
 impl Report {
     /// For people.
     fn text(&self) -> String {
         let mut text = format!("tokenmill {}\n{}", self.version, self.machine);
-        let device = self.chosen.device.as_deref().unwrap_or("none");
-        let reason = self.chosen.reason.as_ref().map_or(String::new(), |why| format!(" ({why})"));
-        text += &format!("chosen     {device}{reason}\n");
+        text += &self.chosen.to_string();
         let Some(verdicts) = &self.verify else { return text };
         text.push('\n');
         for verdict in verdicts {

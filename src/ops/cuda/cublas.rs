@@ -214,6 +214,12 @@ impl CublasLt {
 }
 
 impl DenseProducts for CublasLt {
+    fn name(&self) -> String {
+        // SAFETY: takes nothing and returns a number; the library is open.
+        let version = unsafe { sys::cublasLtGetVersion() };
+        format!("cuBLASLt {}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
+    }
+
     fn multiplies_codes(&self) -> bool {
         self.multiplies_codes
     }

@@ -25,6 +25,8 @@ pub(super) const MAX_WEIGHTS: usize = 3;
 const MAX_PARAMETERS: usize = 7 * MAX_WEIGHTS + 16 + 4 + 2;
 /// Elements to which the length of copied activation rows is rounded up: a step of codes.
 const PITCH_ELEMENTS: usize = 128;
+/// Rows from which on products are a library's.
+pub(super) const LIBRARY_ROWS: usize = MAX_SKINNY_ROWS + 1;
 /// Threads of a kernel that prepares a row.
 const PREPARE_THREADS: usize = 256;
 /// Outputs of a block of the plain kernel.
@@ -34,6 +36,11 @@ const PLAIN_COLUMNS: usize = 4;
 /// bf16 or f16, and with f32 sums. Of bytes, with sums of 32 bits and no bias, it may have products that
 /// nothing but a measurement asks for.
 pub trait DenseProducts: Send + Sync {
+    /// What it is called, with its version.
+    fn name(&self) -> String {
+        "a library".to_owned()
+    }
+
     /// Whether operands may be FP8 E4M3, which stand for themselves, without a bias; rows of
     /// weights and of `x` are multiples of sixteen then, and so is the number of columns.
     fn multiplies_codes(&self) -> bool;

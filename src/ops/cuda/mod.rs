@@ -119,6 +119,26 @@ impl<L: Launcher> Ops for CudaOps<L> {
         format!("cuda ({})", self.launcher.name())
     }
 
+    fn choices(&self) -> Vec<(&'static str, String)> {
+        let library = self.dense_products();
+        let dense = match library {
+            Some(library) => format!("{} from {} rows on", library.name(), matmul::LIBRARY_ROWS),
+            None => "our own kernels: cuBLASLt was not found".to_owned(),
+        };
+        let codes = match fp8::is_multiplied(self.facts(), library) {
+            true => format!("tensor cores from {} rows on", matmul::LIBRARY_ROWS),
+            false => "widened to bf16".to_owned(),
+        };
+        let steps =
+            if self.records { "recorded and replayed" } else { "launched kernel by kernel" };
+        vec![
+            ("bf16 products", dense),
+            ("FP8 products", codes),
+            ("decode steps", steps.to_owned()),
+            ("limits", support::limits(self.facts())),
+        ]
+    }
+
     fn activation_dtype(&self) -> DType {
         DType::BF16
     }

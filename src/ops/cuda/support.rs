@@ -82,6 +82,16 @@ fn require(
     if is_right { Ok(()) } else { Err(Refusal::new(field, value, needed)) }
 }
 
+/// What everything below refuses beyond, for people.
+pub(super) fn limits(facts: &DeviceFacts) -> String {
+    let most_tokens = MAX_VOCAB_SIZE.min(facts.shared_bytes_per_block as usize / 4 * 32);
+    format!(
+        "heads of up to {MAX_HEAD_DIM} elements (latent ones {MAX_LATENT}), {MAX_EXPERTS} experts of \
+         which {MAX_EXPERTS_PER_TOKEN} compute a token, vocabularies of {most_tokens} tokens, \
+         {MAX_GRID} tokens or sequences of a step"
+    )
+}
+
 /// A layer of a model, its cache, and the largest step.
 pub(super) fn check_shape(
     facts: &DeviceFacts,
