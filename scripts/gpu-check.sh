@@ -1,55 +1,89 @@
 #!/usr/bin/env bash
 # Proves and measures tokenmill on a GPU.
 #
-#     scripts/gpu-check.sh [--binary FILE] [--out DIR] [--device cuda:0] PART...
+#     scripts/gpu-check.sh [--binary FILE] [--out DIR] [--device cuda:0] [--limit SECONDS] [--dry] PART...
 #
-# Every part runs alone within eight minutes and leaves JSON (and its output) in DIR:
+# Every part runs alone, ends within SECONDS (480) or is ended, and leaves records (and its output) in
+# DIR; the last one, `report`, makes DIR/report of all records there. Parts:
 #
+#   kernels          memory and arithmetic limits, and single operations beside them; the limits stand in
+#                    the records of the parts after it
+#   torch            the same products, those of codes, and attention by PyTorch, where python3 has torch
 #   verify           a few cases of every operation against plain loops
 #   sanitize         the same under compute-sanitizer, where that is installed
-#   golden           the bundled model's answers, in every weight format and with an FP8 cache
-#   kernels          memory and arithmetic ceilings, and single operations beside them
-#   torch            the same ceilings, that of FP8 too, and attention by PyTorch, where python3 has torch
-#   steps-FORMAT     decode steps at batch 1 to 256 over 1k context, recorded and launched one by one
-#   prefill-FORMAT   prompts of 1k and 8k tokens
-#   moe-FORMAT       decode steps and prompts as above, of a mixture of experts: Qwen3-30B-A3B's shapes
-#   serve-FORMAT     1,000 tokens in and 1,000 out over HTTP, at 64 and 256 streams
+#   golden           the bundled model's answers in every weight format, and with an FP8 cache; fails
+#                    where a format is further from bf16 than it may be
 #   start            from the command to the first token
+#   steps-FORMAT     decode steps at batch 1 to 256 over 1k context, recorded and launched one by one, and
+#                    prompts of 1k and 8k tokens as one step
+#   prefill-FORMAT   the same prompts through the engine
+#   serve-FORMAT     1,000 tokens in and 1,000 out over HTTP, at 64 and 256 streams; serve-eager-FORMAT
+#                    without recorded steps
+#   moe-FORMAT       as steps-FORMAT, recorded, of a mixture of experts: Qwen3-30B-A3B's shapes;
+#                    moe-eager-FORMAT its decode steps launched one by one
+#   moe-serve-FORMAT, moe-serve-eager-FORMAT   as serve-FORMAT, of the mixture
+#   report           tables and plots
 #
-# FORMAT is bf16, fp8, int8, int4 or mxfp4: random weights in the shapes of Llama 3.1 8B, or as said. Without PART
-# all parts run, one after the other. Needs the binary, a driver, and for fast `bf16`, and prompts
-# in FP8 by FP8, CUDA's cuBLASLt (that of PyTorch's wheels is found); `golden` and `torch` need python3.
+# FORMAT is bf16, fp8, int8, int4 or mxfp4: random weights in the shapes of Llama 3.1 8B, or as said.
+# Without PART all parts run, one after the other. Needs the binary, a driver, and for fast `bf16`, and
+# prompts in FP8 by FP8, CUDA's cuBLASLt (that of PyTorch's wheels is found); `golden` and `torch` need
+# python3. With --dry shapes and loads are tiny: that tries this script, also with `--device cpu`.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 binary=target/release/tokenmill
 out=gpu-check
 device=cuda:0
+limit=480
+dry=""
+alone=""
 parts=()
 while (($#)); do
     case $1 in
         --binary) binary=$2; shift 2 ;;
         --out) out=$2; shift 2 ;;
         --device) device=$2; shift 2 ;;
-        -h | --help) sed -n '2,23s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        --limit) limit=$2; shift 2 ;;
+        --dry) dry=yes; shift ;;
+        --alone) alone=yes; shift ;; # within the time limit already: how this script calls itself
+        -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
         -*) echo "unknown flag $1; --help lists what there is" >&2; exit 2 ;;
         *) parts+=("$1"); shift ;;
     esac
 done
 formats=(bf16 fp8 int8 int4 mxfp4)
 if ((${#parts[@]} == 0)); then
-    parts=(verify sanitize golden kernels torch start)
-    for format in "${formats[@]}"; do parts+=("steps-$format" "prefill-$format" "moe-$format" "serve-$format"); done
+    parts=(kernels torch verify sanitize golden start)
+    for format in "${formats[@]}"; do
+        parts+=("steps-$format" "prefill-$format" "serve-$format" "serve-eager-$format")
+    done
+    for format in "${formats[@]}"; do
+        parts+=("moe-$format" "moe-eager-$format" "moe-serve-$format" "moe-serve-eager-$format")
+    done
 fi
 [[ -x $binary ]] || { echo "$binary is not there; name the binary with --binary" >&2; exit 2; }
+[[ $binary == */* ]] || binary=./$binary
 mkdir -p "$out"
 server=""
+
+# What a real and a dry run differ in.
+batch_sizes=1,8,64,256 context=1024 prompts=(1024 8192) stream_counts=(64 256) served_len=1000
+golden_flags=() kernel_flags=()
+if [[ $dry ]]; then
+    batch_sizes=1,2 context=32 prompts=(32 64) stream_counts=(1 2) served_len=20
+    golden_flags=(--every 50 --allow bf16=100)
+    for format in int8 w8a16 int4 int4-g64 mxfp4 fp8 q8_0; do golden_flags+=(--allow "$format=100"); done
+    kernel_flags=(--hidden-size 256 --intermediate-size 512 --context-len 64 --batch-size 2 --copy-size 16M
+        --weights-size 1M --milliseconds 1)
+fi
+# The longest prompt and its first token, in whole blocks.
+max_len=$(((prompts[1] / 16 + 16) * 16))
 
 # CUDA's libraries as PyTorch's wheels bring them.
 add_libraries() {
     local found
     found=$(python3 - 2>/dev/null <<'PYTHON' || true
-import glob, site, sys
+import glob, site
 roots = site.getsitepackages() + [site.getusersitepackages()]
 print(":".join(d for root in roots for d in glob.glob(f"{root}/nvidia/*/lib")))
 PYTHON
@@ -57,8 +91,27 @@ PYTHON
     export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}${found:+:$found}"
 }
 
+# chosen_device: the device in doctor's words, for records of what cannot say it itself.
+chosen_device() { "$binary" doctor --device "$device" | sed -n 's/^chosen *\([^(]*([^)]*)\).*/\1/p'; }
+
+# needs_memory GIB: whether the device has so much; skips the part otherwise.
+needs_memory() {
+    local free
+    free=$("$binary" doctor --device "$device" | sed -n 's/^ *\([0-9]*\)[0-9.]* GiB of its memory free$/\1/p')
+    if [[ ! $dry && $free ]] && ((free < $1)); then
+        echo "skipped: $1 GiB are needed, and $free are free"
+        return 1
+    fi
+}
+
 # quantization FORMAT: the flag that makes it of bf16.
-quantization() { [[ $1 == bf16 ]] || echo "--quantization $1"; }
+quantization() { [[ $1 == bf16 ]] || printf '%s\n' --quantization "$1"; }
+
+# limit_flags: the limits of the kernels part, where it has run.
+limit_flags() {
+    printf '%s\n' --no-limits
+    [[ ! -e $out/kernels.json ]] || printf '%s\n' --limits-json "$out/kernels.json"
+}
 
 # model_folder MODEL: a folder with its shapes; `--load-format dummy` makes up the rest.
 model_folder() {
@@ -67,11 +120,15 @@ model_folder() {
     echo "$out/$1"
 }
 
+# full REAL DRY: a size.
+full() { [[ $dry ]] && echo "$2" || echo "$1"; }
+
 shapes_of_llama() {
-    cat <<'JSON'
+    cat <<JSON
 {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
- "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
- "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+ "hidden_size": $(full 4096 256), "intermediate_size": $(full 14336 512),
+ "num_hidden_layers": $(full 32 2), "num_attention_heads": $(full 32 4),
+ "num_key_value_heads": $(full 8 2), "head_dim": $(full 128 64), "vocab_size": $(full 128256 512),
  "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072,
  "tie_word_embeddings": false, "hidden_act": "silu",
  "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
@@ -80,14 +137,15 @@ JSON
 }
 
 shapes_of_qwen3() {
-    cat <<'JSON'
+    cat <<JSON
 {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "torch_dtype": "bfloat16",
- "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
- "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": true, "decoder_sparse_step": 1,
- "mlp_only_layers": [], "num_hidden_layers": 48, "num_attention_heads": 32,
- "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "rms_norm_eps": 1e-6,
- "rope_theta": 1000000.0, "max_position_embeddings": 40960, "tie_word_embeddings": false,
- "hidden_act": "silu", "attention_bias": false}
+ "hidden_size": $(full 2048 256), "intermediate_size": $(full 6144 512),
+ "moe_intermediate_size": $(full 768 128), "num_experts": $(full 128 8),
+ "num_experts_per_tok": $(full 8 2), "norm_topk_prob": true, "decoder_sparse_step": 1,
+ "mlp_only_layers": [], "num_hidden_layers": $(full 48 2), "num_attention_heads": $(full 32 4),
+ "num_key_value_heads": $(full 4 2), "head_dim": $(full 128 64), "vocab_size": $(full 151936 512),
+ "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 40960,
+ "tie_word_embeddings": false, "hidden_act": "silu", "attention_bias": false}
 JSON
 }
 
@@ -108,122 +166,51 @@ stop_server() {
     server=""
 }
 
-# engine_flags MODEL FORMAT MAX_LEN
-engine_flags() {
-    # shellcheck disable=SC2046 # a flag and its value, or nothing
-    printf '%s\n' "$(model_folder "$1")" --load-format dummy --device "$device" --max-model-len "$3" \
-        $(quantization "$2")
+# record KIND RESULTS NAME: what a script measured, as a record.
+record() {
+    "$binary" bench record "$1" "$2" --metadata "device=$(chosen_device)" --output-json "$out/$3.json"
 }
 
-part_verify() { "$binary" doctor --device "$device" --verify --json >"$out/verify.json"; }
+part_kernels() {
+    "$binary" bench kernels --device "$device" "${kernel_flags[@]}" --output-json "$out/kernels.json"
+}
+
+part_torch() {
+    if ! python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+        echo "skipped: python3 has no torch with CUDA"
+        return
+    fi
+    python3 scripts/torch_times.py >"$out/torch.raw"
+    record torch "$out/torch.raw" torch
+}
+
+part_verify() { "$binary" doctor --device "$device" --verify --output-json "$out/verify.json"; }
 
 part_sanitize() {
     if ! command -v compute-sanitizer >/dev/null; then
-        echo '{"skipped": "compute-sanitizer is not installed"}' | tee "$out/sanitize.json"
+        echo "skipped: compute-sanitizer is not installed"
         return
     fi
     compute-sanitizer --error-exitcode 9 --log-file "$out/sanitize.log" \
-        "$binary" doctor --device "$device" --verify --json >"$out/sanitize.json"
+        "$binary" doctor --device "$device" --verify --output-json "$out/sanitize.json"
+}
+
+# golden NAME FORMAT,... FLAG...: what bf16 passes on CPUs is the baseline.
+golden() {
+    local name=$1 weights=$2 status=0
+    shift 2
+    python3 scripts/golden.py --binary "$binary" --json "$out/$name.raw" --baseline 86.2 "${golden_flags[@]}" \
+        --formats "$weights" -- --device "$device" "$@" || status=$?
+    [[ ! -e $out/$name.raw ]] || record golden "$out/$name.raw" "$name" || status=1
+    return "$status"
 }
 
 part_golden() {
-    python3 scripts/golden.py --binary "$binary" --json "$out/golden.json" \
-        --formats bf16,int8,w8a16,int4,int4-g64,mxfp4,fp8,q8_0 -- --device "$device"
-    python3 scripts/golden.py --binary "$binary" --json "$out/golden-fp8-cache.json" \
-        --formats bf16 -- --device "$device" --kv-cache-dtype fp8
-}
-
-part_kernels() { "$binary" bench kernels --device "$device" --output-json "$out/kernels.json"; }
-
-part_torch() {
-    if ! python3 -c 'import torch' 2>/dev/null; then
-        echo '{"skipped": "python3 has no torch"}' | tee "$out/torch.json"
-        return
-    fi
-    python3 - >"$out/torch.json" <<'PYTHON'
-import json, torch
-from torch.nn.functional import scaled_dot_product_attention as attend
-
-def microseconds(run, repeat=50):
-    run(); torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(repeat): run()
-    end.record(); torch.cuda.synchronize()
-    return 1000 * begin.elapsed_time(end) / repeat
-
-bf16 = dict(device="cuda", dtype=torch.bfloat16)
-rows = []
-source = torch.empty(1 << 28, **bf16); target = torch.empty_like(source)
-time = microseconds(lambda: target.copy_(source), 10)
-rows.append({"operation": "copy", "microseconds": time, "gb_per_s": 4 * source.numel() / time / 1e3})
-weight = torch.randn(14336, 4096, **bf16)
-for n in (1, 8, 64, 2048):
-    x = torch.randn(n, 4096, **bf16)
-    time = microseconds(lambda: x @ weight.T)
-    rows.append({"operation": f"matmul bf16, {n} rows", "microseconds": time,
-                 "tflops": 2 * n * weight.numel() / time / 1e6})
-if torch.cuda.get_device_capability() >= (8, 9):
-    codes, one = weight.to(torch.float8_e4m3fn), torch.ones((), device="cuda")
-    for n in (64, 2048):
-        x = torch.randn(n, 4096, **bf16).to(torch.float8_e4m3fn)
-        time = microseconds(lambda: torch._scaled_mm(x, codes.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16))
-        rows.append({"operation": f"matmul fp8 by fp8, {n} rows", "microseconds": time,
-                     "tflops": 2 * n * weight.numel() / time / 1e6})
-for batch, queries in ((64, 1), (1, 1024)):
-    q = torch.randn(batch, 32, queries, 128, **bf16)
-    k, v = (torch.randn(batch, 8, 1024, 128, **bf16) for _ in range(2))
-    time = microseconds(lambda: attend(q, k, v, is_causal=queries > 1, enable_gqa=True))
-    rows.append({"operation": f"attention {batch} x {queries} over 1024", "microseconds": time})
-print(json.dumps({"torch": torch.__version__, "gpu": torch.cuda.get_device_name(), "rows": rows}, indent=2))
-PYTHON
-}
-
-# measure_steps MODEL FORMAT CASE
-measure_steps() {
-    local flags
-    mapfile -t flags < <(engine_flags "$1" "$2" 2048)
-    for mode in recorded eager; do
-        local eager=()
-        [[ $mode == recorded ]] || eager=(--enforce-eager)
-        "$binary" bench steps "${flags[@]}" "${eager[@]}" --max-num-seqs 256 --no-limits \
-            --batch-sizes 1,8,64,256 --batch-context-len 1024 --context-lens 1024 --num-iters 20 \
-            --metadata "case=$3" --metadata "mode=$mode" --output-json "$out/$3-$mode.json"
-    done
-}
-
-# measure_prefill MODEL FORMAT CASE
-measure_prefill() {
-    local flags
-    mapfile -t flags < <(engine_flags "$1" "$2" 8448)
-    for length in 1024 8192; do
-        "$binary" bench latency "${flags[@]}" --max-num-batched-tokens 8192 --no-limits \
-            --input-len "$length" --output-len 1 --num-iters 5 \
-            --metadata "case=$3-$length" --output-json "$out/$3-$length.json"
-    done
-}
-
-part_steps() { measure_steps llama-3.1-8b "$1" "steps-$1"; }
-
-part_prefill() { measure_prefill llama-3.1-8b "$1" "prefill-$1"; }
-
-part_moe() {
-    measure_steps qwen3-30b-a3b "$1" "moe-steps-$1"
-    measure_prefill qwen3-30b-a3b "$1" "moe-prefill-$1"
-}
-
-part_serve() {
-    local flags
-    mapfile -t flags < <(engine_flags llama-3.1-8b "$1" 2048)
-    start_server "${flags[0]}" "${flags[@]:1:2}" "${flags[@]:5}" --served-model-name llama \
-        --max-num-seqs 256 --max-num-batched-tokens 8192
-    for streams in 64 256; do
-        "$binary" bench serve --base-url "http://127.0.0.1:$port" --model llama --no-limits \
-            --num-prompts $((2 * streams)) --input-len 1000 --output-len 1000 \
-            --max-concurrency "$streams" --vocab-size 128000 \
-            --metadata "case=serve-$1-$streams" --output-json "$out/serve-$1-$streams.json"
-    done
-    stop_server
+    local status=0
+    rm -f "$out"/golden*.raw
+    golden golden bf16,int8,w8a16,int4,int4-g64,mxfp4,fp8,q8_0 || status=$?
+    golden golden-fp8-cache bf16,int8,int4 --kv-cache-dtype fp8 || status=$?
+    return "$status"
 }
 
 # First with cold caches of the driver's, then once more.
@@ -240,34 +227,121 @@ part_start() {
         stop_server
         results+=("\"$run\": {\"ready_ms\": $(((ready - begin) / 1000000)), \"token_ms\": $(((token - begin) / 1000000))}")
     done
-    printf '{%s, %s}\n' "${results[@]}" | tee "$out/start.json"
+    printf '{%s, %s}\n' "${results[@]}" | tee "$out/start.raw"
+    record start "$out/start.raw" start
 }
 
+# measure_steps MODEL FORMAT NAME FLAG...
+measure_steps() {
+    local folder flags
+    folder=$(model_folder "$1")
+    mapfile -t flags < <(quantization "$2"; limit_flags)
+    "$binary" bench steps "$folder" --load-format dummy --device "$device" --max-model-len "$max_len" "${flags[@]}" \
+        --max-num-seqs "${batch_sizes##*,}" --batch-sizes "$batch_sizes" --batch-context-len "$context" \
+        --context-lens "$context" --num-iters 20 --metadata "case=$3" --output-json "$out/$3.json" "${@:4}"
+}
+
+part_steps() {
+    measure_steps llama-3.1-8b "$1" "steps-$1" --prompt-lens "${prompts[0]},${prompts[1]}"
+    measure_steps llama-3.1-8b "$1" "steps-eager-$1" --enforce-eager
+}
+
+part_prefill() {
+    local folder flags
+    folder=$(model_folder llama-3.1-8b)
+    mapfile -t flags < <(quantization "$1"; limit_flags)
+    for length in "${prompts[@]}"; do
+        "$binary" bench latency "$folder" --load-format dummy --device "$device" --max-model-len "$max_len" "${flags[@]}" \
+            --max-num-seqs 16 --max-num-batched-tokens "${prompts[1]}" --input-len "$length" --output-len 1 --num-iters 5 \
+            --metadata "case=prefill-$1-$length" --output-json "$out/prefill-$1-$length.json"
+    done
+}
+
+# measure_serve MODEL FORMAT NAME FLAG...: one server for all loads.
+measure_serve() {
+    local folder flags
+    folder=$(model_folder "$1")
+    mapfile -t flags < <(quantization "$2")
+    start_server "$folder" --load-format dummy --max-model-len 2048 --served-model-name "$1" \
+        --max-num-seqs "${stream_counts[1]}" --max-num-batched-tokens 8192 "${flags[@]}" "${@:4}"
+    for streams in "${stream_counts[@]}"; do
+        "$binary" bench serve --base-url "http://127.0.0.1:$port" --model "$1" --no-limits \
+            --num-prompts $((2 * streams)) --input-len "$served_len" --output-len "$served_len" \
+            --max-concurrency "$streams" --vocab-size "$(full 128000 500)" \
+            --metadata "device=$(chosen_device)" --metadata "case=$3-$streams" --output-json "$out/$3-$streams.json"
+    done
+    stop_server
+}
+
+part_serve() { measure_serve llama-3.1-8b "$1" "serve-$1"; }
+
+part_serve_eager() { measure_serve llama-3.1-8b "$1" "serve-eager-$1" --enforce-eager; }
+
+# Weights of 57 GiB in bf16, and 24 of keys and values at batch 256. Loading them takes a minute: a part
+# loads once.
+moe_memory() { [[ $1 == bf16 ]] && echo 88 || echo 60; }
+
+part_moe() {
+    needs_memory "$(moe_memory "$1")" || return 0
+    measure_steps qwen3-30b-a3b "$1" "moe-steps-$1" --prompt-lens "${prompts[0]},${prompts[1]}"
+}
+
+part_moe_eager() {
+    needs_memory "$(moe_memory "$1")" || return 0
+    measure_steps qwen3-30b-a3b "$1" "moe-steps-eager-$1" --enforce-eager
+}
+
+part_moe_serve() {
+    needs_memory "$(moe_memory "$1")" || return 0
+    measure_serve qwen3-30b-a3b "$1" "moe-serve-$1"
+}
+
+part_moe_serve_eager() {
+    needs_memory "$(moe_memory "$1")" || return 0
+    measure_serve qwen3-30b-a3b "$1" "moe-serve-eager-$1" --enforce-eager
+}
+
+# All records that lie in DIR, of this run and of earlier ones.
+part_report() {
+    local records
+    mapfile -t records < <(grep -l '^  "benchmark": ' "$out"/*.json 2>/dev/null)
+    if ((${#records[@]} == 0)); then
+        echo "no record lies in $out"
+        return
+    fi
+    "$binary" bench report --out "$out/report" "${records[@]}"
+}
+
+# function_of PART: the function that runs it, which takes its format.
+function_of() {
+    local name=$1
+    for format in "${formats[@]}"; do name=${name%"-$format"}; done
+    echo "part_${name//-/_}"
+}
+
+for part in "${parts[@]}"; do
+    declare -F "$(function_of "$part")" >/dev/null || { echo "there is no part $part; --help lists them" >&2; exit 2; }
+done
+if [[ $alone ]]; then
+    trap '[[ -z $server ]] || kill "$server" 2>/dev/null || true' EXIT
+    "$(function_of "${parts[0]}")" "${parts[0]##*-}"
+    exit
+fi
+
 add_libraries
+[[ ${parts[-1]} == report ]] || parts+=(report)
+flags=(--binary "$binary" --out "$out" --device "$device" --alone ${dry:+--dry})
 failed=()
 for part in "${parts[@]}"; do
     echo "== $part"
-    name=${part%%-*}
-    if ! declare -F "part_$name" >/dev/null; then
-        echo "there is no part $part; --help lists them" >&2
-        exit 2
-    fi
-    begin=$SECONDS
-    # In a shell of its own, so that the first error ends the part and only it. Not as the
-    # condition of an `if`, under which errors would be passed over.
-    set +e
-    (
-        set -e
-        trap '[[ -z $server ]] || kill "$server" 2>/dev/null || true' EXIT
-        "part_$name" "${part#*-}"
-    ) 2>&1 | tee "$out/$part.log"
-    status=${PIPESTATUS[0]}
-    set -e
-    if ((status == 0)); then
-        echo "-- $part took $((SECONDS - begin)) s"
-    else
-        echo "!! $part FAILED after $((SECONDS - begin)) s"
-        failed+=("$part")
-    fi
+    begin=$SECONDS status=0
+    # In a process of its own, so that time limit and first error end the part and only it.
+    timeout --kill-after=15 "$limit" "${BASH_SOURCE[0]}" "${flags[@]}" "$part" 2>&1 | tee "$out/$part.log" || status=$?
+    case $status in
+        0) echo "-- $part took $((SECONDS - begin)) s" ;;
+        124 | 137) echo "!! $part was ended after $limit s; what it had measured until then lies in $out" ;;
+        *) echo "!! $part FAILED after $((SECONDS - begin)) s" ;;
+    esac
+    ((status == 0)) || failed+=("$part")
 done
 ((${#failed[@]} == 0)) || { echo "failed: ${failed[*]}"; exit 1; }

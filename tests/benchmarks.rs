@@ -255,7 +255,7 @@ fn report_of(folder: &TempDir, records: &[String]) -> (String, Vec<String>) {
 fn steps_of_a_gpu_stand_beside_the_limits_of_the_gpu() {
     let folder = tempfile::tempdir().unwrap();
     let model = serde_json::json!({
-        "name": "llama", "backend": "cuda (0 NVIDIA H200)", "threads": 16, "quantization": "fp8"
+        "name": "out/llama", "backend": "cuda (0 NVIDIA H200)", "threads": 16, "quantization": "fp8"
     });
     let spread =
         |ms: f64| serde_json::json!({"mean": ms, "p50": ms, "p90": ms, "p99": ms, "max": ms});
@@ -270,6 +270,7 @@ fn steps_of_a_gpu_stand_beside_the_limits_of_the_gpu() {
     let steps = gpu_record(&folder, "steps-fp8", "steps", model, serde_json::json!({"rows": rows}));
     let (report, files) = report_of(&folder, &[steps]);
     assert!(report.contains("- NVIDIA H200, 2026-12-01, tokenmill 0.1.0: steps-fp8"), "{report}");
+    assert!(report.contains("steps-fp8 (llama in fp8), decode steps"), "{report}");
     assert!(report.contains("| 1 | 1024 | 2.50 | 400 | 0.00 | 2.00 | 80 % |"), "{report}");
     assert!(report.contains("| 1024 | 20.0 | 50.0 | 800 | 10.0 | 50 % |"), "{report}");
     assert!(files.contains(&"steps-fp8-batch.svg".to_owned()), "{files:?}");

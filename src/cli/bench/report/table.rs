@@ -102,13 +102,14 @@ fn times(spread: &Spread) -> String {
     format!("{} / {}", super::short(spread.p50), super::short(spread.p99))
 }
 
-/// The engine, if the record names one, and the model.
+/// The engine, if the record names one, and the model: the last part of its path, and what it was
+/// quantized to.
 pub(super) fn model(record: &Record) -> String {
-    let name = record.model["name"].as_str().unwrap_or("?");
-    match record.metadata.get("engine") {
-        Some(engine) => format!("{engine}: {name}"),
-        None => name.to_owned(),
-    }
+    let path = record.model["name"].as_str().unwrap_or("?");
+    let name = path.rsplit('/').find(|part| !part.is_empty()).unwrap_or(path);
+    let format = record.model["quantization"].as_str().map(|format| format!(" in {format}"));
+    let engine = record.metadata.get("engine").map(|engine| format!("{engine}: "));
+    [engine.unwrap_or_default(), name.to_owned(), format.unwrap_or_default()].concat()
 }
 
 fn option(record: &Record, key: &str) -> String {
