@@ -222,7 +222,7 @@ fn products_and_attention_are_measured_beside_this_machines_limits() {
 }
 
 /// Writes a record that looks like one of a GPU's.
-fn gpu_record(folder: &TempDir, name: &str, kind: &str, model: Value, results: Value) -> String {
+fn gpu_record(folder: &TempDir, name: &str, kind: &str, model: &Value, results: &Value) -> String {
     let limit = |limit: &str, unit: &str, value: f64| serde_json::json!({"limit": limit, "unit": unit, "value": value});
     let record = serde_json::json!({
         "benchmark": kind, "date": "2026-12-01T10:00:00+00:00", "tokenmill": "0.1.0",
@@ -267,7 +267,8 @@ fn steps_of_a_gpu_stand_beside_the_limits_of_the_gpu() {
     };
     // 8 GB at 4,000 GB/s are 2 ms; 16 TFLOP at 1,600 are 10.
     let rows = [row("batch", 2.5, 8_000_000_000, 1), row("prompt", 20.0, 1, 16_000_000_000_000)];
-    let steps = gpu_record(&folder, "steps-fp8", "steps", model, serde_json::json!({"rows": rows}));
+    let steps =
+        gpu_record(&folder, "steps-fp8", "steps", &model, &serde_json::json!({"rows": rows}));
     let (report, files) = report_of(&folder, &[steps]);
     assert!(report.contains("- NVIDIA H200, 2026-12-01, tokenmill 0.1.0: steps-fp8"), "{report}");
     assert!(report.contains("steps-fp8 (llama in fp8), decode steps"), "{report}");
@@ -295,11 +296,11 @@ fn kernels_stand_beside_pytorch_and_checks_are_tables() {
     };
     let cases = serde_json::json!({"cases": [case(0.001), case(0.1)]});
     let records = [
-        gpu_record(&folder, "kernels", "kernels", backend.clone(), results),
-        gpu_record(&folder, "verify", "verify", backend, cases),
+        gpu_record(&folder, "kernels", "kernels", &backend, &results),
+        gpu_record(&folder, "verify", "verify", &backend, &cases),
     ];
     // What scripts measure is kept by the program itself.
-    let keep = |kind: &str, results: Value| {
+    let keep = |kind: &str, results: &Value| {
         let results_path = folder.path().join(format!("{kind}-results.json"));
         std::fs::write(&results_path, results.to_string()).unwrap();
         let path = folder.path().join(format!("{kind}.json")).to_str().unwrap().to_owned();
@@ -314,9 +315,9 @@ fn kernels_stand_beside_pytorch_and_checks_are_tables() {
     let golden = serde_json::json!({"passed": 319, "prompts": 370, "accuracy": 0.862, "least": 0.85, "tasks": {"facts": 1.0}});
     let start = serde_json::json!({"ready_ms": 1234.0, "token_ms": 1300.0});
     let kept = [
-        keep("torch", serde_json::json!({"torch": "2.9", "rows": [torch]})),
-        keep("golden", serde_json::json!({"int8": golden})),
-        keep("start", serde_json::json!({"first": start})),
+        keep("torch", &serde_json::json!({"torch": "2.9", "rows": [torch]})),
+        keep("golden", &serde_json::json!({"int8": golden})),
+        keep("start", &serde_json::json!({"first": start})),
     ];
     let (report, files) = report_of(&folder, &[&records[..], &kept].concat());
     for row in [

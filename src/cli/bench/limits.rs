@@ -134,11 +134,10 @@ pub fn peak(limits: &[Limit], format: &str, on_gpu: bool) -> Option<f64> {
 
 /// The largest of limits in their units times 10⁹, of those read in the run itself if there are any.
 pub(super) fn best<'a>(limits: impl Iterator<Item = &'a Limit> + Clone) -> Option<f64> {
-    let largest = |limits: &mut dyn Iterator<Item = &'a Limit>| {
-        limits.map(|limit| limit.value * 1e9).max_by(f64::total_cmp)
-    };
-    largest(&mut limits.clone().filter(|limit| limit.when.is_some()))
-        .or_else(|| largest(&mut limits.clone()))
+    let all = limits.clone();
+    let value = |limit: &Limit| limit.value * 1e9;
+    let read_now = limits.filter(|limit| limit.when.is_some()).map(value);
+    read_now.max_by(f64::total_cmp).or_else(|| all.map(value).max_by(f64::total_cmp))
 }
 
 /// The best wall time of `work` running on all threads at once.

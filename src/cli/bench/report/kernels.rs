@@ -85,7 +85,7 @@ pub(super) fn plot(named: &Named) -> anyhow::Result<(String, String)> {
         match series.iter_mut().find(|series| series.name == *format) {
             Some(series) => series.points.push(point),
             None => {
-                series.push(Series { name: format.clone(), points: vec![point], dashed: false })
+                series.push(Series { name: format.clone(), points: vec![point], dashed: false });
             }
         }
     }
