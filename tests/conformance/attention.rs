@@ -37,13 +37,14 @@ pub struct Case {
 }
 
 impl Problem {
-    /// Random queries, keys and values; slots and table entries of no token are poisoned.
+    /// Random queries, keys and values; slots and table entries of no token are poisoned. Tables
+    /// are as wide as the longest context needs.
     pub fn new(case: &Case, seed: u64) -> Problem {
         let Case { heads: (num_heads, num_kv_heads), head_dim, block_size, dtype, .. } = *case;
         let rng = &mut Rng::new(seed);
         let num_blocks = |context: usize| context.div_ceil(block_size);
         let total: usize = case.seqs.iter().map(|seq| num_blocks(seq.1)).sum();
-        let width = case.seqs.iter().map(|seq| num_blocks(seq.1)).max().unwrap() + 1;
+        let width = case.seqs.iter().map(|seq| num_blocks(seq.1)).max().unwrap();
         let mut free = rng.permutation(total);
         let shape = [total, num_kv_heads, block_size, head_dim];
         let len = shape.iter().product();

@@ -182,33 +182,51 @@ fn attention_over_parts(ops: &dyn Ops) {
     }
 }
 
-/// Sequences whose tables name the same blocks for what they have in common, or copies of them:
-/// a prefix of two parts, one of one part, and one that only begins alike.
+/// Sequences whose tables name the same blocks for what they have in common, or copies of them.
 fn attention_over_a_shared_prefix(ops: &dyn Ops) {
-    for (dtype, window, has_sinks) in
-        [(DType::F32, None, true), (DType::BF16, None, false), (DType::I8, Some(1500), true)]
-    {
-        let block_size = 16;
-        let seqs = vec![(1, 2100), (1, 2049), (2, 2070), (30, 2060), (1, 1030), (1, 1500), (1, 40)];
-        let mut problem = Problem::new(&Case { block_size, seqs, ..case(dtype, window) }, 17);
-        problem.sinks = has_sinks.then(|| Rng::new(18).tensor(DType::F32, [14]));
-        let width = problem.block_tables.shape().sizes()[1];
-        let blocks_in_common = [128, 128, 128, 128, 64, 70, 1];
-        let own = problem.block_tables.as_slice::<u32>().to_vec();
-        let mut shared = own.clone();
-        for (seq, blocks) in blocks_in_common.into_iter().enumerate().skip(1) {
-            for block in 0..blocks {
-                let (source, copy) = (own[block], own[seq * width + block]);
-                problem.k_cache.view_mut().copy_block(source, copy);
-                problem.v_cache.view_mut().copy_block(source, copy);
-                shared[seq * width + block] = source;
-            }
+    // A prefix of two parts, one of one part, and one that only begins alike.
+    let few = [(1, 2100), (1, 2049), (2, 2070), (30, 2060), (1, 1030), (1, 1500), (1, 40)];
+    let few = few.into_iter().zip([128, 128, 128, 128, 64, 70, 1]).collect::<Vec<_>>();
+    // More decodes than a tile has positions, none of which goes on for long after the prefix.
+    let many: Vec<_> = (0..40).map(|i| ((1, 1025 + i % 16), 64)).collect();
+    let dtypes = [
+        (DType::F32, None, true),
+        (DType::BF16, None, false),
+        (DType::I8, Some(1500), true),
+        (DType::Fp8, None, true),
+    ];
+    for (dtype, window, has_sinks) in dtypes {
+        for common in [&few, &many] {
+            let seqs = common.iter().map(|(seq, _)| *seq).collect();
+            let case = Case { block_size: 16, seqs, ..case(dtype, window) };
+            let mut problem = Problem::new(&case, 17);
+            problem.sinks = has_sinks.then(|| Rng::new(18).tensor(DType::F32, [14]));
+            let shared = share_blocks(&mut problem, common.iter().map(|(_, blocks)| *blocks));
+            let what =
+                format!("{} prefix shared by {}, {dtype} {window:?}", ops.name(), common.len());
+            let apart = problem.run(ops, "copies");
+            problem.block_tables = shared;
+            assert_same(&what, &problem.run(ops, &what), &apart);
         }
-        let apart = problem.run(ops, "copies");
-        problem.block_tables = Tensor::from_slice(&shared, [blocks_in_common.len(), width]);
-        let what = format!("{} shared prefix, {dtype} {window:?}", ops.name());
-        assert_same(&what, &problem.run(ops, &what), &apart);
     }
+}
+
+/// Copies the first blocks of the first sequence, as many as each has in common with it, to all
+/// others; the tables that name them instead.
+fn share_blocks(problem: &mut Problem, in_common: impl Iterator<Item = usize>) -> Tensor {
+    let sizes = problem.block_tables.shape();
+    let width = sizes.sizes()[1];
+    let own = problem.block_tables.as_slice::<u32>().to_vec();
+    let mut shared = own.clone();
+    for (seq, blocks) in in_common.enumerate().skip(1) {
+        for block in 0..blocks {
+            let (source, copy) = (own[block], own[seq * width + block]);
+            problem.k_cache.view_mut().copy_block(source, copy);
+            problem.v_cache.view_mut().copy_block(source, copy);
+            shared[seq * width + block] = source;
+        }
+    }
+    Tensor::from_slice(&shared, sizes.sizes())
 }
 
 /// A capped prompt with sinks, whole and in chunks.

@@ -111,7 +111,7 @@ pub struct AttendTile<'a> {
     pub kv_head: usize,
     /// Which rows of `q`.
     pub queries: Queries<'a>,
-    /// Position of the first of them; the others follow.
+    /// Position of the first of a run, whose others follow; the last that listed ones see here.
     pub first_position: usize,
     /// Multiplies q·k.
     pub scale: f32,
@@ -254,10 +254,13 @@ impl AttendTile<'_> {
         self.sinks.map_or(State::START, |sinks| State::after_sink(sinks[head], base))
     }
 
-    /// Positions that some query sees.
+    /// Positions that some query sees. The sequence's table has blocks for these alone.
     #[inline(always)]
     pub fn seen(&self) -> Range<usize> {
-        let end = self.first_position + self.queries.len();
+        let end = match self.queries {
+            Queries::Run { len, .. } => self.first_position + len,
+            Queries::Listed(_) => self.first_position + 1,
+        };
         (self.first_position + 1).saturating_sub(self.window)..end
     }
 
