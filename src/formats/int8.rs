@@ -40,7 +40,14 @@ impl RowQuantizer for PerRow {
 #[inline(always)]
 fn scale_of(values: &[f32]) -> (f32, f32) {
     let largest = largest_magnitude(values);
-    (largest / MAX_CODE, if largest > 0.0 { MAX_CODE / largest } else { 0.0 })
+    (largest / MAX_CODE, inverse_scale(largest))
+}
+
+/// What a value is multiplied by to become a code, when this is the largest magnitude of its
+/// group. Finite even for the smallest numbers: 0 times it has to stay 0.
+#[inline(always)]
+pub fn inverse_scale(largest: f32) -> f32 {
+    if largest > 0.0 { (MAX_CODE / largest).min(f32::MAX) } else { 0.0 }
 }
 
 /// Quantizes values to codes with one scale, which is returned: the largest magnitude becomes
@@ -84,6 +91,14 @@ mod tests {
     fn a_row_of_zeros_stays_zero() {
         let matrix = quantize(&PerRow, [2, 3], 1, |_, to| to.fill(0.0));
         assert_eq!(matrix.row(1), [0.0; 3]);
+    }
+
+    #[test]
+    fn zeros_beside_the_smallest_numbers_stay_zero() {
+        let mut codes = [1i8; 3];
+        let scale = quantize_row(&[0.0, 1e-40, -1e-40], &mut codes);
+        assert_eq!(codes[0], 0);
+        assert!(codes.iter().all(|&code| (f32::from(code) * scale).abs() <= 1e-40), "{codes:?}");
     }
 
     #[test]

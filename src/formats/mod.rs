@@ -311,8 +311,7 @@ pub fn quantize<Q: RowQuantizer>(
     pack_rows(layout, shape, threads, || {
         let (mut wide, read) = (vec![0.0; shape[1]], &read);
         move |row: usize, parts: RowParts<'_, Q::Scale>| {
-            read(row, &mut wide);
-            quantize_row(quantizer, &wide, parts.codes, parts.scales, parts.zeros);
+            quantize_row(quantizer, (row, read), &mut wide, parts);
         }
     })
 }
@@ -426,14 +425,13 @@ impl<S: Element + Default> BlockScratch<S> {
     }
 }
 
-/// [`RowQuantizer::quantize_row`] on the widest vectors that the compiler knows here; they change
+/// Reads a row and quantizes it on the widest vectors that the compiler knows here; they change
 /// no bit, because sums of floats are written in lanes.
-fn quantize_row<Q: RowQuantizer>(
+fn quantize_row<Q: RowQuantizer, R: Fn(usize, &mut [f32])>(
     quantizer: &Q,
-    values: &[f32],
-    codes: &mut [u8],
-    scales: &mut [Q::Scale],
-    zeros: &mut [u8],
+    row: (usize, &R),
+    wide: &mut [f32],
+    parts: RowParts<'_, Q::Scale>,
 ) {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx512bw")
@@ -441,38 +439,47 @@ fn quantize_row<Q: RowQuantizer>(
         && is_x86_feature_detected!("avx512vl")
     {
         // SAFETY: the instructions exist.
-        return unsafe { quantize_row_avx512(quantizer, values, codes, scales, zeros) };
+        return unsafe { quantize_row_avx512(quantizer, row, wide, parts) };
     }
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx2") {
         // SAFETY: the instructions exist.
-        return unsafe { quantize_row_avx2(quantizer, values, codes, scales, zeros) };
+        return unsafe { quantize_row_avx2(quantizer, row, wide, parts) };
     }
-    quantizer.quantize_row(values, codes, scales, zeros);
+    quantize_row_anywhere(quantizer, row, wide, parts);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn quantize_row_avx512<Q: RowQuantizer>(
+fn quantize_row_avx512<Q: RowQuantizer, R: Fn(usize, &mut [f32])>(
     quantizer: &Q,
-    values: &[f32],
-    codes: &mut [u8],
-    scales: &mut [Q::Scale],
-    zeros: &mut [u8],
+    row: (usize, &R),
+    wide: &mut [f32],
+    parts: RowParts<'_, Q::Scale>,
 ) {
-    quantizer.quantize_row(values, codes, scales, zeros);
+    quantize_row_anywhere(quantizer, row, wide, parts);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn quantize_row_avx2<Q: RowQuantizer>(
+fn quantize_row_avx2<Q: RowQuantizer, R: Fn(usize, &mut [f32])>(
     quantizer: &Q,
-    values: &[f32],
-    codes: &mut [u8],
-    scales: &mut [Q::Scale],
-    zeros: &mut [u8],
+    row: (usize, &R),
+    wide: &mut [f32],
+    parts: RowParts<'_, Q::Scale>,
 ) {
-    quantizer.quantize_row(values, codes, scales, zeros);
+    quantize_row_anywhere(quantizer, row, wide, parts);
+}
+
+#[inline(always)]
+fn quantize_row_anywhere<Q: RowQuantizer, R: Fn(usize, &mut [f32])>(
+    quantizer: &Q,
+    (row, read): (usize, &R),
+    wide: &mut [f32],
+    RowParts { codes, scales, zeros }: RowParts<'_, Q::Scale>,
+) {
+    read(row, wide);
+    quantizer.quantize_row(wide, codes, scales, zeros);
 }
 
 /// Cuts three slices into the same number of parts, `sizes` elements of each per item, and calls

@@ -62,6 +62,8 @@ pub fn quantize(matrix: PackedMatrix, wanted: Quantization, threads: usize) -> P
     with_quantizer!(wanted, quantizer => formats::quantize(&quantizer, shape, threads, read))
 }
 
+/// Inlined always, so that it is compiled for the machine's vectors.
+#[inline(always)]
 fn widen_row(matrix: &PackedMatrix, row: usize, to: &mut [f32]) {
     let elements = row * matrix.num_cols..(row + 1) * matrix.num_cols;
     match matrix.data.dtype() {

@@ -7,7 +7,7 @@ use super::isa::Isa;
 use super::rows::Convert;
 use super::share::Parts;
 use super::simd::{Kernel, Lanes, Simd, largest_magnitude, load};
-use crate::formats::int8::MAX_CODE;
+use crate::formats::int8::{MAX_CODE, inverse_scale};
 use crate::formats::{fp8, round_to_byte};
 use crate::ops::kv_tensor::{KvView, KvViewMut};
 use crate::tensor::{DType, Fp8};
@@ -129,7 +129,7 @@ impl Kernel for QuantizeRow<'_> {
     fn run<S: Simd>(self, simd: S) {
         let largest = largest_magnitude(simd, self.from);
         *self.scale = largest / MAX_CODE;
-        let inverse = if largest > 0.0 { MAX_CODE / largest } else { 0.0 };
+        let inverse = inverse_scale(largest);
         for (code, x) in self.codes.iter_mut().zip(self.from) {
             *code = round_to_byte(x * inverse) as i8;
         }

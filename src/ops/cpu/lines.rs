@@ -12,7 +12,7 @@ use half::bf16;
 use super::share::{Parts, Scratch};
 use super::simd::{Kernel, Simd, largest_magnitude, load};
 use crate::formats::ROW_ALIGN;
-use crate::formats::int8::MAX_CODE;
+use crate::formats::int8::{MAX_CODE, inverse_scale};
 
 /// Rows of a tile.
 pub const TILE_ROWS: usize = 16;
@@ -245,12 +245,6 @@ impl FillRows<'_> {
         // SAFETY: the caller's contract.
         unsafe { self.bytes.part(self.line(row, step)) }
     }
-}
-
-/// What a value is multiplied by to become a code, when this is the largest of its group.
-#[inline(always)]
-pub fn inverse_scale(largest: f32) -> f32 {
-    if largest > 0.0 { MAX_CODE / largest } else { 0.0 }
 }
 
 /// A form of lines.

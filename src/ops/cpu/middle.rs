@@ -8,10 +8,11 @@
 
 use std::ops::Range;
 
-use super::lines::{FillRows, LINE_BYTES, TILE_ROWS, inverse_scale};
+use super::lines::{FillRows, LINE_BYTES, TILE_ROWS};
 use super::share::Parts;
 use super::simd::{Kernel, Simd};
 use crate::formats::blocks::BLOCK_ROWS;
+use crate::formats::int8::inverse_scale;
 
 /// Columns of a block.
 const BLOCK_COLS: usize = BLOCK_ROWS;
