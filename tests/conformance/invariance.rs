@@ -184,11 +184,11 @@ fn attention_over_parts(ops: &dyn Ops) {
 
 /// Sequences whose tables name the same blocks for what they have in common, or copies of them.
 fn attention_over_a_shared_prefix(ops: &dyn Ops) {
-    // A prefix of two parts, one of one part, and one that only begins alike.
+    // Prefixes of many parts, of two, and one that only begins alike.
     let few = [(1, 2100), (1, 2049), (2, 2070), (30, 2060), (1, 1030), (1, 1500), (1, 40)];
     let few = few.into_iter().zip([128, 128, 128, 128, 64, 70, 1]).collect::<Vec<_>>();
     // More decodes than a tile has positions, none of which goes on for long after the prefix.
-    let many: Vec<_> = (0..40).map(|i| ((1, 1025 + i % 16), 64)).collect();
+    let many: Vec<_> = (0..40).map(|i| ((1, 513 + i % 16), 32)).collect();
     let dtypes = [
         (DType::F32, None, true),
         (DType::BF16, None, false),

@@ -93,7 +93,9 @@ fn no_result_depends_on_the_number_of_threads() {
     for isa in Isa::supported() {
         let one = CpuOps::new(Some(1), isa.choice()).unwrap();
         let two = CpuOps::new(Some(2), isa.choice()).unwrap();
+        let three = CpuOps::new(Some(3), isa.choice()).unwrap();
         invariance::check_equal(&one, &two);
+        invariance::check_equal(&one, &three);
         experts::check_equal(&one, &two);
         latent::check_equal(&one, &two);
     }

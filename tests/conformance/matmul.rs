@@ -32,7 +32,7 @@ const SHAPES: [(usize, usize, usize); 17] = [
 ];
 
 /// Rows, columns and lengths of the summed axis that do not fill tiles, groups or vectors.
-const QUANTIZED_SHAPES: [(usize, usize, usize); 12] = [
+const QUANTIZED_SHAPES: [(usize, usize, usize); 14] = [
     (1, 1, 1),
     (1, 65, 130),
     (2, 63, 64),
@@ -40,7 +40,9 @@ const QUANTIZED_SHAPES: [(usize, usize, usize); 12] = [
     (15, 63, 300),
     (16, 65, 128),
     (17, 33, 31),
+    (17, 1, 130),
     (32, 32, 256),
+    (40, 1, 640),
     (33, 65, 200),
     (1, 96, 1100),
     (70, 100, 640),

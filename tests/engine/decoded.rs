@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use tokenmill::checkpoint::dummy::DummySource;
 use tokenmill::config::{
-    CacheConfig, DeviceConfig, KvCacheDtype, SchedulerConfig, SchedulingPolicy,
+    CacheConfig, CpuIsa, DeviceConfig, KvCacheDtype, Quantization, SchedulerConfig,
+    SchedulingPolicy,
 };
 use tokenmill::device::RankContext;
 use tokenmill::model::decoder::Decoder;
@@ -23,7 +24,7 @@ const CONFIG: &str = r#"{
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
     "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3,
     "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 211,
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 1024,
     "tie_word_embeddings": true, "hidden_act": "silu"
 }"#;
 
@@ -38,6 +39,9 @@ pub struct Setting {
     pub block_size: usize,
     pub caching: bool,
     pub kv_dtype: KvCacheDtype,
+    pub max_model_len: usize,
+    pub quantization: Option<Quantization>,
+    pub isa: CpuIsa,
 }
 
 pub const ROOMY: Setting = Setting {
@@ -49,14 +53,18 @@ pub const ROOMY: Setting = Setting {
     block_size: 16,
     caching: true,
     kv_dtype: KvCacheDtype::Auto,
+    max_model_len: 256,
+    quantization: None,
+    isa: CpuIsa::Auto,
 };
 
 /// Every token of one continuation, with the bits of its log-probability.
 pub type Trace = Vec<(u32, u32)>;
 
 fn runner(setting: &Setting) -> ModelRunner {
-    let rank = RankContext::cpu(&DeviceConfig::cpu(Some(setting.threads)));
-    runner_on(&rank.expect("this machine has a CPU"), setting)
+    let device = DeviceConfig { cpu_isa: setting.isa, ..DeviceConfig::cpu(Some(setting.threads)) };
+    let rank = RankContext::cpu(&device).expect("this machine has the instructions");
+    runner_on(&rank, setting)
 }
 
 /// A runner of the small model on any device.
@@ -86,8 +94,8 @@ pub fn runner_on(rank: &RankContext, setting: &Setting) -> ModelRunner {
     let mut plan = MemoryPlan::new(&*rank.ops, &demand, 1 << 30).expect("it fits");
     plan.num_blocks = setting.num_blocks;
     let source = DummySource::new(spec.expected_tensors(), spec.dtype);
-    let loader = Loader::new(&source).arranged(&*rank.ops);
-    let decoder = Decoder::load(&spec, &loader, 256).expect("dummy weights fit");
+    let loader = Loader::new(&source).quantized(setting.quantization, 2).arranged(&*rank.ops);
+    let decoder = Decoder::load(&spec, &loader, setting.max_model_len).expect("dummy weights fit");
     ModelRunner::new(decoder, &spec, rank.clone(), &plan).expect("it fits")
 }
 
@@ -95,7 +103,7 @@ pub fn scheduler(setting: &Setting) -> Scheduler {
     Scheduler::new(SchedulerParams {
         max_num_seqs: setting.max_num_seqs,
         max_num_batched_tokens: setting.max_num_batched_tokens,
-        max_model_len: 256,
+        max_model_len: setting.max_model_len,
         policy: SchedulingPolicy::Fcfs,
         block_size: setting.block_size,
         num_blocks: setting.num_blocks,

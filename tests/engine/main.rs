@@ -5,6 +5,7 @@ mod support;
 
 mod decoded;
 mod experts;
+mod formats;
 mod oracle;
 mod replayed;
 mod scheduler;

@@ -15,4 +15,6 @@ mod latent;
 mod layer_norm;
 mod mxfp4;
 mod published;
+#[cfg(target_os = "linux")]
+mod resident;
 mod safetensors;

@@ -11,8 +11,9 @@ use super::attention::AttendTile;
 use super::share::Scratch;
 use super::simd::{Kernel, Simd, load, store};
 
-/// Positions per part: enough for joining to cost nothing beside them.
-pub const PART: usize = 1024;
+/// Positions per part: enough for joining to cost nothing beside them, and few enough for what
+/// conversations have in common, some hundred tokens of instructions, to be whole parts.
+pub const PART: usize = 512;
 
 /// What one query of one head has seen so far, beside its sum of weighted values.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -243,7 +243,7 @@ mod tests {
         cache_heads: 2,
         head_dim: 64,
         value_dim: 64,
-        block_size: 256,
+        block_size: 128,
     };
 
     /// Decodes at these positions; tables have four blocks per part.
@@ -256,7 +256,7 @@ mod tests {
         let tiles: Vec<QueryTile> = positions.iter().enumerate().map(tile).collect();
         let tables = View::of(tables.as_flattened(), [tables.len(), 8]);
         let mut shared = SharedParts::default();
-        shared.find(&tiles, SIZES, window, BlockTables::of(tables, 256), most);
+        shared.find(&tiles, SIZES, window, BlockTables::of(tables, 128), most);
         shared
     }
 
@@ -274,7 +274,7 @@ mod tests {
             [1, 2, 3, 4, 5, 6, 7, 8],
         ];
         // The last sequence does not see its first part's end.
-        let shared = find(&[2047, 2047, 1500, 2047, 1022], &tables, usize::MAX, 1 << 20);
+        let shared = find(&[1023, 1023, 750, 1023, 510], &tables, usize::MAX, 1 << 20);
         let expected = [
             [Some((0, 0)), Some((1, 0))],
             [Some((0, 1)), Some((1, 1))],
@@ -297,19 +297,19 @@ mod tests {
     #[test]
     fn a_window_that_hides_a_part_from_one_keeps_it_from_being_shared() {
         let tables = [[1, 2, 3, 4, 5, 6, 7, 8]; 3];
-        let shared = find(&[1999, 1999, 2047], &tables, 2000, 1 << 20);
+        let shared = find(&[999, 999, 1023], &tables, 1000, 1 << 20);
         assert_eq!(places(&shared, 3), [[Some((0, 0)), None], [Some((0, 1)), None], [None, None]]);
     }
 
     #[test]
     fn groups_are_bounded_by_rows_and_by_room() {
         let tables = [[1, 2, 3, 4, 5, 6, 7, 8]; 20];
-        let shared = find(&[1100; 20], &tables, usize::MAX, 1 << 20);
+        let shared = find(&[600; 20], &tables, usize::MAX, 1 << 20);
         let lens: Vec<usize> = shared.groups.iter().map(SharedPart::len).collect();
         assert_eq!(lens, [18, 2]);
         // Two parts of seven rows and two KV heads each.
         let of_one = 2 * 2 * Partial::len(7, 64);
-        let shared = find(&[1100; 20], &tables, usize::MAX, 5 * of_one);
+        let shared = find(&[600; 20], &tables, usize::MAX, 5 * of_one);
         assert_eq!(shared.groups.iter().map(SharedPart::len).collect::<Vec<_>>(), [5]);
     }
 }
