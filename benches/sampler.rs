@@ -39,8 +39,7 @@ fn sampler(criterion: &mut Criterion) {
                 params,
                 seed: 1,
                 position: i as u32,
-                prompt_token_ids: &[],
-                output_token_ids: &[],
+                seen: &[],
                 banned_token_ids: &[],
                 bitmask: None,
             };

@@ -123,6 +123,15 @@ impl SamplingParams {
     }
 }
 
+/// A token of a sequence, as penalties see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SeenToken {
+    /// Which.
+    pub token_id: u32,
+    /// How often it was generated; 0 when only the prompt has it.
+    pub times_generated: u32,
+}
+
 /// When a sequence ends.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StopConditions {

@@ -252,8 +252,7 @@ fn sample_row<'a>(batch: &'a ScheduledBatch, wanted: &WantedRow) -> SampleRow<'a
         params: &seq.params,
         seed: seq.seed,
         position: seq.start_position + seq.tokens.len() as u32,
-        prompt_token_ids: &batch.history[seq.prompt_history.clone()],
-        output_token_ids: &batch.history[seq.output_history.clone()],
+        seen: &batch.seen[seq.seen.clone()],
         banned_token_ids: &batch.banned[seq.banned.clone()],
         bitmask: None,
     }

@@ -263,8 +263,7 @@ mod tests {
             scores: 0..0,
             params: Arc::new(SamplingParams::greedy()),
             seed: 0,
-            prompt_history: 0..0,
-            output_history: 0..0,
+            seen: 0..0,
             banned: 0..0,
         }
     }

@@ -91,8 +91,7 @@ impl ScheduledBatch {
             scores: 0..0,
             params: Arc::clone(&sequence.sampling),
             seed: sequence.seed,
-            prompt_history: 0..0,
-            output_history: 0..0,
+            seen: 0..0,
             banned: 0..0,
         });
     }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use crate::kv::BlockId;
 use crate::output::{SampledToken, TokenLogprobs};
-use crate::request::SamplingParams;
+use crate::request::{SamplingParams, SeenToken};
 
 /// Names one sequence (one of a request's continuations) inside the scheduler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -38,10 +38,8 @@ pub struct ScheduledSequence {
     pub params: Arc<SamplingParams>,
     /// Seed of this continuation.
     pub seed: u64,
-    /// Prompt tokens, in [`ScheduledBatch::history`]; empty unless a penalty needs them.
-    pub prompt_history: Range<usize>,
-    /// Generated tokens, likewise.
-    pub output_history: Range<usize>,
+    /// Its tokens so far, in [`ScheduledBatch::seen`]; empty unless a penalty needs them.
+    pub seen: Range<usize>,
     /// Tokens that must not be chosen in this step, in [`ScheduledBatch::banned`].
     pub banned: Range<usize>,
 }
@@ -59,8 +57,8 @@ pub struct ScheduledBatch {
     pub block_ids: Vec<BlockId>,
     /// Tokens to score, see [`ScheduledSequence::scores`].
     pub score_targets: Vec<u32>,
-    /// Past tokens for penalties.
-    pub history: Vec<u32>,
+    /// Past tokens for penalties, each once per sequence.
+    pub seen: Vec<SeenToken>,
     /// Banned tokens.
     pub banned: Vec<u32>,
     /// Blocks to copy before anything is computed, as (source, destination).

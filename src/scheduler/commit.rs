@@ -105,7 +105,7 @@ impl Sequence {
         let mut finish = None;
         let mut num_accepted = 0;
         for token in &tokens {
-            self.output.push(token.token_id);
+            self.push_output(token.token_id);
             num_accepted += 1;
             finish = self.finish_reason(eos_token_ids);
             if finish.is_some() {

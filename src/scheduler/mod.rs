@@ -14,6 +14,7 @@ pub mod batch;
 mod commit;
 mod plan;
 mod policy;
+mod seen;
 mod sequence;
 mod slab;
 #[cfg(test)]

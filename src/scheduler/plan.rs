@@ -243,7 +243,7 @@ impl Scheduler {
 
     /// Adds a sequence whose blocks are there to the batch.
     fn schedule(&mut self, id: SequenceId, num_tokens: usize, draft: &mut Draft) {
-        let sequence = &self.sequences[id];
+        let sequence = &mut self.sequences[id];
         draft.reserved_blocks += self.kv.num_missing(&sequence.table, sequence.len());
         if num_tokens == 0 {
             return;
@@ -260,20 +260,20 @@ impl Scheduler {
 }
 
 impl Draft {
-    fn push(&mut self, id: SequenceId, sequence: &Sequence, num_tokens: usize, eos: &[u32]) {
-        let limits = &sequence.limits;
+    fn push(&mut self, id: SequenceId, sequence: &mut Sequence, num_tokens: usize, eos: &[u32]) {
         let batch = &mut self.batch;
         let start = sequence.num_computed;
         let end = start + num_tokens;
+        let samples = end == sequence.len() && sequence.limits.max_output_len > 0;
+        let first_seen = batch.seen.len();
+        if samples && sequence.limits.needs_history {
+            batch.seen.extend_from_slice(sequence.seen_tokens());
+        }
+        let limits = &sequence.limits;
         let (from_prompt, from_output) = sequence.tokens(start..end);
-        let samples = end == sequence.len() && limits.max_output_len > 0;
         let scores = match sequence.is_scoring() {
             true => sequence.tokens(start + 1..limits.prompt_len.min(end + 1)).0,
             false => &[],
-        };
-        let (prompt, output) = match samples && limits.needs_history {
-            true => sequence.tokens(0..sequence.len()),
-            false => (&[][..], &[][..]),
         };
         let (eos, stop) = match samples && sequence.output.len() < limits.min_output_len {
             true => (eos, &sequence.request.stop_token_ids[..]),
@@ -288,8 +288,7 @@ impl Draft {
             scores: append(&mut batch.score_targets, scores, &[]),
             params: Arc::clone(&sequence.sampling),
             seed: sequence.seed,
-            prompt_history: append(&mut batch.history, prompt, &[]),
-            output_history: append(&mut batch.history, output, &[]),
+            seen: first_seen..batch.seen.len(),
             banned: append(&mut batch.banned, eos, stop),
         });
     }

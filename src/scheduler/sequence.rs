@@ -7,9 +7,10 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use super::policy::Precedence;
+use super::seen::SeenTokens;
 use crate::kv::{BlockHash, BlockId};
 use crate::output::{FinishReason, PromptReport, TokenLogprobs};
-use crate::request::{RequestId, SamplingParams, continuation_seed};
+use crate::request::{RequestId, SamplingParams, SeenToken, continuation_seed};
 
 /// What all continuations of a request have in common.
 #[derive(Debug)]
@@ -95,6 +96,8 @@ pub(super) struct Sequence {
     pub(super) leads: bool,
     /// Tokens generated so far.
     pub(super) output: Vec<u32>,
+    /// Present once it samples, where a penalty needs them.
+    pub(super) seen: Option<Box<SeenTokens>>,
     /// Its blocks; empty unless running.
     pub(super) table: Vec<BlockId>,
     /// Number of leading tokens whose keys and values are in its blocks.
@@ -125,6 +128,7 @@ impl Sequence {
             started: false,
             leads: false,
             output: Vec::new(),
+            seen: None,
             table: Vec::new(),
             num_computed: 0,
             num_published: 0,
@@ -155,6 +159,21 @@ impl Sequence {
             &self.request.prompt[start..end.min(prompt_len)],
             &self.output[..end.saturating_sub(prompt_len)],
         )
+    }
+
+    /// Takes one more token.
+    pub(super) fn push_output(&mut self, token_id: u32) {
+        self.output.push(token_id);
+        if let Some(seen) = &mut self.seen {
+            seen.add_generated(token_id);
+        }
+    }
+
+    /// Every token that it has had, once.
+    pub(super) fn seen_tokens(&mut self) -> &[SeenToken] {
+        let (request, output) = (&self.request, &self.output);
+        let seen = || Box::new(SeenTokens::of(&request.prompt, output));
+        self.seen.get_or_insert_with(seen).as_slice()
     }
 
     /// True when the log-probabilities of its prompt tokens are wanted and not complete.

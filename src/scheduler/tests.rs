@@ -3,7 +3,7 @@
 use super::batch::{ScheduledBatch, StepTokens};
 use super::*;
 use crate::output::{SampledToken, TokenLogprobs};
-use crate::request::{SamplingParams, StopConditions};
+use crate::request::{SamplingParams, SeenToken, StopConditions};
 
 const BLOCK_SIZE: usize = 4;
 const EOS: u32 = 2;
@@ -310,10 +310,14 @@ fn end_tokens_are_banned_before_min_tokens_and_penalties_see_the_past() {
     scheduler.admit(penalised).unwrap();
     let (first, _) = step(&mut scheduler, 5);
     assert_eq!(first.banned[first.sequences[0].banned.clone()], [EOS, 7]);
-    assert_eq!(first.history[first.sequences[0].prompt_history.clone()], [10, 11]);
+    let seen = |token_id, times_generated| SeenToken { token_id, times_generated };
+    assert_eq!(first.seen[first.sequences[0].seen.clone()], [seen(10, 0), seen(11, 0)]);
     let (second, _) = step(&mut scheduler, 6);
     assert!(second.banned.is_empty());
-    assert_eq!(second.history[second.sequences[0].output_history.clone()], [5]);
+    assert_eq!(
+        second.seen[second.sequences[0].seen.clone()],
+        [seen(10, 0), seen(11, 0), seen(5, 1)]
+    );
 }
 
 #[test]

@@ -211,8 +211,7 @@ fn log_probabilities_are_candles() {
         params: &params,
         seed: 0,
         position: 0,
-        prompt_token_ids: &[],
-        output_token_ids: &[],
+        seen: &[],
         banned_token_ids: &[],
         bitmask: None,
     };

@@ -112,8 +112,7 @@ fn row(params: &SamplingParams) -> SampleRow<'_> {
         params,
         seed: 1,
         position: 2,
-        prompt_token_ids: &[],
-        output_token_ids: &[],
+        seen: &[],
         banned_token_ids: &[],
         bitmask: None,
     }

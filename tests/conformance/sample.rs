@@ -3,11 +3,13 @@
 //! Tokens must be the referee's own. Backends sum weights in f32 where the referee uses f64,
 //! so a draw within 1e-6 of a token's edge could differ; the seeds here keep clear of edges.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use tokenmill::ops::Ops;
 use tokenmill::ops::args::{RowTask, SampleArgs, SampleRow, TokenBitmask};
 use tokenmill::ops::reference::ReferenceOps;
 use tokenmill::output::SampledToken;
-use tokenmill::request::SamplingParams;
+use tokenmill::request::{SamplingParams, SeenToken};
 use tokenmill::tensor::ViewMut;
 
 use crate::support::*;
@@ -126,6 +128,12 @@ fn masked(ops: &dyn Ops, shape: &str, logits: &[f32]) {
     }
 }
 
+/// Tokens and how often they were generated.
+fn seen(counts: impl IntoIterator<Item = (u32, u32)>) -> Vec<SeenToken> {
+    let token = |(token_id, times_generated)| SeenToken { token_id, times_generated };
+    counts.into_iter().map(token).collect()
+}
+
 /// Draws at several positions, with and without log-probabilities, with history and bans.
 fn compare(
     ops: &dyn Ops,
@@ -136,16 +144,21 @@ fn compare(
 ) {
     let vocab = logits.len();
     let rng = &mut Rng::new(vocab as u64 + 1);
-    let prompt: Vec<u32> = (0..20).map(|_| rng.below(vocab + 2) as u32).collect();
-    let output: Vec<u32> = (0..30).map(|_| rng.below(vocab.min(10)) as u32).collect();
+    let mut counts: BTreeMap<u32, u32> = BTreeMap::new();
+    for _ in 0..20 {
+        counts.entry(rng.below(vocab + 2) as u32).or_default();
+    }
+    for _ in 0..30 {
+        *counts.entry(rng.below(vocab.min(10)) as u32).or_default() += 1;
+    }
+    let past = seen(counts);
     let reported = SamplingParams { logprobs: Some(5), prompt_logprobs: Some(3), ..params.clone() };
     let row = |task, params, position| SampleRow {
         task,
         params,
         seed: 11,
         position,
-        prompt_token_ids: &prompt,
-        output_token_ids: &output,
+        seen: &past,
         banned_token_ids: &[1, 1 << 30],
         bitmask,
     };
@@ -221,13 +234,13 @@ fn many_rows(ops: &dyn Ops) {
     let logits: Vec<f32> = rng.floats(vocab * num_rows).iter().map(|x| 6.0 * x).collect();
     let masks = bitmasks(vocab);
     let mask = |i: usize| TokenBitmask::new(&masks[i / 3 % masks.len()].1);
+    let past = seen([(1, 0), (2, 0), (3, 1), (4, 1)]);
     let row = |i: usize| SampleRow {
         task: RowTask::Sample,
         params: &all[i % all.len()].1,
         seed: i as u64,
         position: 5,
-        prompt_token_ids: &[1, 2, 3],
-        output_token_ids: &[3, 4],
+        seen: &past,
         banned_token_ids: &[],
         bitmask: i.is_multiple_of(3).then(|| mask(i)),
     };
@@ -250,8 +263,7 @@ fn draws_follow_the_probabilities() {
         params: &params,
         seed: 4,
         position,
-        prompt_token_ids: &[],
-        output_token_ids: &[],
+        seen: &[],
         banned_token_ids: &[],
         bitmask: None,
     };
@@ -275,8 +287,7 @@ fn choose_masked(ops: &dyn Ops, logits: &[f32], words: &[u32], banned: &[u32]) -
         params: &SamplingParams::default(),
         seed: 9,
         position: 3,
-        prompt_token_ids: &[],
-        output_token_ids: &[],
+        seen: &[],
         banned_token_ids: banned,
         bitmask: Some(TokenBitmask::new(words)),
     };
@@ -313,16 +324,14 @@ fn only_tokens_with_a_set_bit_are_drawn() {
         params: &params,
         seed: 2,
         position,
-        prompt_token_ids: &[],
-        output_token_ids: &[],
+        seen: &[],
         banned_token_ids: &[],
         bitmask: Some(bitmask),
     };
     let rows: Vec<SampleRow<'_>> = (0..500).map(row).collect();
     for_each_backend(|ops| {
         let tokens = sample(ops, &logits, &rows);
-        let different: std::collections::BTreeSet<u32> =
-            tokens.iter().map(|token| token.token_id).collect();
+        let different: BTreeSet<u32> = tokens.iter().map(|token| token.token_id).collect();
         assert!(different.iter().all(|&id| bitmask.allows(id)), "{different:?}");
         assert!(different.len() > 60, "of 100 tokens only {different:?}");
     });
@@ -333,15 +342,14 @@ fn the_referee_filters_by_hand_computed_sets() {
     // Probabilities 0.4, 0.3, 0.2, 0.1; token ids in mixed order.
     let logits: Vec<f32> = [0.2f32, 0.4, 0.1, 0.3].iter().map(|p| p.ln()).collect();
     let possible_of = |params: SamplingParams, words: Option<&[u32]>| {
-        let mut seen = std::collections::BTreeSet::new();
+        let mut seen = BTreeSet::new();
         for position in 0..300 {
             let row = SampleRow {
                 task: RowTask::Sample,
                 params: &params,
                 seed: 1,
                 position,
-                prompt_token_ids: &[],
-                output_token_ids: &[1],
+                seen: &[SeenToken { token_id: 1, times_generated: 1 }],
                 banned_token_ids: &[],
                 bitmask: words.map(TokenBitmask::new),
             };

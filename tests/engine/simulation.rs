@@ -26,7 +26,7 @@ fn digest(batch: &ScheduledBatch, hasher: &mut DefaultHasher) {
         (seq.id, seq.start_position, &seq.tokens, &seq.blocks, seq.samples).hash(hasher);
     }
     (batch.step, &batch.token_ids, &batch.block_ids, &batch.copies).hash(hasher);
-    (&batch.score_targets, &batch.history, &batch.banned).hash(hasher);
+    (&batch.score_targets, &batch.seen, &batch.banned).hash(hasher);
 }
 
 /// A workload's course.
@@ -139,9 +139,14 @@ impl Simulation {
         for seq in &batch.sequences {
             let end = seq.start_position as usize + seq.tokens.len();
             assert_eq!(seq.blocks.len(), end.div_ceil(self.params.block_size), "blocks");
-            let history = seq.prompt_history.len() + seq.output_history.len();
-            let known = if seq.samples && seq.params.needs_history() { end } else { 0 };
-            assert_eq!(history, known, "a penalty sees every token, others pay nothing");
+            let seen = &batch.seen[seq.seen.clone()];
+            if seq.samples && seq.params.needs_history() {
+                let num_generated: u32 = seen.iter().map(|token| token.times_generated).sum();
+                assert!(num_generated as usize <= end && seen.len() <= end);
+                assert!(!seen.is_empty(), "a penalty sees every token");
+            } else {
+                assert!(seen.is_empty(), "others pay nothing");
+            }
         }
     }
 

@@ -273,8 +273,7 @@ pub fn uniform_batch(
         scores: 0..0,
         params: Arc::clone(&params),
         seed: 0,
-        prompt_history: 0..0,
-        output_history: 0..0,
+        seen: 0..0,
         banned: 0..0,
     };
     ScheduledBatch {

@@ -7,7 +7,7 @@ use crate::config::Quantization;
 use crate::formats::PackedMatrix;
 use crate::ops::args::*;
 use crate::ops::{Ops, OpsError};
-use crate::request::SamplingParams;
+use crate::request::{SamplingParams, SeenToken};
 use crate::tensor::Tensor;
 
 const VOCAB_SIZE: usize = 1000;
@@ -41,6 +41,15 @@ pub(super) fn sample(side: &mut Side<'_>) -> Result<(), OpsError> {
     choose(side, "random under a mask", &random, mask)
 }
 
+/// Three tokens of a prompt, and two that were generated.
+const PAST: [SeenToken; 5] = [
+    SeenToken { token_id: 1, times_generated: 0 },
+    SeenToken { token_id: 2, times_generated: 0 },
+    SeenToken { token_id: 3, times_generated: 0 },
+    SeenToken { token_id: 4, times_generated: 1 },
+    SeenToken { token_id: 5, times_generated: 2 },
+];
+
 fn choose(
     side: &mut Side<'_>,
     name: &str,
@@ -54,8 +63,7 @@ fn choose(
         params,
         seed: 7 + u64::from(i),
         position: 11 * i,
-        prompt_token_ids: &[1, 2, 3],
-        output_token_ids: &[4, 5, 5],
+        seen: &PAST,
         banned_token_ids: &[6],
         bitmask,
     };

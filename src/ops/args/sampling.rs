@@ -1,7 +1,7 @@
 //! Arguments of choosing and scoring tokens.
 
 use crate::formats::PackedMatrix;
-use crate::request::SamplingParams;
+use crate::request::{SamplingParams, SeenToken};
 use crate::tensor::{DType, View, ViewMut};
 
 /// Which tokens a grammar allows, a bit each: token `t` is bit `t % 32` of word `t / 32`, set where
@@ -66,10 +66,8 @@ pub struct SampleRow<'a> {
     pub seed: u64,
     /// Position of the token to choose; with the seed it determines the random number.
     pub position: u32,
-    /// Prompt tokens, when a penalty needs them; else empty.
-    pub prompt_token_ids: &'a [u32],
-    /// Tokens generated so far, when a penalty needs them; else empty.
-    pub output_token_ids: &'a [u32],
+    /// Tokens of prompt and output, each once, when a penalty needs them; else empty.
+    pub seen: &'a [SeenToken],
     /// Tokens that must not be chosen here (end tokens before `min_tokens`).
     pub banned_token_ids: &'a [u32],
     /// Tokens that may be chosen here, where a grammar decides.

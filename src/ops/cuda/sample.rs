@@ -209,9 +209,9 @@ impl Batch {
             count(self.answer_words),
         ];
         self.words[i * ROW_WORDS..(i + 1) * ROW_WORDS].copy_from_slice(&record);
-        for (&id, edit) in &lists.edits {
+        for (id, edit) in &lists.edits {
             let flags = edit.flags | edit.count << COUNT_SHIFT;
-            self.words.extend([id, edit.bias.to_bits(), flags]);
+            self.words.extend([*id, edit.bias.to_bits(), flags]);
         }
         self.words.extend(allowed);
         self.words.extend(&lists.bitmask);
@@ -262,7 +262,8 @@ struct Edit {
 /// What a row brings beside its record.
 struct Lists {
     num_top: Option<usize>,
-    edits: BTreeMap<u32, Edit>,
+    /// A token has one at most.
+    edits: Vec<(u32, Edit)>,
     allowed: Option<Vec<u32>>,
     /// A bit per token; empty without a bitmask.
     bitmask: Vec<u32>,
@@ -272,27 +273,26 @@ impl Lists {
     fn of(row: &SampleRow<'_>, vocab_size: usize) -> Lists {
         let num_top = num_top(row).map(|num_top| vocab_size.min(num_top as usize));
         if matches!(row.task, RowTask::Score { .. }) {
-            let (edits, bitmask) = (BTreeMap::new(), Vec::new());
+            let (edits, bitmask) = (Vec::new(), Vec::new());
             return Lists { num_top, edits, allowed: None, bitmask };
         }
         let exists = |id: u32| (id as usize) < vocab_size;
-        let mut edits: BTreeMap<u32, Edit> = BTreeMap::new();
+        // The few that the request names, then the many that it has had.
+        let mut named: BTreeMap<u32, Edit> = BTreeMap::new();
         for &id in row.banned_token_ids.iter().filter(|id| exists(**id)) {
-            edits.entry(id).or_default().flags |= BANNED;
+            named.entry(id).or_default().flags |= BANNED;
         }
         for &(id, bias) in row.params.logit_bias.iter().filter(|(id, _)| exists(*id)) {
-            edits.entry(id).or_default().bias += bias;
+            named.entry(id).or_default().bias += bias;
         }
-        if row.params.needs_history() {
-            for &id in row.prompt_token_ids.iter().filter(|id| exists(**id)) {
-                edits.entry(id).or_default().flags |= SEEN;
-            }
-            for &id in row.output_token_ids.iter().filter(|id| exists(**id)) {
-                let edit = edits.entry(id).or_default();
-                edit.flags |= SEEN;
-                edit.count += 1;
-            }
+        let mut edits = Vec::with_capacity(named.len() + row.seen.len());
+        for token in row.seen.iter().filter(|token| exists(token.token_id)) {
+            let mut edit = named.remove(&token.token_id).unwrap_or_default();
+            edit.flags |= SEEN;
+            edit.count = token.times_generated;
+            edits.push((token.token_id, edit));
         }
+        edits.extend(named);
         let allowed = row.params.allowed_token_ids.as_ref();
         let allowed = allowed.map(|ids| {
             let mut ids: Vec<u32> = ids.iter().copied().filter(|&id| exists(id)).collect();

@@ -7,7 +7,7 @@
 use crate::ops::args::{RowTask, SampleRow, TokenBitmask};
 use crate::ops::random;
 use crate::output::{SampledToken, TokenLogprobs};
-use crate::request::SamplingParams;
+use crate::request::{SamplingParams, SeenToken};
 
 /// Chooses or scores one token.
 pub fn sample_row(logits: &[f32], row: &SampleRow<'_>) -> SampledToken {
@@ -46,7 +46,7 @@ fn choose(raw: &[f32], row: &SampleRow<'_>) -> u32 {
     let params = row.params;
     let mut logits = raw.to_vec();
     mask(&mut logits, row);
-    penalise(&mut logits, params, row.prompt_token_ids, row.output_token_ids);
+    penalise(&mut logits, params, row.seen);
     for x in &mut logits {
         *x = if x.is_nan() { f32::NEG_INFINITY } else { *x };
     }
@@ -97,23 +97,15 @@ fn mask(logits: &mut [f32], row: &SampleRow<'_>) {
     }
 }
 
-fn penalise(logits: &mut [f32], params: &SamplingParams, prompt: &[u32], output: &[u32]) {
-    let mut seen = vec![false; logits.len()];
-    let mut count = vec![0u32; logits.len()];
-    for &id in output.iter().filter(|&&id| (id as usize) < logits.len()) {
-        count[id as usize] += 1;
-        seen[id as usize] = true;
-    }
-    for &id in prompt.iter().filter(|&&id| (id as usize) < logits.len()) {
-        seen[id as usize] = true;
-    }
+fn penalise(logits: &mut [f32], params: &SamplingParams, seen: &[SeenToken]) {
     for (id, x) in logits.iter_mut().enumerate() {
-        if seen[id] && params.repetition_penalty != 1.0 {
+        let Some(token) = seen.iter().find(|token| token.token_id as usize == id) else { continue };
+        if params.repetition_penalty != 1.0 {
             let penalty = params.repetition_penalty;
             *x = if *x > 0.0 { *x / penalty } else { *x * penalty };
         }
-        if count[id] > 0 {
-            *x -= params.frequency_penalty * count[id] as f32;
+        if token.times_generated > 0 {
+            *x -= params.frequency_penalty * token.times_generated as f32;
             *x -= params.presence_penalty;
         }
     }

@@ -26,8 +26,8 @@ pub fn first_allowed(bitmask: TokenBitmask<'_>, vocab_size: usize) -> Option<u32
     words.find(|(_, word)| *word != 0).map(|(i, word)| 32 * i + word.trailing_zeros())
 }
 
-/// Lists of tokens, bias, penalties, in this order; `marks` is all 0 before and after.
-pub fn apply(logits: &mut [f32], row: &SampleRow<'_>, marks: &mut Vec<u32>, kept: &mut Vec<f32>) {
+/// Lists of tokens, bias, penalties, in this order.
+pub fn apply(logits: &mut [f32], row: &SampleRow<'_>, kept: &mut Vec<f32>) {
     if let Some(allowed) = &row.params.allowed_token_ids {
         keep_only(logits, allowed, kept);
     }
@@ -42,7 +42,7 @@ pub fn apply(logits: &mut [f32], row: &SampleRow<'_>, marks: &mut Vec<u32>, kept
         }
     }
     if row.params.needs_history() {
-        penalise(logits, row, marks);
+        penalise(logits, row);
     }
 }
 
@@ -57,24 +57,10 @@ fn keep_only(logits: &mut [f32], allowed: &[u32], kept: &mut Vec<f32>) {
     }
 }
 
-/// A token's mark: bit 0 says seen, the rest counts how often it was generated.
-const SEEN: u32 = 1;
-const ONCE: u32 = 2;
-
-fn penalise(logits: &mut [f32], row: &SampleRow<'_>, marks: &mut Vec<u32>) {
-    marks.resize(logits.len().max(marks.len()), 0);
-    let in_vocab = |id: &&u32| (**id as usize) < logits.len();
-    for &id in row.prompt_token_ids.iter().filter(in_vocab) {
-        marks[id as usize] |= SEEN;
-    }
-    for &id in row.output_token_ids.iter().filter(in_vocab) {
-        marks[id as usize] = (marks[id as usize] | SEEN) + ONCE;
-    }
-    for &id in row.prompt_token_ids.iter().chain(row.output_token_ids) {
-        let Some(logit) = logits.get_mut(id as usize) else { continue };
-        let mark = std::mem::take(&mut marks[id as usize]);
-        if mark != 0 {
-            *logit = penalised(*logit, row, mark / ONCE);
+fn penalise(logits: &mut [f32], row: &SampleRow<'_>) {
+    for token in row.seen {
+        if let Some(logit) = logits.get_mut(token.token_id as usize) {
+            *logit = penalised(*logit, row, token.times_generated);
         }
     }
 }

@@ -22,8 +22,6 @@ use select::Candidates;
 pub struct SampleScratch {
     /// The raw logits, where log-probabilities are wanted.
     raw: Vec<f32>,
-    /// Marks of tokens seen before; all 0 between rows.
-    marks: Vec<u32>,
     /// Values while searching for the k-th largest.
     values: Vec<f32>,
     /// Tokens that are left.
@@ -69,7 +67,7 @@ fn choose(
             best = best_allowed(isa, logits, bitmask, best);
         }
         let raw_best = best;
-        edit::apply(logits, row, &mut scratch.marks, &mut scratch.values);
+        edit::apply(logits, row, &mut scratch.values);
         isa.run(Clean { x: logits });
         best = isa.run(Argmax { x: logits });
         if best.1 == f32::NEG_INFINITY {
