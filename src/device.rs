@@ -10,8 +10,8 @@ use tracing::info;
 use crate::config::{DeviceChoice, DeviceConfig};
 use crate::ops::Ops;
 use crate::ops::cpu::{CpuError, CpuOps};
-use crate::ops::cuda::CudaOps;
 use crate::ops::cuda::driver::Unavailable;
+use crate::ops::cuda::{CudaOps, Image, KERNELS};
 use crate::parallel::{Communicator, Solo};
 
 /// One rank's operations and its line to the other ranks.
@@ -43,15 +43,23 @@ impl RankContext {
     /// The only rank of a replica, on the device that was asked for. Says what `auto` chose and
     /// why.
     pub fn open(config: &DeviceConfig) -> Result<RankContext, DeviceError> {
+        RankContext::open_with(config, KERNELS)
+    }
+
+    /// The same with other kernels for GPUs than those of this binary.
+    pub fn open_with(
+        config: &DeviceConfig,
+        kernels: &'static [Image],
+    ) -> Result<RankContext, DeviceError> {
         match (config.choice, config.cpu_only_flag) {
             (DeviceChoice::Cpu, _) => Ok(RankContext::cpu(config)?),
-            (DeviceChoice::Cuda(ordinal), _) => RankContext::cuda(ordinal, config)
+            (DeviceChoice::Cuda(ordinal), _) => RankContext::cuda(ordinal, config, kernels)
                 .map_err(|reason| DeviceError::Cuda { ordinal, reason }),
             (DeviceChoice::Auto, Some(flag)) => {
                 info!("computing on the CPU, because --{flag} has a meaning there only");
                 Ok(RankContext::cpu(config)?)
             }
-            (DeviceChoice::Auto, None) => match RankContext::cuda(0, config) {
+            (DeviceChoice::Auto, None) => match RankContext::cuda(0, config, kernels) {
                 Ok(rank) => {
                     info!(device = %rank.ops.name(), "computing on the GPU");
                     Ok(rank)
@@ -70,9 +78,13 @@ impl RankContext {
         Ok(RankContext::solo(Arc::new(ops)))
     }
 
-    /// The only rank of a replica on the GPU of this number.
-    pub fn cuda(ordinal: usize, config: &DeviceConfig) -> Result<RankContext, Unavailable> {
-        let ops = CudaOps::on_gpu(ordinal)?;
+    /// The only rank of a replica on the GPU of this number, with these kernels.
+    pub fn cuda(
+        ordinal: usize,
+        config: &DeviceConfig,
+        kernels: &'static [Image],
+    ) -> Result<RankContext, Unavailable> {
+        let ops = CudaOps::on_gpu(ordinal, kernels)?;
         let ops = if config.enforce_eager { ops.eager() } else { ops };
         Ok(RankContext::solo(Arc::new(ops)))
     }

@@ -17,6 +17,7 @@ use crate::model::check::check;
 use crate::model::decoder::Decoder;
 use crate::model::spec::ModelSpec;
 use crate::ops::cpu::physical_cores;
+use crate::ops::cuda::{Image, KERNELS};
 use crate::request::SamplingDefaults;
 use crate::runner::ModelRunner;
 use crate::runner::memory_plan::{MemoryDemand, MemoryPlan, free_memory_bytes};
@@ -54,9 +55,18 @@ pub struct Loaded {
 
 /// Opens the model and starts its engine, whose generations will be polled in `runtime`.
 pub fn open(config: &EngineConfig, runtime: &Handle) -> anyhow::Result<Opened> {
+    open_with(config, KERNELS, runtime)
+}
+
+/// The same with other kernels for GPUs than those of this binary.
+pub fn open_with(
+    config: &EngineConfig,
+    kernels: &'static [Image],
+    runtime: &Handle,
+) -> anyhow::Result<Opened> {
     let started = Instant::now();
     let files = ModelFiles::open(&config.model.source, Progress::Bars)?;
-    let Loaded { runner, spec, plan, backend } = load(config, &files)?;
+    let Loaded { runner, spec, plan, backend } = load(config, &files, kernels)?;
     let text = Arc::new(text_pipeline(&files, config, spec.vocab_size)?);
     let options = engine_options(config, &files, &spec, &plan)?;
     let engine = Engine::start(Box::new(runner), text, options, runtime);
@@ -66,15 +76,19 @@ pub fn open(config: &EngineConfig, runtime: &Handle) -> anyhow::Result<Opened> {
 
 /// Opens the model without an engine, for those who plan their own steps.
 pub fn open_runner(config: &EngineConfig) -> anyhow::Result<Loaded> {
-    load(config, &ModelFiles::open(&config.model.source, Progress::Bars)?)
+    load(config, &ModelFiles::open(&config.model.source, Progress::Bars)?, KERNELS)
 }
 
-fn load(config: &EngineConfig, files: &ModelFiles) -> anyhow::Result<Loaded> {
+fn load(
+    config: &EngineConfig,
+    files: &ModelFiles,
+    kernels: &'static [Image],
+) -> anyhow::Result<Loaded> {
     let spec = ModelSpec::from_config(&files.required_text(files::CONFIG)?)?;
     let expected = spec.expected_tensors();
     let source = files.weights(config.model.load_format, expected, spec.dtype)?;
     check(&spec, &*source)?;
-    let rank = RankContext::open(&config.device)?;
+    let rank = RankContext::open_with(&config.device, kernels)?;
     info!(family = %spec.family, backend = %rank.ops.name(), "opening the model");
     let free = free_memory_bytes();
     let threads = config.device.threads.unwrap_or_else(physical_cores);

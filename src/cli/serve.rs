@@ -7,10 +7,16 @@ use anyhow::Context;
 use super::open::{self, Opened};
 use crate::config::{EngineConfig, ServeArgs};
 use crate::ops::cpu::physical_cores;
+use crate::ops::cuda::{Image, KERNELS};
 use crate::{server, telemetry};
 
 /// Serves until SIGTERM or Ctrl-C.
 pub fn run(args: ServeArgs) -> anyhow::Result<()> {
+    run_with(args, KERNELS)
+}
+
+/// The same with other kernels for GPUs than those of this binary.
+pub fn run_with(args: ServeArgs, kernels: &'static [Image]) -> anyhow::Result<()> {
     telemetry::init_logging(args.server.log_json);
     let config = EngineConfig::resolve(args)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -21,7 +27,7 @@ pub fn run(args: ServeArgs) -> anyhow::Result<()> {
     // Take the port first: a second server should fail before it loads a model.
     let listener = runtime.block_on(bind(&config))?;
     let address = listener.local_addr().context("the listener has an address")?;
-    let opened = open::open(&config, runtime.handle())?;
+    let opened = open::open_with(&config, kernels, runtime.handle())?;
     announce(&config, &opened, address);
     let stop = server::termination_signal();
     let outcome = runtime.block_on(server::serve(opened.engine, &config.server, listener, stop));

@@ -28,7 +28,7 @@ use cudarc::driver::sys;
 
 use super::cublas::{CublasLt, WORKSPACE_BYTES};
 use super::launcher::{ArgKind, CudaError, DeviceFacts, KernelArg, Launch, Launcher};
-use super::{CudaOps, Image, KERNELS};
+use super::{CudaOps, Image};
 use crate::ops::{DeviceMemoryInfo, Recording};
 use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
 use context::{Context, refused, words};
@@ -469,9 +469,12 @@ impl Launcher for Driver {
 }
 
 impl CudaOps<Driver> {
-    /// Operations on the GPU of this number.
-    pub fn on_gpu(ordinal: usize) -> Result<CudaOps<Driver>, Unavailable> {
-        let driver = Driver::open(ordinal, KERNELS)?;
+    /// Operations on the GPU of this number, with these kernels.
+    pub fn on_gpu(
+        ordinal: usize,
+        kernels: &'static [Image],
+    ) -> Result<CudaOps<Driver>, Unavailable> {
+        let driver = Driver::open(ordinal, kernels)?;
         let library = driver.dense_products();
         let ops = CudaOps::new(driver);
         Ok(match library {

@@ -33,6 +33,18 @@ pub fn kernel_libraries() -> Vec<Library> {
     libraries_of(&sources(&folder, "cu"), &folder.join("include"))
 }
 
+/// Where these libraries are, for who loads them elsewhere.
+pub fn kernel_paths() -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    paths_of(&sources(&folder, "cu"), &folder.join("include"))
+}
+
+/// A library of C++ that is no kernel, compiled in the same way.
+pub fn library_path(source: &Path) -> PathBuf {
+    let include = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/include");
+    paths_of(&[source.to_owned()], &include).remove(0)
+}
+
 /// The kernels that test the machine itself.
 pub fn test_libraries() -> Vec<Library> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -10,7 +10,7 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
-mod build;
+pub mod build;
 pub mod library;
 mod memory;
 

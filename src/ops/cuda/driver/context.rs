@@ -48,7 +48,14 @@ impl Survey {
             .result()
             .map_err(refused("asking the NVIDIA driver for its version"))?;
         let cuda_version = version.unsigned_abs();
-        result::init().map_err(refused("starting the NVIDIA driver"))?;
+        match result::init() {
+            Ok(()) => {}
+            // What a driver answers where it finds nothing, instead of counting 0 later.
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => {
+                return Ok(Survey { cuda_version, gpus: Vec::new() });
+            }
+            Err(error) => return Err(refused("starting the NVIDIA driver")(error)),
+        }
         let count = result::device::get_count().map_err(refused("counting GPUs"))?;
         let gpus = (0..count.unsigned_abs() as usize).map(describe).collect::<Result<_, _>>();
         Ok(Survey { cuda_version, gpus: gpus.map_err(refused("describing a GPU"))? })
