@@ -16,9 +16,10 @@ use crate::shim::build;
 /// Flags of `serve` for the process that serves.
 pub const FLAGS_VARIABLE: &str = "TOKENMILL_TEST_SERVE";
 
-/// Flags that every server here has: small, because the SIMT machine is slow.
-const SMALL: &str = "--port 0 --shutdown-timeout 1 --max-num-seqs 4 --max-model-len 96 \
-                     --max-num-batched-tokens 64";
+/// Flags that every server here has.
+const FLAGS: &str = "--port 0 --shutdown-timeout 1 --max-num-batched-tokens 64";
+/// Few sequences and short contexts, because the SIMT machine is slow.
+const SMALL: &str = "--max-num-seqs 4 --max-model-len 96";
 
 /// The compiled kernels and the folder of the driver's library.
 struct Built {
@@ -61,7 +62,12 @@ pub struct Setup {
 impl Setup {
     /// A small server of the bundled model with these flags beside.
     pub fn new(flags: &str) -> Setup {
-        Setup { flags: format!("{SMALL} {flags}"), variables: Vec::new() }
+        Setup::of_any_size(&format!("{SMALL} {flags}"))
+    }
+
+    /// A server of the bundled model with these flags.
+    pub fn of_any_size(flags: &str) -> Setup {
+        Setup { flags: format!("{FLAGS} {flags}"), variables: Vec::new() }
     }
 
     /// The same with a variable in its environment.

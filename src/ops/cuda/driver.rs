@@ -4,36 +4,47 @@
 //! | file | what |
 //! |---|---|
 //! | `context` | GPUs found, described and opened; their memory |
+//! | `kernels` | kernels by their names, and launches of them |
 //! | `pinned` | where bytes wait on the host for a copy |
+//! | `pending` | what runs and may fail yet |
+//! | `products` | a library's products, counted |
 //! | `unavailable` | why a GPU cannot be used |
 //!
 //! Everything runs on one stream, in order. A kernel is looked up by its name once; then the
 //! driver says what parameters it takes, and a launch with others is an error, not a read of
 //! wild memory. What the host sends or reads goes through pinned memory, so that an upload does
 //! not wait. The first error is kept with the kernel, the launch and the driver's words; what
-//! is asked for after it does nothing. A fault of a running kernel is noticed later, by whoever
-//! waits next: that error names the last kernel that was launched, and with
-//! `CUDA_LAUNCH_BLOCKING=1` in the environment that is the kernel at fault.
+//! is asked for after it does nothing. A fault of a running kernel is noticed later, by whatever
+//! is asked for next: that error names all kernels that may have been at fault. With
+//! `CUDA_LAUNCH_BLOCKING=1` in the environment the driver waits after every launch, and the error
+//! names one.
 
 mod context;
+mod kernels;
+mod pending;
 mod pinned;
+mod products;
 mod unavailable;
 
 use std::collections::HashMap;
-use std::ffi::{CString, c_void};
+use std::ffi::c_void;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
 use super::cublas::{CublasLt, WORKSPACE_BYTES};
-use super::launcher::{ArgKind, CudaError, DeviceFacts, KernelArg, Launch, Launcher};
+use super::launcher::{CudaError, DeviceFacts, KernelArg, Launch, Launcher};
 use super::{CudaOps, Image};
 use crate::ops::{DeviceMemoryInfo, Recording};
 use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
 use context::{Context, refused, words};
 pub use context::{Gpu, Survey};
+use kernels::Kernel;
+use pending::{Pending, is_of_earlier_work};
 use pinned::{NUM_SEGMENTS, Ring, SEGMENT_BYTES};
+use products::Counted;
 pub use unavailable::Unavailable;
 
 /// A GPU that is ready to launch our kernels.
@@ -44,6 +55,10 @@ pub struct Driver {
     modules: Vec<sys::CUmodule>,
     stream: sys::CUstream,
     pinned: Pinned,
+    /// Whether every launch waits until its kernel has run.
+    is_blocking: bool,
+    /// Products that a library was asked for, on our stream.
+    num_products: Arc<AtomicU64>,
     // One thread computes; the lock is there for the one that drops or asks in between.
     state: Mutex<State>,
 }
@@ -59,17 +74,12 @@ struct State {
     kernels: HashMap<&'static str, Kernel>,
     ring: Ring,
     failure: Option<CudaError>,
-    /// The last launch that nobody has waited for, and how many there are.
-    pending: Option<(&'static str, Launch, u64)>,
-    is_recording: bool,
-}
-
-/// A kernel on the GPU.
-#[derive(Clone)]
-struct Kernel {
-    function: sys::CUfunction,
-    /// Bytes of each parameter.
-    parameters: Arc<[usize]>,
+    /// What nobody has waited for.
+    pending: Pending,
+    /// Products of the library that are among `pending`, or ran before.
+    counted_products: u64,
+    /// What was launched since a recording began.
+    recording: Option<Pending>,
 }
 
 /// The pinned buffer and the events that say when a segment's copies have ended.
@@ -81,6 +91,7 @@ struct Pinned {
 /// A recorded step, ready to run again.
 struct Graph {
     exec: sys::CUgraphExec,
+    launched: Pending,
     context: Arc<Context>,
 }
 
@@ -116,18 +127,30 @@ impl Driver {
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(refused("making a stream"))?;
         let pinned = Pinned::new().map_err(refused("pinning memory of the host"))?;
-        Ok(Driver { gpu, context, modules, stream, pinned, state: Mutex::default() })
+        // NVIDIA's driver reads it too, when it is started.
+        let is_blocking = std::env::var("CUDA_LAUNCH_BLOCKING").is_ok_and(|value| value == "1");
+        Ok(Driver {
+            gpu,
+            context,
+            modules,
+            stream,
+            pinned,
+            is_blocking,
+            num_products: Arc::default(),
+            state: Mutex::default(),
+        })
     }
 
     /// cuBLASLt on this GPU, where it is installed and there is room for it.
-    fn dense_products(&self) -> Option<CublasLt> {
+    fn dense_products(&self) -> Option<Counted> {
         self.context.enter().ok()?;
         let workspace = self.allocate(DType::U8, Shape::from([WORKSPACE_BYTES])).ok()?;
         let mut one = self.allocate(DType::F32, Shape::from([1])).ok()?;
         self.upload(one.view_mut(), &1f32.to_le_bytes());
         // SAFETY: the stream's context is current, what was allocated lies on its GPU, and `CudaOps`
         // drops the library before the driver.
-        unsafe { CublasLt::open(self.stream.cast(), workspace, one) }
+        let library = unsafe { CublasLt::open(self.stream.cast(), workspace, one) }?;
+        Some(Counted { library, num_products: Arc::clone(&self.num_products) })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -143,13 +166,42 @@ impl Driver {
         let mut state = self.lock();
         if state.failure.is_none() {
             let outcome = self.context.enter().and_then(|()| act(self, &mut state));
-            state.failure = outcome.err().map(|error| state.error(what, words(error)));
+            let failure = outcome.err().map(|error| self.error(&mut state, what, error));
+            state.failure = failure;
         }
+    }
+
+    /// Everything that was asked for has run.
+    fn has_run(&self, state: &mut State) {
+        state.pending.clear();
+        state.counted_products = self.num_products.load(Ordering::Relaxed);
+    }
+
+    fn allocation_error(&self, state: &mut State, bytes: usize, error: DriverError) -> CudaError {
+        match error.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                CudaError::OutOfMemory { bytes, reason: words(error) }
+            }
+            _ => self.error(state, "allocating memory", error),
+        }
+    }
+
+    /// Puts the library's latest products among what is pending, or recorded.
+    fn count_products(&self, state: &mut State) {
+        let products = self.num_products.load(Ordering::Relaxed);
+        let new = products - std::mem::replace(&mut state.counted_products, products);
+        state.launched().count("a product of cuBLASLt", new);
+    }
+
+    /// What failed, and whose fault it may be.
+    fn error(&self, state: &mut State, what: &str, error: DriverError) -> CudaError {
+        self.count_products(state);
+        state.error(what, error)
     }
 
     /// Copies cannot be recorded: they would read the pinned buffer as it is when they run.
     fn refuse_recording(state: &mut State, what: &str) -> bool {
-        if state.is_recording && state.failure.is_none() {
+        if state.recording.is_some() && state.failure.is_none() {
             let reason = "a copy between host and GPU cannot be recorded".to_owned();
             state.failure = Some(CudaError::Device { what: what.to_owned(), reason });
         }
@@ -170,80 +222,7 @@ impl Driver {
         Ok(unsafe { self.pinned.start.cast::<u8>().add(place.offset) })
     }
 
-    /// The kernel of this name.
-    fn kernel(&self, state: &mut State, name: &'static str) -> Result<Kernel, DriverError> {
-        if let Some(kernel) = state.kernels.get(name) {
-            return Ok(kernel.clone());
-        }
-        let function = self.function(name)?;
-        self.allow_shared_memory(function)?;
-        let kernel = Kernel { function, parameters: parameters(function).into() };
-        state.kernels.insert(name, kernel.clone());
-        Ok(kernel)
-    }
-
-    /// Looks for a kernel in all modules.
-    fn function(&self, name: &str) -> Result<sys::CUfunction, DriverError> {
-        let symbol = CString::new(name).expect("kernels are named by identifiers");
-        let mut outcome = Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND));
-        for &module in &self.modules {
-            // SAFETY: modules live as long as `self`.
-            outcome = unsafe { result::module::get_function(module, symbol.clone()) };
-            if outcome.as_ref().err() != Some(&DriverError(sys::CUresult::CUDA_ERROR_NOT_FOUND)) {
-                break;
-            }
-        }
-        outcome
-    }
-
-    /// Lets a kernel use all the dynamic shared memory that the GPU has beside its static one.
-    fn allow_shared_memory(&self, function: sys::CUfunction) -> Result<(), DriverError> {
-        use sys::CUfunction_attribute_enum as Attribute;
-        let most = self.gpu.facts.shared_bytes_per_block.cast_signed();
-        // SAFETY: the function was just found in the module.
-        unsafe {
-            let fixed = result::function::get_function_attribute(
-                function,
-                Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
-            )?;
-            result::function::set_function_attribute(
-                function,
-                Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                most - fixed,
-            )
-        }
-    }
-
-    fn try_launch(
-        &self,
-        state: &mut State,
-        (name, launch): (&'static str, Launch),
-        args: &[KernelArg<'_>],
-    ) -> Result<(), String> {
-        self.context.enter().map_err(words)?;
-        let kernel = self.kernel(state, name).map_err(words)?;
-        check_parameters(&kernel.parameters, args)?;
-        let bits: Vec<u64> = args.iter().map(KernelArg::bits).collect();
-        let mut addresses: Vec<*mut c_void> =
-            bits.iter().map(|bits| std::ptr::from_ref(bits).cast_mut().cast()).collect();
-        let [gx, gy, gz] = launch.grid;
-        let [bx, by, bz] = launch.block;
-        // SAFETY: there is one address per parameter, of as many bytes, which the driver copies;
-        // what the kernel does with them is its launch code's contract.
-        unsafe {
-            result::launch_kernel(
-                kernel.function,
-                (gx, gy, gz),
-                (bx, by, bz),
-                launch.shared_bytes,
-                self.stream,
-                &mut addresses,
-            )
-        }
-        .map_err(words)
-    }
-
-    fn end_capture(&self) -> Result<Graph, DriverError> {
+    fn end_capture(&self, launched: Pending) -> Result<Graph, DriverError> {
         self.context.enter()?;
         // SAFETY: the stream is being captured; the graph is destroyed once, when a runnable
         // copy of it was made.
@@ -253,50 +232,30 @@ impl Driver {
             result::graph::destroy(graph)?;
             exec?
         };
-        Ok(Graph { exec, context: Arc::clone(&self.context) })
+        Ok(Graph { exec, launched, context: Arc::clone(&self.context) })
     }
 }
 
 impl State {
-    /// What failed. Whoever waits learns of kernels that failed before, so the last one is named.
-    fn error(&self, what: &str, reason: String) -> CudaError {
-        match self.pending {
-            Some((kernel, launch, count)) if count > 1 => CudaError::Device {
-                what: format!("one of {count} kernels, the last of them {kernel} ({launch})"),
-                reason,
-            },
-            Some((kernel, launch, _)) => {
+    /// Where launches are noted.
+    fn launched(&mut self) -> &mut Pending {
+        self.recording.as_mut().unwrap_or(&mut self.pending)
+    }
+
+    /// What failed. Who waits learns of kernels that failed before, and one that may not have
+    /// been at fault is not named alone.
+    fn error(&self, what: &str, error: DriverError) -> CudaError {
+        let (what, reason) = (what.to_owned(), words(error));
+        if !is_of_earlier_work(error) || self.pending.is_empty() {
+            return CudaError::Device { what, reason };
+        }
+        match self.pending.only() {
+            Some((kernel, launch)) => {
                 CudaError::Kernel { kernel: kernel.to_owned(), launch, reason }
             }
-            None => CudaError::Device { what: what.to_owned(), reason },
+            None => CudaError::Launched { what, reason, launched: self.pending.to_string() },
         }
     }
-}
-
-/// Bytes of each parameter of a kernel.
-fn parameters(function: sys::CUfunction) -> Vec<usize> {
-    let size = |index| {
-        let (mut offset, mut size) = (0, 0);
-        // SAFETY: the function is a kernel of a loaded module; an index that it does not have is
-        // an error.
-        let found =
-            unsafe { sys::cuFuncGetParamInfo(function, index, &raw mut offset, &raw mut size) };
-        found.result().ok().map(|()| size)
-    };
-    (0..).map_while(size).collect()
-}
-
-/// Whether the arguments have the sizes of the parameters.
-fn check_parameters(parameters: &[usize], args: &[KernelArg<'_>]) -> Result<(), String> {
-    let given = args.iter().map(|arg| match arg.kind() {
-        ArgKind::Pointer | ArgKind::Int64 => 8,
-        ArgKind::Int32 | ArgKind::Float32 => 4,
-    });
-    if given.clone().eq(parameters.iter().copied()) {
-        return Ok(());
-    }
-    let given: Vec<usize> = given.collect();
-    Err(format!("the kernel takes parameters of {parameters:?} bytes, but got {given:?}"))
 }
 
 impl Pinned {
@@ -321,21 +280,18 @@ impl Launcher for Driver {
     }
 
     fn memory(&self) -> Result<DeviceMemoryInfo, CudaError> {
-        self.context
-            .memory()
-            .map_err(|error| self.lock().error("asking for free memory", words(error)))
+        let mut state = self.lock();
+        let memory = self.context.memory();
+        memory.map_err(|error| self.error(&mut state, "asking for free memory", error))
     }
 
     fn allocate(&self, dtype: DType, shape: Shape) -> Result<Tensor, CudaError> {
         let bytes = shape.len() * dtype.size_bytes();
-        let memory = self.context.allocate(bytes).map_err(|error| match error.0 {
-            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                CudaError::OutOfMemory { bytes, reason: words(error) }
-            }
-            _ => self.lock().error("allocating memory", words(error)),
-        })?;
+        let mut state = self.lock();
+        let taken = self.context.allocate(bytes);
+        let memory = taken.map_err(|error| self.allocation_error(&mut state, bytes, error))?;
         let address = memory.address();
-        // SAFETY: the owner has as many bytes at this address, aligned to 256, for nobody else.
+        // SAFETY: the memory has as many bytes at this address, aligned to 256, for nobody else.
         Ok(unsafe { Tensor::on_device(address, dtype, shape, Arc::new(memory)) })
     }
 
@@ -387,8 +343,8 @@ impl Launcher for Driver {
                     result::stream::synchronize(driver.stream)?;
                     part.copy_from_slice(place);
                 }
+                driver.has_run(state);
             }
-            state.pending = None;
             Ok(())
         });
     }
@@ -409,13 +365,10 @@ impl Launcher for Driver {
             return;
         }
         match self.try_launch(&mut state, (kernel, launch), args) {
-            Ok(()) => {
-                let count = state.pending.map_or(0, |(_, _, count)| count) + 1;
-                state.pending = Some((kernel, launch, count));
-            }
-            Err(reason) => {
-                let kernel = kernel.to_owned();
-                state.failure = Some(CudaError::Kernel { kernel, launch, reason });
+            Ok(()) => state.launched().add(kernel, launch),
+            Err(error) => {
+                let failure = self.launch_error(&mut state, (kernel, launch), error);
+                state.failure = Some(failure);
             }
         }
     }
@@ -425,23 +378,23 @@ impl Launcher for Driver {
         self.attempt("recording a step", |driver, state| {
             // SAFETY: the stream lives as long as the driver.
             unsafe { result::stream::begin_capture(driver.stream, mode) }?;
-            state.is_recording = true;
+            driver.count_products(state);
+            state.recording = Some(Pending::default());
             Ok(())
         });
     }
 
     fn end_recording(&self) -> Option<Recording> {
         let mut state = self.lock();
-        if !std::mem::take(&mut state.is_recording) {
-            return None;
-        }
+        self.count_products(&mut state);
+        let launched = state.recording.take()?;
         // Ended even after an error, because the stream would stay in capture.
-        let graph = self.end_capture();
+        let graph = self.end_capture(launched);
         match graph {
             Ok(graph) if state.failure.is_none() => Some(Recording::new(graph)),
             Ok(_) => None,
             Err(error) => {
-                let failure = state.error("recording a step", words(error));
+                let failure = self.error(&mut state, "recording a step", error);
                 state.failure.get_or_insert(failure);
                 None
             }
@@ -450,10 +403,12 @@ impl Launcher for Driver {
 
     fn replay(&self, recording: &Recording) {
         let graph: &Graph = recording.get();
-        self.attempt("replaying a step", |driver, _| {
+        self.attempt("replaying a step", |driver, state| {
             // SAFETY: graph and stream belong to this driver, and what the graph's kernels read
             // and write outlives it by the contract of recordings.
-            unsafe { result::graph::launch(graph.exec, driver.stream) }
+            unsafe { result::graph::launch(graph.exec, driver.stream) }?;
+            state.pending.add_all(&graph.launched);
+            Ok(())
         });
     }
 
@@ -461,7 +416,7 @@ impl Launcher for Driver {
         self.attempt("waiting for the GPU", |driver, state| {
             // SAFETY: the stream lives as long as the driver.
             unsafe { result::stream::synchronize(driver.stream) }?;
-            state.pending = None;
+            driver.has_run(state);
             Ok(())
         });
         self.lock().failure.clone().map_or(Ok(()), Err)
@@ -506,37 +461,5 @@ impl Drop for Driver {
                 let _ = result::module::unload(module);
             }
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::launcher::args;
-    use super::*;
-
-    #[test]
-    fn arguments_of_other_sizes_are_refused_before_the_kernel_reads_them() {
-        let args = args![1u32, 2.0f32, 3u64];
-        assert_eq!(check_parameters(&[4, 4, 8], &args), Ok(()));
-        assert_eq!(
-            check_parameters(&[4, 4], &args),
-            Err("the kernel takes parameters of [4, 4] bytes, but got [4, 4, 8]".to_owned())
-        );
-        assert!(check_parameters(&[4, 8, 8], &args).is_err());
-    }
-
-    #[test]
-    fn an_error_that_comes_late_names_the_last_kernel() {
-        let error = |count| {
-            let pending = Some(("rms_norm_bf16", Launch::new(2, 64), count));
-            let state = State { pending, ..State::default() };
-            state.error("waiting for the GPU", "illegal address".to_owned()).to_string()
-        };
-        assert_eq!(
-            error(12),
-            "one of 12 kernels, the last of them rms_norm_bf16 (grid [2, 1, 1], block [64, 1, 1], \
-             0 bytes of shared memory): illegal address"
-        );
-        assert!(error(1).starts_with("kernel rms_norm_bf16 (grid [2, 1, 1]"));
     }
 }

@@ -210,6 +210,19 @@ pub enum CudaError {
         /// The driver's words.
         reason: String,
     },
+    /// One of several launches failed, and it is not known which.
+    #[error(
+        "{what}: {reason}; at fault is one of what was launched since the GPU was last waited \
+         for: {launched} (CUDA_LAUNCH_BLOCKING=1 in the environment and --enforce-eager tell which)"
+    )]
+    Launched {
+        /// What was tried when it was noticed.
+        what: String,
+        /// The driver's words.
+        reason: String,
+        /// Names and how often each was launched.
+        launched: String,
+    },
     /// Anything else.
     #[error("{what}: {reason}")]
     Device {
