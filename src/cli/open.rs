@@ -16,6 +16,7 @@ use crate::engine::{Engine, EngineOptions, ModelInfo};
 use crate::model::check::check;
 use crate::model::decoder::Decoder;
 use crate::model::spec::ModelSpec;
+use crate::ops::OpsError;
 use crate::ops::cpu::physical_cores;
 use crate::ops::cuda::{Image, KERNELS};
 use crate::request::SamplingDefaults;
@@ -103,10 +104,25 @@ fn load(
     };
     let plan = MemoryPlan::new(&*rank.ops, &demand, free)?;
     info!("memory plan: {plan}");
+    rank.ops.set_aside(plan.room_for_weights(&spec)).map_err(advised)?;
     let decoder = Decoder::load(&spec, &loader, plan.max_model_len)?;
+    let plan = plan.with_weights_loaded(&*rank.ops, &demand)?;
     let backend = rank.ops.name();
-    let runner = ModelRunner::new(decoder, &spec, rank.clone(), &plan)?;
+    let runner = ModelRunner::new(decoder, &spec, rank.clone(), &plan).map_err(advised)?;
     Ok(Loaded { runner, spec, plan, backend })
+}
+
+/// Says what to do where a device has less room than it said when the plan was made.
+fn advised(error: OpsError) -> anyhow::Error {
+    let is_full = matches!(error, OpsError::OutOfMemory { .. });
+    let error = anyhow::Error::from(error);
+    if !is_full {
+        return error;
+    }
+    error.context(
+        "the device is fuller than it was when memory was planned; end what else is using it, or \
+         lower --gpu-memory-utilization",
+    )
 }
 
 fn text_pipeline(

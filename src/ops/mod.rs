@@ -112,6 +112,13 @@ pub trait Ops: Send + Sync {
         Ok(None)
     }
 
+    /// Takes this much of the device's memory in one piece for tensors that will be made; nothing
+    /// where memory is the host's.
+    fn set_aside(&self, bytes: usize) -> Result<(), OpsError> {
+        let _ = bytes;
+        Ok(())
+    }
+
     /// A new tensor of zero bytes for activations.
     fn zeros(&self, dtype: DType, shape: Shape) -> Result<Tensor, OpsError> {
         Ok(Tensor::zeros_on_large_pages(dtype, shape))

@@ -20,6 +20,13 @@ const LOGITS_BYTES: usize = 128 << 20;
 /// Bytes that recorded steps may take on a device: some hundred, of some hundred launches each.
 const RECORDINGS_BYTES: usize = 256 << 20;
 
+/// What a device may take beyond what tensors need: pages are 2 MiB, two pieces are set aside
+/// (`ops::cuda::driver`), and tensors that nobody planned begin a third.
+const ROUNDING_BYTES: usize = 24 << 20;
+
+/// A tensor begins at a multiple of this on any device.
+const TENSOR_ALIGN: usize = 256;
+
 /// Memory for the KV cache.
 struct Pool {
     bytes: usize,
@@ -49,6 +56,8 @@ pub struct MemoryPlan {
     pub weights_bytes: usize,
     /// Bytes of activations, logits and step inputs.
     pub workspace_bytes: usize,
+    /// Bytes of a device that are no tensor's: recorded steps, and what is rounded up.
+    pub overhead_bytes: usize,
     /// KV blocks in the pool.
     pub num_blocks: usize,
     /// Blocks beside the pool, for the rows with which recorded steps are filled up.
@@ -153,9 +162,11 @@ impl MemoryPlan {
         let max_num_tokens = scheduler.max_num_batched_tokens;
         let max_logit_rows =
             (LOGITS_BYTES / (4 * spec.vocab_size)).clamp(1, max_num_tokens.min(1024));
+        let device = ops.device_memory()?;
         let mut plan = MemoryPlan {
             weights_bytes,
             workspace_bytes: 0,
+            overhead_bytes: device.map_or(0, |_| overhead(ops, spec)),
             num_blocks: 0,
             spare_blocks: spare_blocks(ops, block_size),
             block_bytes,
@@ -180,24 +191,60 @@ impl MemoryPlan {
             ops.check(&plan.step_limits(spec), &layer)?;
         }
         plan.workspace_bytes = plan.workspace(ops, spec);
-        let most_used = scheduler.max_num_seqs * longest.div_ceil(block_size) * block_bytes;
-        let pool = plan.pool(ops.device_memory()?, cache, most_used, free_bytes)?;
-        plan.num_blocks = (pool.bytes / block_bytes).saturating_sub(plan.spare_blocks);
-        plan.max_model_len = context_that_fits(wanted_len, longest, plan.num_blocks, block_size)
-            .ok_or_else(|| plan.refuse(&pool))?;
-        plan.limits.max_blocks_per_seq = plan.max_model_len.div_ceil(block_size);
+        let pool = plan.pool(device, cache, plan.most_used(), free_bytes)?;
+        plan.give(&pool, wanted_len)?;
         plan.workspace_bytes = plan.workspace(ops, spec);
         Ok(plan)
+    }
+
+    /// The same when the weights are in memory: a device says what is left beside them, and the KV
+    /// cache gets no more than that.
+    pub fn with_weights_loaded(
+        mut self,
+        ops: &dyn Ops,
+        demand: &MemoryDemand<'_>,
+    ) -> Result<MemoryPlan, MemoryPlanError> {
+        let Some(now) = ops.device_memory()? else { return Ok(self) };
+        // As if the weights that are there had yet to come.
+        let device = DeviceMemoryInfo { free: now.free + self.weights_bytes as u64, ..now };
+        let pool = self.pool(Some(device), demand.cache, self.most_used(), 0)?;
+        self.give(&pool, demand.wanted_len)?;
+        Ok(self)
+    }
+
+    /// Bytes that all sequences could ever cache.
+    fn most_used(&self) -> usize {
+        let blocks_per_seq = self.max_model_len.div_ceil(self.block_size);
+        self.limits.max_num_seqs * blocks_per_seq * self.block_bytes
+    }
+
+    /// Makes blocks of the pool; the context gets as long as they allow.
+    fn give(&mut self, pool: &Pool, wanted_len: Option<usize>) -> Result<(), MemoryPlanError> {
+        let longest = self.max_model_len;
+        self.num_blocks = (pool.bytes / self.block_bytes).saturating_sub(self.spare_blocks);
+        let fits = context_that_fits(wanted_len, longest, self.num_blocks, self.block_size);
+        self.max_model_len = fits.ok_or_else(|| self.refuse(pool))?;
+        self.limits.max_blocks_per_seq = self.max_model_len.div_ceil(self.block_size);
+        Ok(())
     }
 
     /// Bytes of everything but weights and KV blocks.
     fn workspace(&self, ops: &dyn Ops, spec: &ModelSpec) -> usize {
         let max_num_tokens = self.limits.max_num_tokens;
-        let recorded = if ops.can_record() { RECORDINGS_BYTES } else { 0 };
         Workspace::size_bytes(ops, spec, max_num_tokens, self.max_logit_rows)
             + ForwardBatch::size_bytes(self.limits)
             + ops.scratch_bytes(&self.step_limits(spec))
-            + recorded
+    }
+
+    /// Bytes in which all weights find room one after the other.
+    pub fn room_for_weights(&self, spec: &ModelSpec) -> usize {
+        self.weights_bytes + weights_padding(spec)
+    }
+
+    /// Bytes in which everything else finds room one after the other.
+    pub fn room_beside_weights(&self, spec: &ModelSpec) -> usize {
+        let blocks = (self.num_blocks + self.spare_blocks) * self.block_bytes;
+        self.workspace_bytes + blocks + other_padding(spec)
     }
 
     /// How much the KV cache takes. `most_used` bounds what it could ever need.
@@ -215,7 +262,8 @@ impl MemoryPlan {
         };
         let allowed = (total as f64 * cache.gpu_memory_utilization) as u64;
         let usable = allowed.saturating_sub(total - free) as usize;
-        let (weights, workspace) = (self.weights_bytes, self.workspace_bytes);
+        let weights = self.weights_bytes;
+        let workspace = self.workspace_bytes + self.overhead_bytes;
         let Some(rest) = usable.checked_sub(weights + workspace) else {
             return Err(MemoryPlanError::NoRoom {
                 weights,
@@ -279,6 +327,22 @@ fn context_that_fits(
     }
 }
 
+/// What tensors do not get of a device's memory.
+fn overhead(ops: &dyn Ops, spec: &ModelSpec) -> usize {
+    let recorded = if ops.can_record() { RECORDINGS_BYTES } else { 0 };
+    recorded + ROUNDING_BYTES + weights_padding(spec) + other_padding(spec)
+}
+
+/// Bytes between weights. A quantized one is three tensors.
+fn weights_padding(spec: &ModelSpec) -> usize {
+    3 * spec.expected_tensors().len() * TENSOR_ALIGN
+}
+
+/// Bytes between what lies beside weights: some hundred tensors, and up to four per layer's cache.
+fn other_padding(spec: &ModelSpec) -> usize {
+    (128 + 4 * spec.layers.len()) * TENSOR_ALIGN
+}
+
 /// Blocks for the rows that fill a recorded step up: every row writes a slot of its own.
 fn spare_blocks(ops: &dyn Ops, block_size: usize) -> usize {
     if ops.can_record() { MOST_PADDING.div_ceil(block_size) } else { 0 }
@@ -306,7 +370,7 @@ impl fmt::Display for MemoryPlan {
             self.num_blocks,
             self.block_size,
             self.kv_dtype,
-            Bytes(self.workspace_bytes),
+            Bytes(self.workspace_bytes + self.overhead_bytes),
         )
     }
 }
@@ -357,7 +421,8 @@ mod tests {
     fn plan() -> MemoryPlan {
         MemoryPlan {
             weights_bytes: 10 * GIB,
-            workspace_bytes: GIB,
+            workspace_bytes: GIB - (1 << 20),
+            overhead_bytes: 1 << 20,
             num_blocks: 0,
             spare_blocks: 2,
             block_bytes: 1 << 20,

@@ -52,6 +52,7 @@ impl ModelRunner {
         let MemoryPlan { limits, max_logit_rows, num_blocks, block_size, kv_dtype, .. } = *plan;
         let all_blocks = num_blocks + plan.spare_blocks;
         let recorded = || RecordedSteps::new(limits.max_num_seqs, limits.max_blocks_per_seq);
+        ops.set_aside(plan.room_beside_weights(spec))?;
         ops.reserve(&plan.step_limits(spec))?;
         Ok(ModelRunner {
             recorded: ops.can_record().then(recorded),

@@ -14,6 +14,7 @@
 //
 //   STUB_CUDA_KERNELS   libraries of kernels for the SIMT machine, separated by colons
 //   STUB_CUDA_MEMORY    bytes of device memory (2 GiB)
+//   STUB_CUDA_HIDDEN    bytes that somebody else takes right after free memory was asked for
 //   STUB_CUDA_DEVICES   devices (1)
 //   STUB_CUDA_VERSION   the newest CUDA that the driver supports (13000)
 //   STUB_CUDA_FAULT     NAME:N, the Nth run of this kernel reads an illegal address
@@ -412,7 +413,7 @@ ENTRY cuMemAlloc_v2(uint64_t* address, size_t bytes) {
   size_t& kind = bytes < SMALL_BYTES ? small_bytes : large_bytes;
   size_t before = kind;
   kind += bytes < SMALL_BYTES ? (bytes + ALIGN_BYTES - 1) / ALIGN_BYTES * ALIGN_BYTES : pages(bytes);
-  if (used_bytes() > total_bytes()) {
+  if (used_bytes() + number("STUB_CUDA_HIDDEN", 0) > total_bytes()) {
     kind = before;
     return OUT_OF_MEMORY;
   }

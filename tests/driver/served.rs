@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::stub::{Setup, greedy};
 
 /// More than fit into a step, of different lengths, so that batches grow and shrink.
-fn questions() -> Vec<Value> {
+pub fn questions() -> Vec<Value> {
     [
         ("Hello", 8),
         ("What is the capital of France?", 6),
@@ -23,7 +23,8 @@ fn on_the_cpu(flags: &str) -> Vec<String> {
     server.texts(&questions())
 }
 
-fn count(trace: &[String], what: &str) -> usize {
+/// Lines that begin so.
+pub fn count(trace: &[String], what: &str) -> usize {
     trace.iter().filter(|line| line.starts_with(what)).count()
 }
 

@@ -4,6 +4,7 @@
 //! | file | what |
 //! |---|---|
 //! | `context` | GPUs found, described and opened; their memory |
+//! | `arena` | how that memory is cut into tensors |
 //! | `kernels` | kernels by their names, and launches of them |
 //! | `pinned` | where bytes wait on the host for a copy |
 //! | `pending` | what runs and may fail yet |
@@ -19,6 +20,7 @@
 //! `CUDA_LAUNCH_BLOCKING=1` in the environment the driver waits after every launch, and the error
 //! names one.
 
+mod arena;
 mod context;
 mod kernels;
 mod pending;
@@ -39,6 +41,7 @@ use super::launcher::{CudaError, DeviceFacts, KernelArg, Launch, Launcher};
 use super::{CudaOps, Image};
 use crate::ops::{DeviceMemoryInfo, Recording};
 use crate::tensor::{DType, Shape, Tensor, View, ViewMut};
+use arena::Arena;
 use context::{Context, refused, words};
 pub use context::{Gpu, Survey};
 use kernels::Kernel;
@@ -73,6 +76,7 @@ unsafe impl Sync for Driver {}
 struct State {
     kernels: HashMap<&'static str, Kernel>,
     ring: Ring,
+    arena: Arena,
     failure: Option<CudaError>,
     /// What nobody has waited for.
     pending: Pending,
@@ -281,6 +285,7 @@ impl Launcher for Driver {
 
     fn memory(&self) -> Result<DeviceMemoryInfo, CudaError> {
         let mut state = self.lock();
+        state.arena.give_back();
         let memory = self.context.memory();
         memory.map_err(|error| self.error(&mut state, "asking for free memory", error))
     }
@@ -288,11 +293,17 @@ impl Launcher for Driver {
     fn allocate(&self, dtype: DType, shape: Shape) -> Result<Tensor, CudaError> {
         let bytes = shape.len() * dtype.size_bytes();
         let mut state = self.lock();
-        let taken = self.context.allocate(bytes);
-        let memory = taken.map_err(|error| self.allocation_error(&mut state, bytes, error))?;
-        let address = memory.address();
+        let cut = state.arena.allocate(&self.context, bytes);
+        let (address, memory) =
+            cut.map_err(|error| self.allocation_error(&mut state, bytes, error))?;
         // SAFETY: the memory has as many bytes at this address, aligned to 256, for nobody else.
-        Ok(unsafe { Tensor::on_device(address, dtype, shape, Arc::new(memory)) })
+        Ok(unsafe { Tensor::on_device(address, dtype, shape, memory) })
+    }
+
+    fn set_aside(&self, bytes: usize) -> Result<(), CudaError> {
+        let mut state = self.lock();
+        let taken = state.arena.set_aside(&self.context, bytes);
+        taken.map_err(|error| self.allocation_error(&mut state, bytes, error))
     }
 
     fn clear(&self, mut to: ViewMut<'_>) {

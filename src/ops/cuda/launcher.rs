@@ -259,6 +259,13 @@ pub trait Launcher: Send + Sync {
     /// A new tensor in device memory, aligned to 256 bytes; its elements are not set.
     fn allocate(&self, dtype: DType, shape: Shape) -> Result<Tensor, CudaError>;
 
+    /// Takes memory in one piece for tensors that will be made, where that is better than taking it
+    /// for each.
+    fn set_aside(&self, bytes: usize) -> Result<(), CudaError> {
+        let _ = bytes;
+        Ok(())
+    }
+
     /// Fills a tensor with zero bytes.
     fn clear(&self, to: ViewMut<'_>);
 

@@ -147,6 +147,10 @@ impl<L: Launcher> Ops for CudaOps<L> {
         self.named(self.launcher.memory()).map(Some)
     }
 
+    fn set_aside(&self, bytes: usize) -> Result<(), OpsError> {
+        self.named(self.launcher.set_aside(bytes))
+    }
+
     fn zeros(&self, dtype: DType, shape: Shape) -> Result<Tensor, OpsError> {
         self.zeroed(dtype, shape)
     }

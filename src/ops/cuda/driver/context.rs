@@ -159,7 +159,7 @@ impl Context {
         self.enter()?;
         // SAFETY: the memory is freed once, in `drop`.
         let address = unsafe { result::malloc_sync(bytes.max(1)) }?;
-        Ok(DeviceMemory { address, context: Arc::clone(self) })
+        Ok(DeviceMemory { address, bytes, context: Arc::clone(self) })
     }
 }
 
@@ -174,10 +174,16 @@ impl Drop for Context {
 /// Memory of a GPU.
 pub(super) struct DeviceMemory {
     address: sys::CUdeviceptr,
+    bytes: usize,
     context: Arc<Context>,
 }
 
 impl DeviceMemory {
+    /// How much was asked for.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Its first byte, as a pointer that the host must not follow.
     pub fn address(&self) -> NonNull<u8> {
         let address = std::ptr::with_exposed_provenance_mut(self.address as usize);
