@@ -160,8 +160,6 @@ impl MemoryPlan {
         let block_bytes = KvCache::block_bytes(spec, block_size, kv_dtype);
         let longest = wanted_len.unwrap_or(max_position);
         let max_num_tokens = scheduler.max_num_batched_tokens;
-        let max_logit_rows =
-            (LOGITS_BYTES / (4 * spec.vocab_size)).clamp(1, max_num_tokens.min(1024));
         let device = ops.device_memory()?;
         let mut plan = MemoryPlan {
             weights_bytes,
@@ -178,7 +176,7 @@ impl MemoryPlan {
                 max_num_seqs: scheduler.max_num_seqs,
                 max_blocks_per_seq: longest.div_ceil(block_size),
             },
-            max_logit_rows,
+            max_logit_rows: most_logit_rows(ops, spec.vocab_size, scheduler),
         };
         for layer in &spec.layers {
             let layer = LayerShape {
@@ -341,6 +339,13 @@ fn weights_padding(spec: &ModelSpec) -> usize {
 /// Bytes between what lies beside weights: some hundred tensors, and up to four per layer's cache.
 fn other_padding(spec: &ModelSpec) -> usize {
     (128 + 4 * spec.layers.len()) * TENSOR_ALIGN
+}
+
+/// Rows of logits that have room at once. A recorded step computes those of all of its rows.
+fn most_logit_rows(ops: &dyn Ops, vocab_size: usize, scheduler: &SchedulerConfig) -> usize {
+    let least = if ops.can_record() { scheduler.max_num_seqs } else { 1 };
+    let fitting = LOGITS_BYTES / (4 * vocab_size);
+    fitting.min(1024).max(least).min(scheduler.max_num_batched_tokens)
 }
 
 /// Blocks for the rows that fill a recorded step up: every row writes a slot of its own.
