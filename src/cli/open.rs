@@ -108,7 +108,8 @@ fn load(
     let decoder = Decoder::load(&spec, &loader, plan.max_model_len)?;
     let plan = plan.with_weights_loaded(&*rank.ops, &demand)?;
     let backend = rank.ops.name();
-    let runner = ModelRunner::new(decoder, &spec, rank.clone(), &plan).map_err(advised)?;
+    let mut runner = ModelRunner::new(decoder, &spec, rank.clone(), &plan).map_err(advised)?;
+    runner.record_common_steps()?;
     Ok(Loaded { runner, spec, plan, backend })
 }
 

@@ -1,6 +1,9 @@
 //! The real runner: a planned batch becomes a forward pass and sampled tokens.
 
 use std::sync::Arc;
+use std::time::Instant;
+
+use tracing::info;
 
 use super::memory_plan::MemoryPlan;
 use super::recorded::{RecordedSteps, StepShape};
@@ -66,6 +69,24 @@ impl ModelRunner {
         })
     }
 
+    /// Records the steps that will come up most, where steps are recorded, so that none of them waits
+    /// for it later. To be called before the first step, while no block is anybody's.
+    pub fn record_common_steps(&mut self) -> Result<(), OpsError> {
+        let Some(recorded) = &self.recorded else { return Ok(()) };
+        let (started, ops) = (Instant::now(), Arc::clone(&self.rank.ops));
+        let slots = self.num_blocks * self.cache.block_size;
+        let mut shapes = recorded.common_shapes();
+        shapes.retain(|shape| shape.num_seqs <= slots.min(self.max_logit_rows));
+        for &shape in &shapes {
+            // All rows are padding, in blocks that will be overwritten before they are read.
+            self.describe([].into_iter(), shape, 0);
+            self.record(shape);
+            ops.synchronize()?;
+        }
+        info!(steps = shapes.len(), seconds = started.elapsed().as_secs_f64(), "recorded steps");
+        Ok(())
+    }
+
     /// Computes the step, and the logits of as many wanted rows as have room at once; or the tokens
     /// of all wanted rows, where no logits are needed for them.
     fn forward(&mut self, batch: &ScheduledBatch, wanted: &[WantedRow]) -> Option<Vec<u32>> {
@@ -93,14 +114,28 @@ impl ModelRunner {
 
     /// Computes a step of one token per sequence in a shape that is recorded.
     fn replay(&mut self, batch: &ScheduledBatch, shape: StepShape) {
-        let padding = shape.padding(self.num_blocks);
-        self.input.fill_padded(self.cache.block_size, entries(batch), padding);
+        self.describe(entries(batch), shape, self.num_blocks);
+        match self.recorded.as_mut().and_then(|recorded| recorded.get(shape)) {
+            Some(step) => self.rank.ops.replay(step),
+            None => self.record(shape),
+        }
+    }
+
+    /// Uploads a step that is filled up to a shape with rows in blocks from `first_block` on.
+    fn describe<'a>(
+        &mut self,
+        entries: impl ExactSizeIterator<Item = BatchEntry<'a>>,
+        shape: StepShape,
+        first_block: usize,
+    ) {
+        self.input.fill_padded(self.cache.block_size, entries, shape.padding(first_block));
         self.input.select(0..shape.num_seqs as u32);
         self.input.upload(&*self.rank.ops);
+    }
+
+    /// Computes the step that was uploaded, and records it for the next of this shape.
+    fn record(&mut self, shape: StepShape) {
         let ops = Arc::clone(&self.rank.ops);
-        if let Some(step) = self.recorded.as_ref().and_then(|recorded| recorded.get(shape)) {
-            return ops.replay(step);
-        }
         // Computed before it is recorded, because a device may load kernels at their first use,
         // and that cannot be recorded.
         self.compute();

@@ -4,8 +4,10 @@
 //! one. A step in which every sequence computes one token is therefore recorded and replayed
 //! for every later step of the same shape. To keep shapes few, steps are filled up to a bucket
 //! with rows that nobody reads, and block tables are widened. The rows write to blocks that the
-//! scheduler does not know of, so that they disturb nobody. Which steps, which shapes, which
-//! rows: that is decided here, of integers alone.
+//! scheduler does not know of, so that they disturb nobody. Shapes that every server meets are
+//! recorded before it serves, others when they first come up; of too many, those that were not
+//! used for longest go. Which steps, which shapes, which rows: that is decided here, of integers
+//! alone.
 
 use std::collections::HashMap;
 
@@ -22,8 +24,10 @@ pub const MOST_PADDING: usize = BUCKET_STEP - 1;
 /// Blocks of the narrowest table; wider ones are powers of two. How attention is cut into tasks
 /// follows from the width, so that a short context is not launched like a long one.
 const LEAST_TABLE_WIDTH: usize = 32;
-/// Most shapes that are kept; steps of others are launched kernel by kernel.
+/// Most shapes that are kept.
 const MOST_SHAPES: usize = 256;
+/// Most shapes that are recorded before anything is served: some hundredths of a second each.
+const MOST_AT_START: usize = 64;
 
 /// The shape of a recorded step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -36,15 +40,24 @@ pub struct StepShape {
 
 /// Recorded steps by shape.
 pub struct RecordedSteps {
-    steps: HashMap<StepShape, Recording>,
+    steps: HashMap<StepShape, Kept>,
+    /// How often a step was asked for.
+    num_uses: u64,
     max_num_seqs: usize,
     max_table_width: usize,
+}
+
+/// A recorded step.
+struct Kept {
+    recording: Recording,
+    /// Which use the last of it was.
+    last_use: u64,
 }
 
 impl RecordedSteps {
     /// For steps of up to `max_num_seqs` sequences of up to `max_table_width` blocks.
     pub fn new(max_num_seqs: usize, max_table_width: usize) -> RecordedSteps {
-        RecordedSteps { steps: HashMap::new(), max_num_seqs, max_table_width }
+        RecordedSteps { steps: HashMap::new(), num_uses: 0, max_num_seqs, max_table_width }
     }
 
     /// The shape in which to compute a step; `None` when it must be launched as it is.
@@ -57,23 +70,49 @@ impl RecordedSteps {
             return None;
         }
         let widest = batch.sequences.iter().map(|seq| seq.blocks.len()).max()?;
-        let shape = StepShape {
+        Some(StepShape {
             num_seqs: bucket(batch.sequences.len()).min(self.max_num_seqs),
             table_width: table_width(widest).min(self.max_table_width),
-        };
-        let is_known = self.steps.contains_key(&shape);
-        (is_known || self.steps.len() < MOST_SHAPES).then_some(shape)
+        })
     }
 
-    /// The recording of a shape.
-    pub fn get(&self, shape: StepShape) -> Option<&Recording> {
-        self.steps.get(&shape)
+    /// Shapes to record before anything is served: any number of sequences, with short contexts
+    /// first.
+    pub fn common_shapes(&self) -> Vec<StepShape> {
+        let mut shapes = Vec::new();
+        let mut table_width = LEAST_TABLE_WIDTH.min(self.max_table_width);
+        loop {
+            for num_seqs in buckets(self.max_num_seqs) {
+                shapes.push(StepShape { num_seqs, table_width });
+            }
+            if table_width == self.max_table_width || shapes.len() >= MOST_AT_START {
+                break;
+            }
+            table_width = (2 * table_width).min(self.max_table_width);
+        }
+        shapes.truncate(MOST_AT_START);
+        shapes
+    }
+
+    /// The recording of a shape, to be used.
+    pub fn get(&mut self, shape: StepShape) -> Option<&Recording> {
+        let kept = self.steps.get_mut(&shape)?;
+        self.num_uses += 1;
+        kept.last_use = self.num_uses;
+        Some(&kept.recording)
     }
 
     /// Keeps a recording for the next step of this shape.
     pub fn insert(&mut self, shape: StepShape, recording: Recording) {
         debug!(?shape, "recorded a step");
-        self.steps.insert(shape, recording);
+        if self.steps.len() >= MOST_SHAPES {
+            let oldest = self.steps.iter().min_by_key(|(_, kept)| kept.last_use);
+            if let Some(oldest) = oldest.map(|(&shape, _)| shape) {
+                self.steps.remove(&oldest);
+            }
+        }
+        self.num_uses += 1;
+        self.steps.insert(shape, Kept { recording, last_use: self.num_uses });
     }
 }
 
@@ -83,6 +122,14 @@ fn bucket(num_seqs: usize) -> usize {
         0..BUCKET_STEP => num_seqs.next_power_of_two(),
         _ => num_seqs.next_multiple_of(BUCKET_STEP),
     }
+}
+
+/// All buckets of steps of up to `max_num_seqs` rows.
+fn buckets(max_num_seqs: usize) -> Vec<usize> {
+    let mut buckets: Vec<usize> =
+        (1..=max_num_seqs).map(|num_seqs| bucket(num_seqs).min(max_num_seqs)).collect();
+    buckets.dedup();
+    buckets
 }
 
 fn table_width(num_blocks: usize) -> usize {
@@ -157,17 +204,32 @@ mod tests {
     }
 
     #[test]
-    fn a_full_collection_takes_no_more_shapes() {
+    fn of_too_many_shapes_those_go_that_were_not_used_for_longest() {
         let mut steps = RecordedSteps::new(8, 8);
-        let known = steps.shape_for(&batch(&[(1, 1)])).expect("a decode step");
-        for num_seqs in 1..MOST_SHAPES {
-            let other = StepShape { num_seqs: 1000 + num_seqs, table_width: 8 };
-            steps.insert(other, Recording::new(()));
+        let shape = |num_seqs| StepShape { num_seqs, table_width: 8 };
+        for num_seqs in 0..MOST_SHAPES {
+            steps.insert(shape(num_seqs), Recording::new(num_seqs));
         }
-        assert!(steps.get(known).is_none());
-        steps.insert(known, Recording::new(7u8));
-        assert_eq!(steps.shape_for(&batch(&[(1, 1)])), Some(known));
-        assert_eq!(steps.get(known).map(|recording| *recording.get::<u8>()), Some(7));
-        assert_eq!(steps.shape_for(&batch(&[(1, 1); 2])), None);
+        assert_eq!(steps.get(shape(0)).map(|recording| *recording.get::<usize>()), Some(0));
+        steps.insert(shape(MOST_SHAPES), Recording::new(()));
+        assert!(steps.get(shape(0)).is_some(), "it was just used");
+        assert!(steps.get(shape(1)).is_none(), "it was used before all others");
+        assert!(steps.get(shape(2)).is_some() && steps.get(shape(MOST_SHAPES)).is_some());
+        assert_eq!(steps.steps.len(), MOST_SHAPES);
+    }
+
+    #[test]
+    fn any_number_of_sequences_with_short_contexts_is_recorded_at_start() {
+        let common = |max_num_seqs, max_table_width| -> Vec<(usize, usize)> {
+            let shapes = RecordedSteps::new(max_num_seqs, max_table_width).common_shapes();
+            shapes.into_iter().map(|shape| (shape.num_seqs, shape.table_width)).collect()
+        };
+        assert_eq!(common(3, 6), [(1, 6), (2, 6), (3, 6)]);
+        assert_eq!(common(2, 100), [(1, 32), (2, 32), (1, 64), (2, 64), (1, 100), (2, 100)]);
+        let many = common(256, 2048);
+        assert_eq!((many.len(), many[20]), (MOST_AT_START, (1, 64)), "twenty buckets a width");
+        let steps = RecordedSteps::new(256, 2048);
+        let served = steps.shape_for(&batch(&[(1, 3); 200])).expect("a decode step");
+        assert!(many.contains(&(served.num_seqs, served.table_width)));
     }
 }

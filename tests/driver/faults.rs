@@ -56,6 +56,12 @@ fn a_launch_that_waits_for_its_kernel_names_it_alone() {
 }
 
 #[test]
+fn a_fault_before_anything_is_served_is_one_clear_error() {
+    let error = breaking("", "matmul_skinny_bf16:5").failure();
+    assert!(error.contains(ILLEGAL) && error.contains("matmul_skinny_bf16 ("), "{error}");
+}
+
+#[test]
 fn a_driver_that_finds_no_gpu_is_one_clear_error() {
     let error = Setup::new("--device cuda").with("STUB_CUDA_DEVICES", 0).failure();
     assert_eq!(error, "error: --device cuda:0 cannot be used: the NVIDIA driver finds no GPU");
