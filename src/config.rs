@@ -222,6 +222,10 @@ pub struct ServerArgs {
     #[arg(long, default_value_t = 30)]
     pub shutdown_timeout: u64,
 
+    /// On a GPU, a step that runs for more seconds than this hangs: /health answers 503
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub step_timeout: u64,
+
     /// Write logs as JSON lines
     #[arg(long)]
     pub log_json: bool,
@@ -326,6 +330,8 @@ pub struct ServerConfig {
     pub max_logprobs: u32,
     /// Grace for running requests on shutdown.
     pub shutdown_timeout: Duration,
+    /// After this a step of a device hangs.
+    pub step_timeout: Duration,
     /// Seed for requests that bring none.
     pub seed: Option<u64>,
     /// Requests may carry a `priority`, because the scheduler looks at it.
@@ -422,6 +428,7 @@ impl EngineConfig {
                 max_body_bytes: server.max_body_size,
                 max_logprobs: server.max_logprobs,
                 shutdown_timeout: Duration::from_secs(server.shutdown_timeout),
+                step_timeout: Duration::from_secs(server.step_timeout),
                 seed: model.seed,
                 accepts_priority: scheduler.scheduling_policy == SchedulingPolicy::Priority,
             },

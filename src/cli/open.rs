@@ -193,6 +193,7 @@ fn engine_options(
             eos_token_ids,
         },
         max_num_queued_requests: config.scheduler.max_num_queued_requests,
+        step_timeout: config.server.step_timeout,
         metrics: Arc::new(Metrics::new(&config.server.served_model_names[0], plan.max_model_len)),
     })
 }

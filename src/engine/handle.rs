@@ -10,6 +10,7 @@ use tokio::sync::watch;
 
 use super::delivery::Courier;
 use super::step::{Command, StepLoop};
+use super::watch::StepWatch;
 use super::{EngineError, Generation, intake};
 use crate::request::{GenerateRequest, RequestId, SamplingDefaults};
 use crate::runner::StepRunner;
@@ -46,6 +47,8 @@ pub struct EngineOptions {
     pub scheduler: SchedulerParams,
     /// Most requests waiting for their first step.
     pub max_num_queued_requests: usize,
+    /// After this a step of a device hangs.
+    pub step_timeout: Duration,
     /// Where to report.
     pub metrics: Arc<Metrics>,
 }
@@ -70,13 +73,20 @@ pub(super) struct Shared {
     pub num_queued: AtomicUsize,
     /// Requests accepted and not yet ended; watched by `drain`.
     pub num_active: watch::Sender<usize>,
+    /// The step that a device computes.
+    pub watch: StepWatch,
     // A status changes at most twice in a life; readers hold the lock for a clone.
     status: Mutex<EngineStatus>,
 }
 
 impl Shared {
+    /// As it was set; but while a device hangs, the engine is as good as dead.
     pub fn status(&self) -> EngineStatus {
-        self.status.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+        let status = self.status.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        match status {
+            EngineStatus::Dead(_) => status,
+            _ => self.watch.overdue().map_or(status, EngineStatus::Dead),
+        }
     }
 
     /// Moves forward only: a dead engine stays dead.
@@ -128,7 +138,8 @@ impl Engine {
         options: EngineOptions,
         runtime: &Handle,
     ) -> Engine {
-        let EngineOptions { model, scheduler, max_num_queued_requests, metrics } = options;
+        let EngineOptions { model, scheduler, max_num_queued_requests, step_timeout, metrics } =
+            options;
         metrics.record_cache_config(&CacheConfigReport {
             block_size: scheduler.block_size,
             num_blocks: scheduler.num_blocks,
@@ -140,6 +151,7 @@ impl Engine {
             max_num_queued_requests,
             num_queued: AtomicUsize::new(0),
             num_active: watch::Sender::new(0),
+            watch: StepWatch::new(step_timeout),
             status: Mutex::new(EngineStatus::Ready),
         });
         let (sender, receiver) = crossbeam_channel::unbounded();

@@ -10,6 +10,7 @@ mod handle;
 mod intake;
 mod step;
 mod stream;
+mod watch;
 
 pub use handle::{Engine, EngineOptions, EngineStatus, ModelInfo};
 pub use stream::Generation;

@@ -130,10 +130,14 @@ impl StepLoop {
         let started = Instant::now();
         self.note_plan(started);
         let StepLoop { scheduler, runner, clients, unsent, .. } = self;
+        if runner.has_device() {
+            clients.shared.watch.begin();
+        }
         let results = runner.execute_beside(&batch, &mut || {
             clients.emit(std::mem::take(unsent));
             scheduler.plan_ahead(&batch);
         })?;
+        clients.shared.watch.end();
         let events = self.scheduler.commit(&batch, results);
         let report = self.scheduler.step_report();
         self.clients.shared.metrics.record_step(&report);

@@ -1,7 +1,10 @@
 //! Faults of kernels, which the driver reports later than they happen.
 
+use std::time::Instant;
+
 use serde_json::Value;
 
+use crate::PATIENCE;
 use crate::stub::{Server, Setup, greedy};
 
 const ILLEGAL: &str = "an illegal memory access was encountered (CUDA_ERROR_ILLEGAL_ADDRESS)";
@@ -35,6 +38,10 @@ fn a_fault_in_a_replayed_step_is_blamed_on_all_of_its_kernels_and_not_on_the_sam
     // Steps at start run it for every shape that is recorded; prompts come after that.
     let server = breaking("", "attention_decode_kvbf16_d64:30").start();
     let reason = broken(&server);
+    let trace = server.trace();
+    let last = trace.iter().position(|line| line == "fault attention_decode_kvbf16_d64").unwrap();
+    let [replay, sampler] = [&trace[last - 2], &trace[last - 1]];
+    assert!(replay.starts_with("replay ") && sampler == "launch sample_f32", "{replay}, {sampler}");
     assert!(reason.contains("at fault is one of what was launched"), "{reason}");
     assert!(reason.contains("attention_decode_kvbf16_d64 (4 times)"), "{reason}");
     assert!(!reason.contains("kernel sample_f32 ("), "{reason}");
@@ -53,6 +60,27 @@ fn a_launch_that_waits_for_its_kernel_names_it_alone() {
     let reason = broken(&setup.with("CUDA_LAUNCH_BLOCKING", 1).start());
     assert!(reason.contains("kernel write_kv_bf16_kvbf16 (grid ["), "{reason}");
     assert!(!reason.contains("at fault is one of"), "{reason}");
+}
+
+#[test]
+fn a_kernel_that_never_ends_turns_health_to_503() {
+    let setup = Setup::new("--device cuda --step-timeout 5");
+    let server = setup.with("STUB_CUDA_HANG", "attention_decode_kvbf16_d64:30").start();
+    assert_eq!(server.client.get("/health").status, 200);
+    let body = greedy("Hello", 40).to_string();
+    let _unanswered = server.client.send("POST", "/v1/chat/completions", &body);
+    let started = Instant::now();
+    let health = loop {
+        let health = server.client.get("/health");
+        if health.status != 200 {
+            break health;
+        }
+        assert!(started.elapsed() < PATIENCE, "the server thinks that it is healthy");
+        std::thread::yield_now();
+    };
+    assert_eq!(health.status, 503);
+    assert!(health.body.contains("longer than --step-timeout 5"), "{}", health.body);
+    assert!(server.log().contains("the engine does not get on"), "{}", server.log());
 }
 
 #[test]

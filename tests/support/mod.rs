@@ -3,6 +3,7 @@
 #![allow(dead_code)] // each binary uses its own part
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 use tokenmill::config::SchedulingPolicy;
@@ -88,5 +89,6 @@ pub fn engine_options(scheduler: SchedulerParams) -> EngineOptions {
         metrics: Arc::new(Metrics::new("test", scheduler.max_model_len)),
         scheduler,
         max_num_queued_requests: 64,
+        step_timeout: Duration::MAX,
     }
 }

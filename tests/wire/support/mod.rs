@@ -214,6 +214,7 @@ impl Setup {
                 eos_token_ids,
             },
             max_num_queued_requests: self.max_num_queued_requests,
+            step_timeout: PATIENCE,
             metrics,
         }
     }
@@ -227,6 +228,7 @@ impl Setup {
             max_body_bytes: self.max_body_bytes,
             max_logprobs: 5,
             shutdown_timeout: self.shutdown_timeout,
+            step_timeout: PATIENCE,
             seed: Some(0),
             accepts_priority: false,
         }
