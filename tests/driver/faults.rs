@@ -11,7 +11,7 @@ const ILLEGAL: &str = "an illegal memory access was encountered (CUDA_ERROR_ILLE
 
 /// A server whose kernel of this name reads an illegal address at its nth run.
 fn breaking(flags: &str, fault: &str) -> Setup {
-    Setup::new(&format!("--device cuda {flags}")).with("STUB_CUDA_FAULT", fault)
+    Setup::new(&format!("--device cuda {flags}")).with("STUB_CUDA_FAULT", &fault)
 }
 
 /// Asks until a step breaks: all requests get the same reason, and the server says that it must
@@ -57,7 +57,7 @@ fn a_fault_of_launched_kernels_names_those_that_may_have_been_at_fault() {
 #[test]
 fn a_launch_that_waits_for_its_kernel_names_it_alone() {
     let setup = breaking("--enforce-eager", "write_kv_bf16_kvbf16:9");
-    let reason = broken(&setup.with("CUDA_LAUNCH_BLOCKING", 1).start());
+    let reason = broken(&setup.with("CUDA_LAUNCH_BLOCKING", &1).start());
     assert!(reason.contains("kernel write_kv_bf16_kvbf16 (grid ["), "{reason}");
     assert!(!reason.contains("at fault is one of"), "{reason}");
 }
@@ -65,7 +65,7 @@ fn a_launch_that_waits_for_its_kernel_names_it_alone() {
 #[test]
 fn a_kernel_that_never_ends_turns_health_to_503() {
     let setup = Setup::new("--device cuda --step-timeout 5");
-    let server = setup.with("STUB_CUDA_HANG", "attention_decode_kvbf16_d64:30").start();
+    let server = setup.with("STUB_CUDA_HANG", &"attention_decode_kvbf16_d64:30").start();
     assert_eq!(server.client.get("/health").status, 200);
     let body = greedy("Hello", 40).to_string();
     let _unanswered = server.client.send("POST", "/v1/chat/completions", &body);
@@ -91,12 +91,12 @@ fn a_fault_before_anything_is_served_is_one_clear_error() {
 
 #[test]
 fn a_driver_that_finds_no_gpu_is_one_clear_error() {
-    let error = Setup::new("--device cuda").with("STUB_CUDA_DEVICES", 0).failure();
+    let error = Setup::new("--device cuda").with("STUB_CUDA_DEVICES", &0).failure();
     assert_eq!(error, "error: --device cuda:0 cannot be used: the NVIDIA driver finds no GPU");
 }
 
 #[test]
 fn an_old_driver_is_one_clear_error() {
-    let error = Setup::new("--device cuda").with("STUB_CUDA_VERSION", 12_040).failure();
+    let error = Setup::new("--device cuda").with("STUB_CUDA_VERSION", &12_040).failure();
     assert!(error.contains("supports CUDA 12.4, but the kernels need 13.0"), "{error}");
 }

@@ -41,7 +41,7 @@ fn the_plan_is_kept_on_a_gpu_that_it_fills() {
     // The cache gets all that is left of 90 %, which is less than all sequences could use.
     let total = 150 * MIB;
     let flags = "--device cuda --enforce-eager --max-num-seqs 64 --max-model-len 1024";
-    let server = Setup::of_any_size(flags).with("STUB_CUDA_MEMORY", total).start();
+    let server = Setup::of_any_size(flags).with("STUB_CUDA_MEMORY", &total).start();
     let pieces = taken(&server.trace());
     let used: usize = pieces.iter().map(|bytes| bytes.next_multiple_of(2 * MIB)).sum();
     let allowed = total / 10 * 9;
@@ -51,15 +51,15 @@ fn the_plan_is_kept_on_a_gpu_that_it_fills() {
 
 #[test]
 fn a_gpu_without_room_for_the_weights_is_one_error_that_says_what_to_do() {
-    let error = Setup::new("--device cuda").with("STUB_CUDA_MEMORY", 64 * MIB).failure();
+    let error = Setup::new("--device cuda").with("STUB_CUDA_MEMORY", &(64 * MIB)).failure();
     assert!(error.contains("do not fit into the"), "{error}");
     assert!(error.contains("quantize the weights (--quantization)"), "{error}");
 }
 
 #[test]
 fn memory_that_somebody_else_takes_meanwhile_is_one_error_that_says_what_to_do() {
-    let setup = Setup::new("--device cuda").with("STUB_CUDA_MEMORY", 1024 * MIB);
-    let error = setup.with("STUB_CUDA_HIDDEN", 1020 * MIB).failure();
+    let setup = Setup::new("--device cuda").with("STUB_CUDA_MEMORY", &(1024 * MIB));
+    let error = setup.with("STUB_CUDA_HIDDEN", &(1020 * MIB)).failure();
     assert!(error.contains("end what else is using it, or lower --gpu-memory-utilization"));
     assert!(error.contains("has no room for") && error.contains("out of memory"), "{error}");
 }

@@ -71,7 +71,7 @@ impl Setup {
     }
 
     /// The same with a variable in its environment.
-    pub fn with(mut self, variable: &'static str, value: impl ToString) -> Setup {
+    pub fn with(mut self, variable: &'static str, value: &dyn ToString) -> Setup {
         self.variables.push((variable, value.to_string()));
         self
     }
