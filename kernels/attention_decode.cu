@@ -44,12 +44,12 @@ constexpr int ctas_per_sm(int head_dim) { return head_dim > 128 ? 2 : 3; }
 
 // Where parts of sequences of few queries leave what they yield.
 struct Partials {
-  float* states;  // [num_tokens, num_heads, max_parts, 2]: largest exponent, sum of weights
-  float* sums;    // [num_tokens, num_heads, max_parts, head_dim]
-  int max_parts;
+  float* states;  // [num_seqs, max_queries, num_heads, max_parts, 2]: largest exponent, sum of weights
+  float* sums;    // [num_seqs, max_queries, num_heads, max_parts, head_dim]
+  int max_parts, max_queries;
 
-  // Of a row's `part`-th part, counted from the first that its sixteen rows see.
-  __device__ __forceinline__ size_t slot(size_t token, int num_heads, int head, int part) const { return (token * num_heads + head) * max_parts + part; }
+  // Of the `part`-th part of a sequence's query, counted from the first that its sixteen rows see.
+  __device__ __forceinline__ size_t slot(int seq, int query, int num_heads, int head, int part) const { return ((size_t(seq) * max_queries + query) * num_heads + head) * max_parts + part; }
 };
 
 // What warps tell each other about a tile; it lies where queries were before registers had them.
@@ -269,7 +269,7 @@ __device__ __forceinline__ void decode(
           const float total = quad_sum(decoder.softmax[r].total);
           const RowPlace place(first_token, first_head, row, group);
           if (row < rows.end)
-            decoder.leave_part(r, total, scoring.factor, partials, partials.slot(place.token, num_heads, place.head, part), cache.head_dim);
+            decoder.leave_part(r, total, scoring.factor, partials, partials.slot(seq, row / group, num_heads, place.head, part), cache.head_dim);
         }
         decoder.start_part();
       }
@@ -295,11 +295,11 @@ __device__ __forceinline__ void decode(
   extern "C" __global__ void __launch_bounds__(THREADS, ctas_per_sm(D)) name(                                                                \
       bf16* out, const bf16* q, float* states, float* sums, const unsigned char* k_cache, const unsigned char* v_cache,      \
       const float* k_scales, const float* v_scales, const uint32_t* block_tables, const uint32_t* cu_seqlens_q,              \
-      const uint32_t* context_lens, const float* sinks, float scale, float softcap, int window, int max_parts,               \
+      const uint32_t* context_lens, const float* sinks, float scale, float softcap, int window, int max_parts, int max_queries, \
       int table_width, int num_heads, int num_kv_heads, int block_shift, int head_dim) {                                     \
     SIMT_DYN_SHARED(unsigned char, shared);                                                                                  \
     const PagedCache cache{k_cache, v_cache, k_scales, v_scales, nullptr, 0, num_kv_heads, 0, block_shift, head_dim};        \
-    decode<Cache, D>(shared, out, q, Partials{states, sums, max_parts}, cache, block_tables, cu_seqlens_q, context_lens,     \
+    decode<Cache, D>(shared, out, q, Partials{states, sums, max_parts, max_queries}, cache, block_tables, cu_seqlens_q, context_lens,     \
                      sinks, Scoring(scale, softcap, window), table_width, num_heads);                                        \
   }                                                                                                                          \
   SIMT_EXPORT(name)
@@ -321,7 +321,7 @@ ATTENTION_DECODE_CACHES(256)
 // Grid: (num_heads / 4 rounded up, queries of the longest of these sequences, num_seqs).
 extern "C" __global__ void __launch_bounds__(THREADS) attention_join(
     bf16* out, const float* states, const float* sums, const uint32_t* cu_seqlens_q, const uint32_t* context_lens, const float* sinks,
-    int window, int max_parts, int num_heads, int num_kv_heads, int head_dim) {
+    int window, int max_parts, int max_queries, int num_heads, int num_kv_heads, int head_dim) {
   constexpr int COLS = 4, AHEAD = 8;
   const int seq = blockIdx.z, query = blockIdx.y, head = blockIdx.x * WARPS + warp_id(), group = num_heads / num_kv_heads;
   const size_t first_token = cu_seqlens_q[seq];
@@ -330,8 +330,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_join(
   const int row = query * group + head % group;
   const Rows rows(row / MMA_ROWS * MMA_ROWS, MMA_ROWS, num_queries * group, group, context_lens[seq], num_queries, window);
   const int num_parts = rows.end_part() - rows.first_part();
-  const Partials partials{const_cast<float*>(states), const_cast<float*>(sums), max_parts};
-  const size_t first_slot = partials.slot(first_token + query, num_heads, head, 0);
+  const Partials partials{const_cast<float*>(states), const_cast<float*>(sums), max_parts, max_queries};
+  const size_t first_slot = partials.slot(seq, query, num_heads, head, 0);
   bf16* const to = out + ((first_token + query) * num_heads + head) * head_dim;
   for (int col = lane_id() * COLS; col < head_dim; col += 32 * COLS) {
     Joined joined;

@@ -31,7 +31,9 @@ pub fn check(ops: &dyn Ops) {
             rope(ops, rng, rows, head_dim);
             for &dtype in caches(ops) {
                 kv_writes_and_copies(ops, rng, rows, head_dim, dtype);
-                rope_and_kv_writes(ops, rng, rows, head_dim, dtype);
+                for style in [RopeStyle::Halves, RopeStyle::Interleaved] {
+                    rope_and_kv_writes(ops, rng, [rows, head_dim], dtype, style);
+                }
             }
         }
     }
@@ -263,9 +265,15 @@ fn kv_writes_and_copies(
 }
 
 /// Rotating and storing at once equals both one after the other, bit for bit.
-fn rope_and_kv_writes(ops: &dyn Ops, rng: &mut Rng, tokens: usize, head_dim: usize, dtype: DType) {
+fn rope_and_kv_writes(
+    ops: &dyn Ops,
+    rng: &mut Rng,
+    [tokens, head_dim]: [usize; 2],
+    dtype: DType,
+    style: RopeStyle,
+) {
     const BLOCK_SIZE: usize = 16;
-    let what = format!("{} rope and write_kv {tokens} x {head_dim} {dtype}", ops.name());
+    let what = format!("{} rope {style:?} and write_kv {tokens} x {head_dim} {dtype}", ops.name());
     let mut heads = |count: usize| as_activations(ops, &rng.floats(tokens * count * head_dim));
     let (q, k, v) = (heads(4), heads(2), heads(2));
     let v = Tensor::from_slice(&v, [tokens, 2, head_dim]);
@@ -289,7 +297,7 @@ fn rope_and_kv_writes(ops: &dyn Ops, rng: &mut Rng, tokens: usize, head_dim: usi
                 positions: positions.view(),
                 cos: angles[0].view(),
                 sin: angles[1].view(),
-                style: RopeStyle::Halves,
+                style,
             },
             v: v.view(),
             k_cache: k_cache.view_mut(),

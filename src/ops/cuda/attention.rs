@@ -161,7 +161,7 @@ impl PartialMemory {
 
 /// Slots for partial results, as many as a step of these limits could use and memory is spent on.
 fn num_partial_slots(limits: &StepLimits) -> usize {
-    let most_rows = limits.max_num_tokens.min(limits.max_num_seqs * SHORT_ROWS);
+    let most_rows = limits.max_num_seqs * SHORT_ROWS;
     let wanted = most_rows * limits.num_heads * limits.max_context_len.div_ceil(PART);
     wanted.min(MAX_PARTIAL_BYTES / slot_bytes(limits.head_dim))
 }
@@ -271,7 +271,8 @@ impl Step {
     /// How many CTAs share a context, as far as partial results have room.
     fn num_splits(&self, multiprocessors: usize, memory: Option<&PartialMemory>) -> usize {
         let max_parts = self.max_parts();
-        let num_slots = self.num_tokens * self.num_heads * max_parts;
+        // Chunks of prompts need none, however long they are.
+        let num_slots = self.num_seqs * self.max_short_queries() * self.num_heads * max_parts;
         if !memory.is_some_and(|memory| memory.has_room_for(num_slots, self.head_dim)) {
             return 1;
         }
@@ -361,6 +362,7 @@ impl<L: Launcher> CudaOps<L> {
                 args.softcap.unwrap_or(0.0),
                 step.window,
                 step.max_parts(),
+                step.max_short_queries(),
                 step.table_width,
                 step.num_heads,
                 step.num_kv_heads,
@@ -397,6 +399,7 @@ impl<L: Launcher> CudaOps<L> {
                 args.sinks,
                 step.window,
                 step.max_parts(),
+                step.max_short_queries(),
                 step.num_heads,
                 step.num_kv_heads,
                 step.head_dim,
@@ -461,6 +464,8 @@ mod tests {
         assert_eq!(step(1, 1).num_splits(132, None), 1, "nowhere to leave parts");
         let short = Step { window: 300, ..step(1, 1) };
         assert_eq!(short.num_splits(132, Some(&memory)), 3, "a window touches three parts");
+        let beside_a_chunk = step(2048 + 1, 2).num_splits(132, Some(&memory));
+        assert_eq!(beside_a_chunk, 32, "a prompt's chunk leaves nothing to be joined");
     }
 
     #[test]
@@ -493,7 +498,7 @@ mod tests {
             experts_per_token: 0,
             expert_width: 0,
         };
-        assert_eq!(Partials::size_bytes(&limits), 16 * 8 * 4 * (64 + 2) * 4);
+        assert_eq!(Partials::size_bytes(&limits), SHORT_ROWS * 8 * 4 * (64 + 2) * 4);
         let large = StepLimits { max_num_tokens: 8192, max_num_seqs: 256, ..limits };
         let large = Partials::size_bytes(&StepLimits { max_context_len: 1 << 17, ..large });
         assert!(large <= MAX_PARTIAL_BYTES && large > MAX_PARTIAL_BYTES - 4096);

@@ -209,8 +209,9 @@ impl<L: Launcher> CudaOps<L> {
             no_sinks,
             i32::MAX as usize,
             step.max_parts,
+            1usize, // query of a sequence
             step.num_heads,
-            1usize,
+            1usize, // head of the cache
             step.rank,
         ];
         self.launch("attention_join", deep(launch, step.num_seqs), &arguments);

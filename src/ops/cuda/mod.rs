@@ -305,6 +305,11 @@ impl<L: Launcher> Ops for CudaOps<L> {
         self.write_slots(args);
     }
 
+    fn rope_and_write_kv(&self, args: RopeKvArgs<'_>) {
+        args.check();
+        self.rotate_and_write_slots(args);
+    }
+
     fn attention(&self, args: AttentionArgs<'_>) {
         args.check();
         self.attend(args);

@@ -24,11 +24,24 @@ const WORD: usize = 4;
 
 /// The kernel that writes activations of a dtype into a cache of another one.
 macro_rules! by_kv_activation {
-    ($dtype:expr, $cache:literal) => {
+    ($dtype:expr, $name:literal, $cache:literal) => {
         match $dtype {
-            DType::BF16 => concat!("write_kv_bf16_", $cache),
-            DType::F16 => concat!("write_kv_f16_", $cache),
-            other => panic!("write_kv: activations of {other}"),
+            DType::BF16 => concat!($name, "_bf16_", $cache),
+            DType::F16 => concat!($name, "_f16_", $cache),
+            other => panic!("{}: activations of {other}", $name),
+        }
+    };
+}
+
+/// The same for every cache.
+macro_rules! by_cache {
+    ($dtype:expr, $name:literal, $cache:expr) => {
+        match $cache {
+            DType::BF16 => by_kv_activation!($dtype, $name, "kvbf16"),
+            DType::F16 => by_kv_activation!($dtype, $name, "kvf16"),
+            DType::Fp8 => by_kv_activation!($dtype, $name, "kvfp8"),
+            DType::I8 => by_kv_activation!($dtype, $name, "kvi8"),
+            other => panic!("a cache of {other}"),
         }
     };
 }
@@ -162,6 +175,28 @@ impl<L: Launcher> CudaOps<L> {
         self.launch(kernel, launch, &[&tensors[..], &sizes].concat());
     }
 
+    pub(super) fn rotate_and_write_slots(&self, args: RopeKvArgs<'_>) {
+        let RopeKvArgs { rope, v, mut k_cache, mut v_cache, slot_mapping } = args;
+        let RopeArgs { mut q, mut k, positions, cos, sin, style } = rope;
+        let kernel = match style {
+            RopeStyle::Halves => by_cache!(q.dtype(), "rope_kv_halves", k_cache.data.dtype()),
+            RopeStyle::Interleaved => {
+                by_cache!(q.dtype(), "rope_kv_interleaved", k_cache.data.dtype())
+            }
+        };
+        let (num_heads, num_kv_heads) = (q.size(1), k.size(1));
+        let (head_dim, half) = (q.size(2), cos.size(1));
+        // What rotates decides, and more threads than that where vectors are stored.
+        let parts = ((num_heads + num_kv_heads) * half).div_ceil(CHUNK);
+        let launch = row_launch(positions.size(0), parts.max(2 * num_kv_heads * WARP));
+        let block_size = k_cache.size(2);
+        let (k_scales, v_scales) = (k_cache.scales.as_mut(), v_cache.scales.as_mut());
+        let tensors = args![&mut q, &mut k, v, positions, slot_mapping, cos, sin];
+        let caches = args![&mut k_cache.data, &mut v_cache.data, k_scales, v_scales];
+        let sizes = args![num_heads, num_kv_heads, head_dim, half, block_size];
+        self.launch(kernel, launch, &[&tensors[..], &caches, &sizes].concat());
+    }
+
     pub(super) fn activate(&self, args: GatedActivationArgs<'_>) {
         let GatedActivationArgs { mut out, gate, up, activation } = args;
         let kernel = match activation {
@@ -183,13 +218,7 @@ impl<L: Launcher> CudaOps<L> {
 
     pub(super) fn write_slots(&self, args: WriteKvArgs<'_>) {
         let WriteKvArgs { mut k_cache, mut v_cache, k, v, slot_mapping } = args;
-        let kernel = match k_cache.data.dtype() {
-            DType::BF16 => by_kv_activation!(k.dtype(), "kvbf16"),
-            DType::F16 => by_kv_activation!(k.dtype(), "kvf16"),
-            DType::Fp8 => by_kv_activation!(k.dtype(), "kvfp8"),
-            DType::I8 => by_kv_activation!(k.dtype(), "kvi8"),
-            other => panic!("a cache of {other}"),
-        };
+        let kernel = by_cache!(k.dtype(), "write_kv", k_cache.data.dtype());
         let (num_kv_heads, head_dim) = (k.size(1), k.size(2));
         let (num_vectors, block_size) = (k.size(0) * num_kv_heads, k_cache.size(2));
         let launch = Launch {
