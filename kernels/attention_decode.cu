@@ -49,7 +49,9 @@ struct Partials {
   int max_parts, max_queries;
 
   // Of the `part`-th part of a sequence's query, counted from the first that its sixteen rows see.
-  __device__ __forceinline__ size_t slot(int seq, int query, int num_heads, int head, int part) const { return ((size_t(seq) * max_queries + query) * num_heads + head) * max_parts + part; }
+  __device__ __forceinline__ size_t slot(int seq, int query, int num_heads, int head, int part) const {
+    return size_t((seq * max_queries + query) * num_heads + head) * max_parts + part;
+  }
 };
 
 // What warps tell each other about a tile; it lies where queries were before registers had them.

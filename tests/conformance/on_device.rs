@@ -312,6 +312,33 @@ impl<L: Launcher> Ops for OnDevice<L> {
         self.restore(&mut args.v_cache, &v_cache);
     }
 
+    fn rope_and_write_kv(&self, mut args: RopeKvArgs<'_>) {
+        let (mut k_cache, mut v_cache) =
+            (self.cache(reborrowed(&mut args.k_cache)), self.cache(reborrowed(&mut args.v_cache)));
+        let RopeArgs { q, k, positions, cos, sin, style } = args.rope;
+        let (mut to_q, mut to_k) = (self.narrow(q.as_view()), self.narrow(k.as_view()));
+        let (v, slots) = (self.narrow(args.v), self.copy(args.slot_mapping));
+        let (positions, cos, sin) = (self.copy(positions), self.copy(cos), self.copy(sin));
+        self.ops.rope_and_write_kv(RopeKvArgs {
+            rope: RopeArgs {
+                q: to_q.view_mut(),
+                k: to_k.view_mut(),
+                positions: positions.view(),
+                cos: cos.view(),
+                sin: sin.view(),
+                style,
+            },
+            v: v.view(),
+            k_cache: k_cache.view_mut(),
+            v_cache: v_cache.view_mut(),
+            slot_mapping: slots.view(),
+        });
+        self.widen(q, &to_q);
+        self.widen(k, &to_k);
+        self.restore(&mut args.k_cache, &k_cache);
+        self.restore(&mut args.v_cache, &v_cache);
+    }
+
     fn attention(&self, args: AttentionArgs<'_>) {
         let q = self.narrow(args.q);
         let (k_cache, v_cache) = (self.cache(args.k_cache), self.cache(args.v_cache));

@@ -49,16 +49,16 @@ fn a_fault_in_a_replayed_step_is_blamed_on_all_of_its_kernels_and_not_on_the_sam
 
 #[test]
 fn a_fault_of_launched_kernels_names_those_that_may_have_been_at_fault() {
-    let server = breaking("--enforce-eager", "write_kv_bf16_kvbf16:9").start();
+    let server = breaking("--enforce-eager", "rope_kv_halves_bf16_kvbf16:9").start();
     let reason = broken(&server);
-    assert!(reason.contains("write_kv_bf16_kvbf16 (4 times)"), "{reason}");
+    assert!(reason.contains("rope_kv_halves_bf16_kvbf16 (4 times)"), "{reason}");
 }
 
 #[test]
 fn a_launch_that_waits_for_its_kernel_names_it_alone() {
-    let setup = breaking("--enforce-eager", "write_kv_bf16_kvbf16:9");
+    let setup = breaking("--enforce-eager", "rope_kv_halves_bf16_kvbf16:9");
     let reason = broken(&setup.with("CUDA_LAUNCH_BLOCKING", &1).start());
-    assert!(reason.contains("kernel write_kv_bf16_kvbf16 (grid ["), "{reason}");
+    assert!(reason.contains("kernel rope_kv_halves_bf16_kvbf16 (grid ["), "{reason}");
     assert!(!reason.contains("at fault is one of"), "{reason}");
 }
 
