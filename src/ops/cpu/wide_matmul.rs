@@ -16,15 +16,13 @@ use super::lines::{LINE_BYTES, Lines};
 use super::share::Scratch;
 use super::simd::{Kernel, Simd, load, store};
 use super::weight_blocks::{BlockOutput, Blocks, SliceScales};
-use super::wide_simd::{FloatWords, Floats, Products, SLICE, Words};
+use super::wide_simd::{FloatWords, Floats, Products, SLICE, STREAMED_ROWS, Words};
 use crate::formats::PackedMatrix;
 use crate::formats::blocks::{BLOCK_ROWS, WORD_BYTES};
 
 /// Vectors of columns of a pass: two chains of sums per row hide the latency of a product beside
 /// the time that widening takes.
 const VECTORS: usize = 2;
-/// Up to this many rows, words are widened in registers: their sums and a line fit them.
-const FEW_ROWS: usize = 4;
 /// Most rows that share the loads of widened words: twelve sums and what is multiplied fit
 /// sixteen registers.
 const ROWS_PER_PASS: usize = 6;
@@ -234,9 +232,13 @@ impl<'a, P: Products, W: Words<P>, const V: usize> Pass<'a, P, W, V> {
         for slice in 0..self.x.units().div_ceil(Self::SLICE_UNITS) {
             let slice = self.slice(weights, slice);
             // Rows may end within a word; units, which are counted below, lead to the same sums.
-            if num_rows <= FEW_ROWS && slice.units.is_multiple_of(W::UNITS) {
-                // SAFETY: blocks have all words of the slice.
-                unsafe { self.stream(&slice, sums) }
+            if num_rows <= W::MOST_STREAMED_ROWS && slice.units.is_multiple_of(W::UNITS) {
+                let rows_per_pass = num_rows.div_ceil(num_rows.div_ceil(STREAMED_ROWS));
+                for first in (0..num_rows).step_by(rows_per_pass) {
+                    let rows = first..num_rows.min(first + rows_per_pass);
+                    // SAFETY: blocks have all words of the slice.
+                    unsafe { self.stream(&slice, rows, &mut sums[first * width..]) }
+                }
                 continue;
             }
             // SAFETY: as above; there is room for a slice.
@@ -279,20 +281,20 @@ impl<'a, P: Products, W: Words<P>, const V: usize> Pass<'a, P, W, V> {
         found
     }
 
-    /// Few rows.
+    /// Few rows, or some of them.
     ///
     /// # Safety
     /// The words of the slice must be readable.
     #[inline(always)]
-    unsafe fn stream(&self, slice: &Slice<P, V>, sums: &mut [f32]) {
+    unsafe fn stream(&self, slice: &Slice<P, V>, rows: Range<usize>, sums: &mut [f32]) {
         // SAFETY: the same contract.
         unsafe {
-            match self.rows.len() {
-                1 => self.stream_rows::<1>(slice, sums),
-                2 => self.stream_rows::<2>(slice, sums),
-                3 => self.stream_rows::<3>(slice, sums),
-                4 => self.stream_rows::<4>(slice, sums),
-                rows => unreachable!("{rows} rows are not few"),
+            match rows.len() {
+                1 => self.stream_rows::<1>(slice, rows.start, sums),
+                2 => self.stream_rows::<2>(slice, rows.start, sums),
+                3 => self.stream_rows::<3>(slice, rows.start, sums),
+                4 => self.stream_rows::<4>(slice, rows.start, sums),
+                rows => unreachable!("{rows} rows are not streamed at once"),
             }
         }
     }
@@ -300,9 +302,14 @@ impl<'a, P: Products, W: Words<P>, const V: usize> Pass<'a, P, W, V> {
     /// # Safety
     /// The words of the slice must be readable.
     #[inline(always)]
-    unsafe fn stream_rows<const R: usize>(&self, slice: &Slice<P, V>, sums: &mut [f32]) {
+    unsafe fn stream_rows<const R: usize>(
+        &self,
+        slice: &Slice<P, V>,
+        first: usize,
+        sums: &mut [f32],
+    ) {
         let (simd, step_bytes) = (self.products.sums(), self.x.step_bytes());
-        let x = self.lines::<R>(0, slice);
+        let x = self.lines::<R>(first, slice);
         let mut acc = [[simd.splat(0.0); V]; R];
         for word in 0..slice.units / W::UNITS {
             let unit = word * W::UNITS;

@@ -9,6 +9,8 @@ use super::simd::Simd;
 /// Elements of a row of weights whose products are summed before they are scaled: what divides
 /// every group, and two blocks of which fit the first-level cache in f32.
 pub const SLICE: usize = 128;
+/// Rows for which words are widened in registers at once: their sums and a line fit them.
+pub const STREAMED_ROWS: usize = 4;
 
 /// Products of units.
 pub trait Products: Copy + Send + Sync + 'static {
@@ -49,6 +51,8 @@ pub trait Words<P: Products>: Copy + Send + Sync + 'static {
     const UNITS: usize;
     /// What units must be multiplied by.
     const SCALE: f32;
+    /// Up to this many rows, words are widened anew for every few rows.
+    const MOST_STREAMED_ROWS: usize = STREAMED_ROWS;
 
     /// Reads and widens a vector of words; the first [`Words::UNITS`] results are theirs.
     ///
@@ -104,6 +108,8 @@ pub trait FloatWords: Copy + Send + Sync + 'static {
     const UNITS: usize = 4;
     /// What they must be multiplied by.
     const SCALE: f32;
+    /// As for [`Words`].
+    const MOST_STREAMED_ROWS: usize = STREAMED_ROWS;
 
     /// Number `i` of `S::LANES` words is result `i`; those that words do not have are anything.
     ///
@@ -135,6 +141,8 @@ impl FloatWords for E4m3 {
 impl FloatWords for Pairs {
     const UNITS: usize = 2;
     const SCALE: f32 = 1.0;
+    // A shift and a mask take less than to leave what they yield in memory and to read it again.
+    const MOST_STREAMED_ROWS: usize = 3 * STREAMED_ROWS;
 
     #[inline(always)]
     unsafe fn floats<S: Simd>(simd: S, from: *const u8) -> [S::V; 4] {
@@ -146,6 +154,7 @@ impl FloatWords for Pairs {
 
 impl<S: Simd, W: FloatWords> Words<Floats<S>> for W {
     const UNITS: usize = <W as FloatWords>::UNITS;
+    const MOST_STREAMED_ROWS: usize = <W as FloatWords>::MOST_STREAMED_ROWS;
     const SCALE: f32 = <W as FloatWords>::SCALE;
 
     #[inline(always)]
