@@ -9,7 +9,7 @@
 // A block per token. Its threads rotate; then a warp stores a vector of a head at a time.
 //
 // Bound: memory, each head read and written once, keys read again from the cache of the GPU; a
-// decode is bound by latency, of which a launch of its own for the slots was half.
+// decode is bound by latency, to which a second launch would add.
 //
 // Report: rope_kv_* threads=256 sass=LDG.128,STG.128
 #include "kv_write.cuh"

@@ -1,12 +1,12 @@
 //! Drives a scheduler and a scripted runner through a workload, checking every step.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash};
 
 use tokenmill::output::{FinishReason, PromptReport, TokenEvent};
 use tokenmill::request::{RequestId, TokenizedRequest};
 use tokenmill::runner::{ScriptedRunner, StepRunner};
-use tokenmill::scheduler::batch::ScheduledBatch;
+use tokenmill::scheduler::batch::{ScheduledBatch, SequenceId};
 use tokenmill::scheduler::{AdmitError, Scheduler, SchedulerParams};
 
 use crate::oracle;
@@ -41,6 +41,8 @@ pub struct Simulation {
     pub num_copies: usize,
     pub num_planned_ahead: usize,
     num_started: HashMap<RequestId, usize>,
+    /// Tokens that a sequence had when it first sampled: its prompt.
+    prompt_lens: HashMap<SequenceId, usize>,
 }
 
 impl Simulation {
@@ -55,6 +57,7 @@ impl Simulation {
             num_copies: 0,
             num_planned_ahead: 0,
             num_started: HashMap::new(),
+            prompt_lens: HashMap::new(),
         }
     }
 
@@ -131,7 +134,7 @@ impl Simulation {
         assert!(kv.num_in_use + kv.num_cached <= kv.num_blocks);
     }
 
-    fn check(&self, batch: &ScheduledBatch) {
+    fn check(&mut self, batch: &ScheduledBatch) {
         assert!(batch.num_tokens() <= self.params.max_num_batched_tokens, "budget");
         assert!(batch.sequences.len() <= self.params.max_num_seqs, "sequences in a step");
         assert!(self.scheduler.num_running() <= self.params.max_num_seqs, "running sequences");
@@ -141,9 +144,16 @@ impl Simulation {
             assert_eq!(seq.blocks.len(), end.div_ceil(self.params.block_size), "blocks");
             let seen = &batch.seen[seq.seen.clone()];
             if seq.samples && seq.params.needs_history() {
+                let prompt_len = *self.prompt_lens.entry(seq.id).or_insert(end);
                 let num_generated: u32 = seen.iter().map(|token| token.times_generated).sum();
-                assert!(num_generated as usize <= end && seen.len() <= end);
-                assert!(!seen.is_empty(), "a penalty sees every token");
+                assert_eq!(num_generated as usize, end - prompt_len, "a penalty sees every token");
+                let different: HashSet<u32> = seen.iter().map(|token| token.token_id).collect();
+                assert_eq!(different.len(), seen.len(), "each once");
+                let computed = &batch.token_ids[seq.tokens.clone()];
+                assert!(
+                    computed.iter().all(|id| different.contains(id)),
+                    "those of this step, too"
+                );
             } else {
                 assert!(seen.is_empty(), "others pay nothing");
             }
